@@ -1,0 +1,1 @@
+"""Foldability: train networks, make them smaller without retraining, measure what is left."""
