@@ -1,0 +1,1 @@
+"""Compression as projection of coupled channel groups: tensors in, tensors out."""

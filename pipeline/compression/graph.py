@@ -1,0 +1,610 @@
+"""Find the coupled channel groups of any network from its torch.export graph.
+
+Every parameter axis is given one integer id per position. The network is then run symbolically on these ids: each
+activation is an integer tensor of its true shape that says, element by element, which channel it carries (0: none).
+Operations that only move data (view, permute, cat, flatten, ...) are executed as they are on the ids; element-wise
+operations with two operands unite the ids that meet; convolutions and linear layers consume a channel axis and produce
+another. What an operation that is not in these tables touches is frozen: a network can come out less compressible than
+it is, never wrong. A final check on duplicated channels (`verify`) freezes what a forward pass cannot follow, such as
+sizes that a module keeps as Python numbers.
+
+After the idea that coupling is a property of the graph, DepGraph (Fang et al. 2023, arXiv:2301.12900).
+"""
+
+import copy
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx, nn
+
+from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups, Frozen, Norm
+from pipeline.compression.projection import Projection, apply
+from pipeline.tables import UserError
+
+Example = Tensor | tuple | dict
+
+# Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is
+# taken out of its readers, not set to zero.
+PASS = frozenset(
+    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish logsigmoid "
+    "dropout feature_dropout alpha_dropout clone contiguous alias detach detach_ to _to_copy type_as neg exp abs sqrt "
+    "rsqrt square erf pow clamp clamp_min clamp_max lift_fresh_copy".split()
+)
+# Element-wise in two operands: channels that meet are one channel.
+MEET = frozenset("add sub mul div maximum minimum".split())
+# Moves elements and computes nothing: executed on the ids themselves.
+MOVE = frozenset(
+    "view _unsafe_view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand repeat unbind "
+    "select slice narrow split split_with_sizes chunk roll flip cat stack pixel_shuffle pixel_unshuffle "
+    "channel_shuffle".split()
+)
+# Those of MOVE that hold positions as numbers, which would mean another channel in a smaller network.
+CUTS = frozenset("select slice narrow split split_with_sizes chunk".split())
+# Works on every channel by itself, over the dimensions behind the channel's.
+SPATIAL = frozenset(
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split()
+)
+REDUCE = frozenset("mean sum amax amin".split())
+CONV = frozenset("conv1d conv2d conv3d".split())
+CONV_TRANSPOSE = frozenset("conv_transpose1d conv_transpose2d conv_transpose3d".split())
+
+
+def channel_groups(model: nn.Module, example: Example) -> ChannelGroups:
+    """Trace `model` once on `example` and return its coupled channel groups.
+
+    example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes
+    matter and a batch of one is enough. The names in the result are those of `model.state_dict()`, so the groups stay
+    valid for every checkpoint of the same architecture. The model is left as it is.
+
+    Raises UserError where torch.export cannot trace the model.
+    """
+    args, kwargs = call_arguments(example)
+    # A copy: export needs eval mode and must not meet hooks' or buffers' side effects on the live model.
+    twin = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(twin, args, kwargs)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"torch.export cannot trace {type(model).__name__}: {first_line} "
+            "(make its forward free of data-dependent control flow, or compress a submodule)"
+        ) from error
+    tracer = _Tracer(program, twin)
+    tracer.run()
+    return _verified(twin, args, kwargs, tracer.collect())
+
+
+def call_arguments(example: Example) -> tuple[tuple, dict]:
+    """(args, kwargs) to call a model with `example`."""
+    if isinstance(example, dict):
+        return (), example
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def varies(ids: Tensor, dim: int) -> bool:
+    return ids.shape[dim] > 1 and ids.stride(dim) != 0 and bool((ids != ids.narrow(dim, 0, 1)).any())
+
+
+def _thin(*ids: Tensor) -> list[Tensor]:
+    """Broadcast to one shape, then keep one entry of each dimension along which every tensor is only expanded."""
+    full = torch.broadcast_tensors(*ids)
+    for dim in range(full[0].dim()):
+        if full[0].shape[dim] > 1 and all(t.stride(dim) == 0 for t in full):
+            full = [t.narrow(dim, 0, 1) for t in full]
+    return list(full)
+
+
+class _Tracer:
+    """One symbolic run. `env` maps a node to its ids; a parameter or buffer stays a name until an operation uses it."""
+
+    def __init__(self, program: torch.export.ExportedProgram, model: nn.Module) -> None:
+        self.graph = program.graph
+        signature = program.graph_signature
+        owned = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        # Tied tensors go by the first of their names.
+        first: dict[int, str] = {}
+        for name, tensor in owned.items():
+            first.setdefault(id(tensor), name)
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.names = {node: first[id(owned[name])] for node, name in names.items()}
+        self.tensors = {name: owned[name].detach() for name in first.values()}
+        self.env: dict[fx.Node, Any] = {}
+        self.count = 1  # id 0 is "no channel"
+        self.spans: dict[tuple[str, int | None], tuple[int, str]] = {}  # (tensor, axis or None) -> first id, role
+        self.edges: list[np.ndarray] = []
+        self.freezes: list[tuple[np.ndarray, str]] = []
+        self.norms: list[Norm] = []
+
+    # --- ids of parameters
+
+    def axis_ids(self, tensor: str, axis: int, role: str) -> Tensor:
+        """One id per position of this axis: (N,)."""
+        size = self.tensors[tensor].shape[axis]
+        return self._ids((tensor, axis), role, size)
+
+    def element_ids(self, tensor: str) -> Tensor:
+        """One id per element, for a tensor that meets an activation directly (a position embedding, a gain)."""
+        shape = self.tensors[tensor].shape
+        key = (tensor, 0 if len(shape) == 1 else None)
+        return self._ids(key, "write", self.tensors[tensor].numel()).view(shape)
+
+    def _ids(self, key: tuple[str, int | None], role: str, size: int) -> Tensor:
+        if key not in self.spans:
+            self.spans[key] = (self.count, role)
+            self.count += size
+        start, known = self.spans[key]
+        ids = torch.arange(start, start + size)
+        if known != role:
+            self.freeze(ids, "a tied weight both writes and reads these channels")
+        return ids
+
+    # --- relations
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        a, b = _thin(a, b)
+        pairs = np.stack([a.reshape(-1).numpy(), b.reshape(-1).numpy()])
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        if not pairs.size:
+            return
+        fixed = (pairs == 0).any(0)
+        if fixed.any():
+            self.freeze(torch.from_numpy(pairs[:, fixed]), "meets what is not a channel: the input, a constant or what a frozen operation puts out")
+        self.edges.append(np.unique(pairs[:, ~fixed], axis=1))
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        ids = np.unique(_thin(ids)[0].numpy())
+        self.freezes.append((ids[ids > 0], reason))
+
+    def along(self, ids: Tensor, dim: int) -> Tensor:
+        """The ids along one dimension, (N,), which must mean the same wherever else they stand."""
+        shape = [1] * ids.dim()
+        shape[dim] = ids.shape[dim]
+        line = ids[tuple(slice(None) if d == dim % ids.dim() else 0 for d in range(ids.dim()))]
+        self.unite(ids, line.view(shape))
+        return line
+
+    # --- the run
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                name = self.names.get(node.name)
+                self.env[node] = name if name is not None else self.blank(node)
+            elif node.op == "output":
+                for value in self.operands(node):
+                    self.freeze(value, "leaves the network as its output")
+            elif node.op == "call_function":
+                self.env[node] = self.step(node)
+            else:  # get_attr: a constant or a submodule of a control-flow operation
+                self.env[node] = self.blank(node)
+
+    def step(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            return self.env[node.args[0]][node.args[1]]
+        name = _op_name(node)
+        for table, rule in RULES:
+            if name in table:
+                result = rule(self, node)
+                if result is not NotImplemented:
+                    return result
+        return self.unknown(node, f"operation {name} is not known to keep channels apart")
+
+    def unknown(self, node: fx.Node, reason: str) -> Any:
+        for value in self.operands(node):
+            self.freeze(value, reason)
+        return self.blank(node)
+
+    def blank(self, node: fx.Node) -> Any:
+        """Ids 0 in the shape (or shapes) of the node's value."""
+        value = node.meta.get("val")
+
+        def zeros(v: Any) -> Any:
+            if isinstance(v, (list, tuple)):
+                return [zeros(part) for part in v]
+            return torch.zeros((), dtype=torch.int64).expand(tuple(map(int, getattr(v, "shape", ()))))
+
+        return zeros(value)
+
+    def value(self, arg: Any) -> Any:
+        """Ids of an argument; a parameter that comes here is used element by element."""
+        if isinstance(arg, fx.Node):
+            ids = self.env[arg]
+            return self.element_ids(ids) if isinstance(ids, str) else ids
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(self.value(part) for part in arg)
+        return arg
+
+    def operands(self, node: fx.Node) -> list[Tensor]:
+        """The id tensors among a node's inputs."""
+        found: list[Tensor] = []
+
+        def walk(value: Any) -> None:
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                for part in value:
+                    walk(part)
+
+        for source in node.all_input_nodes:
+            walk(self.value(source))
+        return found
+
+    def parameter(self, arg: Any) -> str | None:
+        """The tensor's name if the argument is a parameter or buffer used as it is."""
+        return self.env[arg] if isinstance(arg, fx.Node) and isinstance(self.env[arg], str) else None
+
+    # --- from ids to groups
+
+    def collect(self) -> ChannelGroups:
+        edges = np.concatenate(self.edges, axis=1) if self.edges else np.zeros((2, 0), np.int64)
+        ones = np.ones(edges.shape[1], np.int8)
+        _, component = connected_components(coo_matrix((ones, tuple(edges)), shape=(self.count, self.count)), directed=False)
+        reasons: dict[int, str] = {int(component[0]): "not a channel"}
+
+        def freeze(components: Iterable[int], reason: str) -> None:
+            for c in components:
+                reasons.setdefault(int(c), reason)
+
+        for ids, reason in self.freezes:
+            freeze(np.unique(component[ids]), reason)
+        lines = self._lines(component, freeze)
+        touched: dict[int, list[tuple[str, int, str, int]]] = defaultdict(list)
+        for (tensor, axis, role), line in lines.items():
+            for c, n in np.transpose(np.unique(line, return_counts=True)).tolist():
+                touched[c].append((tensor, axis, role, n))
+        for c, places in touched.items():
+            roles = {role for *_, role, _ in places}
+            if "write" not in roles:
+                freeze([c], "is written by nothing that can shrink")
+            elif "read" not in roles:
+                freeze([c], "is read by nothing that can shrink")
+        signatures: dict[tuple, list[int]] = defaultdict(list)
+        for c, places in touched.items():
+            if c not in reasons:
+                signatures[tuple(places)].append(c)
+        groups = [self._group(places, members, lines) for places, members in signatures.items() if len(members) > 1]
+        frozen: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
+        for c, places in touched.items():
+            if c in reasons:
+                frozen[tuple(dict.fromkeys(p[0] for p in places)), reasons[c]] += 1
+        for places, members in signatures.items():
+            if len(members) == 1:
+                frozen[tuple(dict.fromkeys(p[0] for p in places)), "only one channel"] += 1
+        return ChannelGroups(
+            tuple(groups), tuple(Frozen(size, tensors, reason) for (tensors, reason), size in frozen.items())
+        )
+
+    def _lines(
+        self, component: np.ndarray, freeze: Callable[[Iterable[int], str], None]
+    ) -> dict[tuple[str, int, str], np.ndarray]:
+        """The component at every position of every parameter axis in use: {(tensor, axis, role): (N,)}."""
+        lines = {}
+        for (tensor, axis), (start, role) in self.spans.items():
+            shape = self.tensors[tensor].shape
+            if axis is not None:
+                lines[tensor, axis, role] = component[start : start + shape[axis]]
+                continue
+            elements = component[start : start + self.tensors[tensor].numel()].reshape(shape)
+            for a in range(len(shape)):
+                line = elements[tuple(slice(None) if d == a else slice(0, 1) for d in range(len(shape)))]
+                if (elements == line).all():
+                    lines[tensor, a, role] = line.reshape(-1)
+                    break
+            else:
+                freeze(np.unique(elements), f"{tensor} mixes channels over several axes")
+        as_weight = {tensor for tensor, axis in self.spans if axis is not None}
+        as_elements = {tensor for tensor, axis in self.spans if axis is None}
+        for (tensor, _, _), line in lines.items():
+            if tensor in as_weight & as_elements:
+                freeze(np.unique(line), f"{tensor} is used both as a weight and element by element")
+        return lines
+
+    def _group(
+        self, places: Sequence[tuple[str, int, str, int]], members: list[int], lines: dict[tuple[str, int, str], np.ndarray]
+    ) -> ChannelGroup:
+        first = lines[places[0][:3]]
+        rank = np.full(self.count, -1)  # of a component: its place in the group, in the order of the first tensor
+        in_order = list(dict.fromkeys(first[np.isin(first, members)].tolist()))
+        rank[in_order] = np.arange(len(in_order))
+        axes: dict[str, list[Axis]] = {"write": [], "read": []}
+        for tensor, axis, role, m in places:
+            line = lines[tensor, axis, role]
+            inside = np.flatnonzero(rank[line] >= 0)
+            by_channel = inside[np.argsort(rank[line[inside]], kind="stable")]
+            axes[role].append(Axis(tensor, axis, torch.from_numpy(by_channel.reshape(len(members), m).copy())))
+        written = {a.tensor for a in axes["write"]}
+        writer = next((a.tensor for a in axes["write"] if self.tensors[a.tensor].dim() > 1), axes["write"][0].tensor)
+        return ChannelGroup(
+            name=writer.rpartition(".")[0] or writer,
+            size=len(members),
+            writes=tuple(axes["write"]),
+            reads=tuple(axes["read"]),
+            norms=tuple(n for n in self.norms if written & {n.weight, n.bias, n.mean, n.var}),
+        )
+
+
+def _op_name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return str(node.target)
+    namespace, _, name = schema.name.partition("::")
+    # relu_ is relu to us: the ids of a value do not depend on where it is stored
+    return name.rstrip("_") if namespace == "aten" and not name.startswith("_") else name
+
+
+def _argument(node: fx.Node, i: int, name: str, default: Any = None) -> Any:
+    return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(map(int, node.meta["val"].shape))
+
+
+def _spread(line: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    view = [1] * len(shape)
+    view[dim] = -1
+    return line.view(view).expand(shape)
+
+
+def _pass(t: _Tracer, node: fx.Node) -> Any:
+    if len(t.operands(node)) > 1 and _op_name(node) not in ("type_as",):
+        return NotImplemented  # e.g. a power or a clamp by another tensor
+    return t.value(node.args[0])
+
+
+def _meet(t: _Tracer, node: fx.Node) -> Any:
+    operands = t.operands(node)
+    if len({id(a) for a in node.args[:2]}) == 1 or len(operands) == 1:
+        return operands[0].expand(_shape(node))
+    shape = _shape(node)
+    x, y = (v.view((1,) * (len(shape) - v.dim()) + tuple(v.shape)) for v in operands)
+
+    def stretched_over(x: Tensor, y: Tensor) -> bool:
+        """Is one element of x used for several channels of y?"""
+        return any(x.shape[d] == 1 < y.shape[d] and varies(y, d) for d in range(len(shape)))
+
+    x_stretched, y_stretched = stretched_over(x, y), stretched_over(y, x)
+    if x_stretched and y_stretched:
+        return NotImplemented  # an outer product of two channel axes
+    if x_stretched or y_stretched:
+        one, many = (x, y) if x_stretched else (y, x)
+        t.freeze(one, "one channel acts on several others")
+        return many.expand(shape)
+    t.unite(x, y)
+    return x.expand(shape) if x.any() else y.expand(shape)
+
+
+def _move(t: _Tracer, node: fx.Node) -> Any:
+    name = _op_name(node)
+    args = [t.value(a) for a in node.args]
+    if name in CUTS:
+        dim = _argument(node, 2 if name in ("split", "split_with_sizes", "chunk") else 1, "dim", 0)
+        x = args[0]
+        whole = name == "slice" and tuple(x.shape) == _shape(node)
+        if not whole and varies(x, dim):
+            t.freeze(x, f"{name} cuts the channels at fixed positions")
+    if name in ("view", "_unsafe_view"):  # expanded ids have no strides that a view could keep
+        return args[0].reshape(_shape(node))
+    return node.target(*args, **node.kwargs)
+
+
+def _spatial(t: _Tracer, node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return NotImplemented
+    x = t.value(node.args[0])
+    behind = int(_op_name(node)[-2])  # the "2" of max_pool2d
+    channel = x.dim() - behind - 1
+    return _spread(t.along(x, channel), _shape(node), channel)
+
+
+def _pad(t: _Tracer, node: fx.Node) -> Any:
+    x, widths = t.value(node.args[0]), list(node.args[1])
+    padded = [x.dim() - 1 - i // 2 for i, width in enumerate(widths) if width]
+    for dim in sorted(set(padded)):
+        if varies(x, dim):
+            t.freeze(x, "the channels are padded by a fixed number")
+            return t.blank(node)
+        x = x.narrow(dim, 0, 1)
+    return x.expand(_shape(node))
+
+
+def _reduce(t: _Tracer, node: fx.Node) -> Any:
+    dims = _argument(node, 1, "dim")
+    x = t.value(node.args[0])
+    if not isinstance(dims, (int, list, tuple)):
+        dims = list(range(x.dim()))
+    dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
+    if any(varies(x, d) for d in dims):
+        return NotImplemented  # a statistic over channels
+    for d in dims:
+        x = x.narrow(d, 0, 1)
+    return x.reshape(_shape(node))
+
+
+def _weighted(t: _Tracer, node: fx.Node, dim: int, read_axis: int, write_axis: int) -> Any:
+    """A layer whose weight reads the channels along `dim` of its input and writes those of its output."""
+    weight, bias = t.parameter(node.args[1]), _argument(node, 2, "bias")
+    if weight is None or (bias is not None and t.parameter(bias) is None):
+        return NotImplemented
+    t.unite(t.along(t.value(node.args[0]), dim), t.axis_ids(weight, read_axis, "read"))
+    written = t.axis_ids(weight, write_axis, "write")
+    if bias is not None:
+        t.unite(written, t.axis_ids(t.parameter(bias), 0, "write"))
+    return _spread(written, _shape(node), dim)
+
+
+def _linear(t: _Tracer, node: fx.Node) -> Any:
+    return _weighted(t, node, dim=-1, read_axis=1, write_axis=0)
+
+
+def _conv(t: _Tracer, node: fx.Node) -> Any:
+    if len(_shape(node)) != int(_op_name(node)[-2]) + 2:
+        return NotImplemented  # without a batch dimension
+    if _argument(node, 6, "groups", 1) == 1:
+        return _weighted(t, node, dim=1, read_axis=1, write_axis=0)
+    weight, bias = t.parameter(node.args[1]), _argument(node, 2, "bias")
+    if weight is None or t.tensors[weight].shape[1] != 1 or (bias is not None and t.parameter(bias) is None):
+        return NotImplemented  # grouped, but not depthwise
+    written = t.axis_ids(weight, 0, "write")
+    taken = t.along(t.value(node.args[0]), 1)
+    t.unite(written, taken.repeat_interleave(len(written) // len(taken)))
+    if bias is not None:
+        t.unite(written, t.axis_ids(t.parameter(bias), 0, "write"))
+    return _spread(written, _shape(node), 1)
+
+
+def _conv_transpose(t: _Tracer, node: fx.Node) -> Any:
+    if _argument(node, 6, "groups", 1) != 1 or len(_shape(node)) != int(_op_name(node)[-2]) + 2:
+        return NotImplemented
+    return _weighted(t, node, dim=1, read_axis=0, write_axis=1)
+
+
+def _batch_norm(t: _Tracer, node: fx.Node) -> Any:
+    x = t.along(t.value(node.args[0]), 1)
+    given = [_argument(node, i, name) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)]
+    names = [None if g is None else t.parameter(g) for g in given]
+    if any(g is not None and n is None for g, n in zip(given, names, strict=True)):
+        return NotImplemented
+    for name in names:
+        if name is not None:
+            t.unite(x, t.axis_ids(name, 0, "write"))
+    source = node.args[0]
+    alone = source.op == "call_function" and len(source.users) == 1 and _op_name(source) in CONV | {"linear"}
+    weight = t.parameter(source.args[1]) if alone else None
+    bias = _argument(source, 2, "bias") if alone else None
+    eps = float(_argument(node, 7, "eps", 1e-5))
+    t.norms.append(Norm(*names, eps, weight, t.parameter(bias) if bias is not None else None))
+    return _spread(x, _shape(node), 1)
+
+
+def _layer_norm(t: _Tracer, node: fx.Node) -> Any:
+    """The statistics run over channels, so these stay; the gain and shift belong to them."""
+    x = t.value(node.args[0])
+    t.freeze(x, f"{_op_name(node)} normalises over these channels")
+    for i, name in ((2, "weight"), (3, "bias")):
+        given = _argument(node, i, name)
+        if given is not None and t.parameter(given) is not None:
+            t.unite(x, t.element_ids(t.parameter(given)))
+    return x
+
+
+def _embedding(t: _Tracer, node: fx.Node) -> Any:
+    weight = t.parameter(node.args[0])
+    if weight is None:
+        return NotImplemented
+    return _spread(t.axis_ids(weight, 1, "write"), _shape(node), -1)
+
+
+Rule = Callable[[_Tracer, fx.Node], Any]
+RULES: tuple[tuple[frozenset[str], Rule], ...] = (
+    (PASS, _pass),
+    (MEET, _meet),
+    (MOVE, _move),
+    (SPATIAL, _spatial),
+    (REDUCE, _reduce),
+    (CONV, _conv),
+    (CONV_TRANSPOSE, _conv_transpose),
+    (frozenset({"linear"}), _linear),
+    (frozenset({"batch_norm"}), _batch_norm),
+    (frozenset({"layer_norm", "rms_norm"}), _layer_norm),
+    (frozenset({"embedding"}), _embedding),
+    (frozenset({"pad", "constant_pad_nd"}), _pad),
+)
+
+
+def _verified(
+    model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups, tolerance: float = 1e-4
+) -> ChannelGroups:
+    """Keep the groups that survive a fold of exact duplicates, in uneven clusters, without loss; freeze the others.
+
+    The check runs in float64 on random weights, so that it speaks of the architecture and not of this checkpoint.
+    model: a copy that this function may overwrite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = model.cpu().double()
+    args, kwargs = torch.utils._pytree.tree_map(lambda v: _noise_like(v, generator), (args, kwargs))
+    _randomise_(model, generator)
+    clusters = [Projection(_uneven_labels(group.size, generator)) for group in traced]
+
+    def failure(chosen: list[int]) -> str | None:
+        groups, labels = [traced[i] for i in chosen], [clusters[i] for i in chosen]
+        twin = copy.deepcopy(model)
+        duplicate_(twin, groups, labels)
+        with torch.no_grad():
+            expected = twin(*args, **kwargs)
+            try:
+                found = apply(twin, groups, labels)(*args, **kwargs)
+            except Exception as error:
+                return f"the smaller network does not run ({str(error).strip().splitlines()[0]})"
+        for e, f in zip(_tensors(expected), _tensors(found), strict=True):
+            if e.shape != f.shape or not torch.allclose(e, f, rtol=0, atol=tolerance * float(e.abs().max())):
+                return "folding exact duplicates changes the output"
+        return None
+
+    everything = list(range(len(traced)))
+    if not everything or failure(everything) is None:
+        return traced
+    reasons = {i: failure([i]) for i in everything}
+    kept = [i for i in everything if reasons[i] is None]
+    together = failure(kept) if kept else None
+    if together is not None:
+        reasons.update(dict.fromkeys(kept, f"together with other groups, {together}"))
+        kept = []
+    frozen = tuple(
+        Frozen(traced[i].size, tuple(a.tensor for a in (*traced[i].writes, *traced[i].reads)), reason)
+        for i, reason in reasons.items()
+        if reason is not None
+    )
+    return ChannelGroups(tuple(traced[i] for i in kept), traced.frozen + frozen)
+
+
+def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]) -> None:
+    """In place: make the channels of every cluster exact copies of its first one, as far as they are written."""
+    tensors = dict(model.state_dict(keep_vars=True))
+    with torch.no_grad():
+        for group, projection in zip(groups, projections, strict=True):
+            source = projection.representatives[projection.labels]
+            for write in group.writes:
+                tensor = tensors[write.tensor]
+                copies = tensor.index_select(write.axis, write.index[source].reshape(-1).to(tensor.device))
+                tensor.index_copy_(write.axis, write.index.reshape(-1).to(tensor.device), copies)
+
+
+def _uneven_labels(size: int, generator: torch.Generator) -> Tensor:
+    """About half as many clusters as channels, of very different sizes: (size,) int64."""
+    clusters = max(1, size // 2)
+    drawn = (torch.rand(size, generator=generator) ** 2 * clusters).long()
+    drawn[torch.randperm(size, generator=generator)[:clusters]] = torch.arange(clusters)  # none is empty
+    return drawn
+
+
+def _noise_like(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _randomise_(model: nn.Module, generator: torch.Generator) -> None:
+    """Weights of variance 1 / fan-in, everything else (gains, shifts, variances) uniform in [0.5, 1.5)."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dim() > 1 and isinstance(tensor, nn.Parameter):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
+            elif name in dict(model.named_parameters()) or "running_" in name:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -1,0 +1,247 @@
+"""Compression as a projection of channel groups (arXiv:2502.10216, eq. 3-5; "Cut Less, Fold More", section 3).
+
+With M = onehot(labels), (C, k), the projector P = M (MᵀM)⁻¹ Mᵀ is orthogonal. Pruning uses every label once; folding
+gives every channel a label. What writes the channels takes the cluster mean, (MᵀM)⁻¹ Mᵀ W; what reads them takes the
+cluster sum, V M. So V P W = merge(V, sum) @ merge(W, mean), and exact duplicates merge without loss whatever the sizes
+of their clusters. A method that solves for the readers gives its own matrix in place of the sum.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compression.group import Axis, ChannelGroup, Norm
+
+
+@dataclass(frozen=True)
+class Projection:
+    """labels: (C,) int64, the new channel of each old one, -1 = dropped.
+
+    readers: optional (k, C) matrix B; what reads the channels becomes V Bᵀ instead of the cluster sums V M.
+    Labels are renumbered so that new channels stand in the order of their first members; rows of B must follow that.
+    """
+
+    labels: Tensor
+    readers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        labels = self.labels.detach().cpu().long()
+        if labels.dim() != 1 or not (labels >= 0).any():
+            raise ValueError(f"labels must be a (C,) tensor that keeps at least one channel, got {labels}")
+        used = labels[labels >= 0]
+        first = torch.full((int(used.max()) + 1,), len(labels)).scatter_reduce(
+            0, used, torch.arange(len(labels))[labels >= 0], "amin"
+        )
+        if (first == len(labels)).any():
+            raise ValueError(f"labels must use every number from 0 to {int(used.max())}")
+        rank = first.argsort().argsort()
+        if self.readers is not None and not torch.equal(rank, torch.arange(len(rank))):
+            raise ValueError("with a readers matrix, labels must be numbered in the order of their first channels")
+        object.__setattr__(self, "labels", torch.where(labels >= 0, rank[labels.clamp(min=0)], -1))
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Cluster sizes, (k,) int64."""
+        return torch.bincount(self.labels[self.labels >= 0])
+
+    @cached_property
+    def representatives(self) -> Tensor:
+        """The first channel of every cluster, ascending, (k,) int64: where the new channel will stand."""
+        first = torch.full((len(self.counts),), len(self.labels))
+        kept = self.labels >= 0
+        return first.scatter_reduce(0, self.labels[kept], torch.arange(len(self.labels))[kept], "amin")
+
+    @property
+    def is_identity(self) -> bool:
+        return len(self.counts) == len(self.labels) and self.readers is None
+
+    def onehot(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """M: (C, k)."""
+        return (self.labels[:, None] == torch.arange(len(self.counts))).to(dtype)
+
+    def matrix(self) -> Tensor:
+        """The projector P = M (MᵀM)⁻¹ Mᵀ: (C, C) float64."""
+        m = self.onehot()
+        return m / self.counts @ m.T
+
+
+def merge(tensor: Tensor, projection: Projection, reduce: str, dim: int = 0) -> Tensor:
+    """Cluster means ("mean") or sums ("sum") along `dim`, of size C before and k after."""
+    labels = projection.labels.to(tensor.device)
+    kept = (labels >= 0).nonzero().squeeze(1)
+    shape = list(tensor.shape)
+    shape[dim] = len(projection.counts)
+    # Half precision would lose what a sum over a large cluster adds last.
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    source = tensor.to(wide).index_select(dim, kept)
+    merged = torch.zeros(shape, dtype=wide, device=tensor.device).index_add_(dim, labels[kept], source)
+    if reduce == "mean":
+        sizes = [1] * len(shape)
+        sizes[dim] = -1
+        merged = merged / projection.counts.to(tensor.device).view(sizes)
+    return merged.to(tensor.dtype)
+
+
+def reconstruction_error(gram: Tensor, projection: Projection) -> float:
+    """Relative parameter error ‖W - P W‖ / ‖W‖ from the Gram matrix W Wᵀ (C, C) alone; dropped rows count whole."""
+    if projection.is_identity:
+        return 0.0
+    gram = gram.cpu().double()
+    m = projection.onehot()
+    total = gram.trace()
+    kept = (((gram @ m) * m).sum(0) / projection.counts).sum()
+    return float(((total - kept).clamp(min=0) / total).sqrt()) if total > 0 else 0.0
+
+
+def apply(
+    model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection], norm_scale: bool = True
+) -> nn.Module:
+    """A smaller copy of `model`: an ordinary module whose channel groups went through their projections.
+
+    norm_scale: merge a weight and the norm behind it as the one affine map that they are (see `_merge_norms`), rather
+    than each tensor by its own mean.
+    """
+    state = model.state_dict(keep_vars=True)
+    edited = compressed_tensors({n: t.detach() for n, t in state.items()}, groups, projections, norm_scale)
+    # deepcopy puts the new tensors in the place of the old ones, tied ones under all their names.
+    memo: dict[int, Tensor] = {}
+    for name, new in edited.items():
+        old = state[name]
+        memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    smaller = copy.deepcopy(model, memo)
+    for module in smaller.modules():
+        _follow_shape_(module)
+    return smaller
+
+
+def compressed_tensors(
+    tensors: Mapping[str, Tensor],
+    groups: Iterable[ChannelGroup],
+    projections: Iterable[Projection],
+    norm_scale: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors that change, by name, in their new shapes. `tensors` is not written to."""
+    edited: dict[str, Tensor] = {}
+    gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+
+    def put(axis: Axis, projection: Projection, change) -> None:
+        """Replace the channels along an axis by `change(channels first) -> (k, ...)`, at their representatives."""
+        name = axis.tensor
+        old = edited.get(name, tensors[name])
+        device, (c, m) = old.device, axis.index.shape
+        chosen = old.index_select(axis.axis, axis.index.reshape(-1).to(device)).movedim(axis.axis, 0)
+        new = change(chosen.reshape(c, m, *chosen.shape[1:]))
+        stay = axis.index[projection.representatives].reshape(-1).to(device)
+        edited[name] = old.index_copy(axis.axis, stay, new.reshape(-1, *chosen.shape[1:]).movedim(0, axis.axis))
+        is_gone = torch.ones(c, dtype=torch.bool)
+        is_gone[projection.representatives] = False
+        gone[name, axis.axis].append(axis.index[is_gone].reshape(-1))
+
+    work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
+    # All writers before all readers: a merged norm sets its weight's rows from the columns as they were.
+    for group, projection in work:
+        by_norm = _merge_norms(group, projection, tensors) if norm_scale and projection.counts.max() > 1 else {}
+        for write in group.writes:
+            if write.tensor in by_norm:
+                put(write, projection, lambda old, new=by_norm[write.tensor]: new.to(old).reshape(-1, *old.shape[1:]))
+            else:
+                put(write, projection, lambda old, p=projection: merge(old, p, "mean"))
+    for group, projection in work:
+        for read in group.reads:
+            if projection.readers is None:
+                put(read, projection, lambda old, p=projection: merge(old, p, "sum"))
+            else:
+                put(read, projection, lambda old, p=projection: torch.tensordot(p.readers.to(old), old, 1))
+    for (name, axis), positions in gone.items():
+        size = tensors[name].shape[axis]
+        stays = torch.ones(size, dtype=torch.bool)
+        stays[torch.cat(positions)] = False
+        edited[name] = edited[name].index_select(axis, stays.nonzero().squeeze(1).to(edited[name].device))
+    return {name: t.contiguous() for name, t in edited.items()}
+
+
+def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New values, (k, ...), of each norm and of the weight before it.
+
+    A weight and its norm are one affine map per channel, y = s w x + t with s = gain / sigma. The cluster mean of these
+    maps is what the smaller layer computes; written with the mean variance, the mean shift and the mean |gain|, so that
+    re-estimated statistics give the outputs the spread that they had before. (The study's code averages weight, gain,
+    shift, mean and variance each by itself, which is another map as soon as the gains differ.)
+    """
+    axes = {a.tensor: a for a in group.writes}
+    new: dict[str, Tensor] = {}
+
+    def take(name: str) -> Tensor | None:
+        """(C, ...) float64, or None where a channel is not exactly one row."""
+        axis = axes.get(name)
+        if axis is None or axis.axis != 0 or axis.index.shape[1] != 1:
+            return None
+        return tensors[name].index_select(0, axis.index[:, 0].to(tensors[name].device)).double()
+
+    def mean(t: Tensor) -> Tensor:
+        return merge(t, projection, "mean")
+
+    def keep_singles(name: str, merged: Tensor) -> None:
+        plain = mean(take(name))
+        single = (projection.counts == 1).to(plain.device).view(-1, *[1] * (plain.dim() - 1))
+        new[name] = torch.where(single, plain, merged)
+
+    for norm in group.norms:
+        names = (norm.weight, norm.bias, norm.mean, norm.var)
+        parts = [take(name) for name in names if name is not None]
+        if len(parts) < 4 or any(p is None for p in parts):
+            continue
+        gain, shift, center, var = parts
+        sigma = (var + norm.eps).sqrt()
+        s = gain / sigma
+        t = shift - center * s
+        new_var, new_shift = mean(var), mean(shift)
+        new_sigma = (new_var + norm.eps).sqrt()
+        weight = take(norm.writer) if norm.writer else None
+        bias = take(norm.writer_bias) if norm.writer_bias else None
+        if weight is None or (norm.writer_bias and bias is None):
+            new_center = mean(center)
+            keep_singles(norm.weight, mean(s) * new_sigma)
+            keep_singles(norm.bias, mean(t) + new_center * mean(s))
+            continue
+        new_gain = mean(gain.abs()) * torch.where(mean(gain) < 0, -1.0, 1.0)
+        new_s = new_gain / new_sigma
+        dead = new_gain.abs() < 1e-12  # a norm that puts out its shift alone: any weight will do
+        safe = torch.where(dead, 1.0, new_s)
+        rows = [-1] + [1] * (weight.dim() - 1)
+        keep_singles(norm.writer, mean(weight * s.view(rows)) / safe.view(rows))
+        offset = mean(t)
+        if bias is not None:
+            new_bias = mean(bias)
+            offset = mean(s * bias + t) - new_s * new_bias
+        keep_singles(norm.weight, new_gain)
+        keep_singles(norm.mean, torch.where(dead, mean(center), (new_shift - offset) / safe))
+    return new
+
+
+def _follow_shape_(module: nn.Module) -> None:
+    """Bring the numbers that a layer states about itself in line with its weight."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return
+    shape = tuple(weight.shape)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1:  # only depthwise convolutions are compressed
+            multiplier = module.out_channels // module.groups
+            module.groups = shape[0] // multiplier
+        module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = shape[1]
