@@ -1,1 +1,19 @@
 """Compression as projection of coupled channel groups: tensors in, tensors out."""
+
+from pipeline.compression.compress import Compressed, Report, compress, compressions
+from pipeline.compression.graph import channel_groups
+from pipeline.compression.group import ChannelGroup, ChannelGroups
+from pipeline.compression.methods import METHODS
+from pipeline.compression.projection import Projection
+
+__all__ = [
+    "METHODS",
+    "ChannelGroup",
+    "ChannelGroups",
+    "Compressed",
+    "Projection",
+    "Report",
+    "channel_groups",
+    "compress",
+    "compressions",
+]

@@ -32,29 +32,23 @@ Example = Tensor | tuple | dict
 # Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is
 # taken out of its readers, not set to zero.
 PASS = frozenset(
-    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish logsigmoid "
-    "dropout feature_dropout alpha_dropout clone contiguous alias detach detach_ to _to_copy type_as neg exp abs sqrt "
-    "rsqrt square erf pow clamp clamp_min clamp_max lift_fresh_copy".split()
+    ["relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "celu", "selu", "softplus", "mish", "logsigmoid", "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach", "detach_", "to", "_to_copy", "type_as", "neg", "exp", "abs", "sqrt", "rsqrt", "square", "erf", "pow", "clamp", "clamp_min", "clamp_max", "lift_fresh_copy"]
 )
 # Element-wise in two operands: channels that meet are one channel.
-MEET = frozenset("add sub mul div maximum minimum".split())
+MEET = frozenset(["add", "sub", "mul", "div", "maximum", "minimum"])
 # Moves elements and computes nothing: executed on the ids themselves.
 MOVE = frozenset(
-    "view _unsafe_view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand repeat unbind "
-    "select slice narrow split split_with_sizes chunk roll flip cat stack pixel_shuffle pixel_unshuffle "
-    "channel_shuffle".split()
+    ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze", "expand", "repeat", "unbind", "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "roll", "flip", "cat", "stack", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
 )
 # Those of MOVE that hold positions as numbers, which would mean another channel in a smaller network.
-CUTS = frozenset("select slice narrow split split_with_sizes chunk".split())
+CUTS = frozenset(["select", "slice", "narrow", "split", "split_with_sizes", "chunk"])
 # Works on every channel by itself, over the dimensions behind the channel's.
 SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
-    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split()
+    ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"]
 )
-REDUCE = frozenset("mean sum amax amin".split())
-CONV = frozenset("conv1d conv2d conv3d".split())
-CONV_TRANSPOSE = frozenset("conv_transpose1d conv_transpose2d conv_transpose3d".split())
+REDUCE = frozenset(["mean", "sum", "amax", "amin"])
+CONV = frozenset(["conv1d", "conv2d", "conv3d"])
+CONV_TRANSPOSE = frozenset(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
 
 
 def channel_groups(model: nn.Module, example: Example) -> ChannelGroups:
@@ -109,7 +103,10 @@ class _Tracer:
     def __init__(self, program: torch.export.ExportedProgram, model: nn.Module) -> None:
         self.graph = program.graph
         signature = program.graph_signature
-        owned = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        owned = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         # Tied tensors go by the first of their names.
         first: dict[int, str] = {}
         for name, tensor in owned.items():
@@ -157,7 +154,10 @@ class _Tracer:
             return
         fixed = (pairs == 0).any(0)
         if fixed.any():
-            self.freeze(torch.from_numpy(pairs[:, fixed]), "meets what is not a channel: the input, a constant or what a frozen operation puts out")
+            self.freeze(
+                torch.from_numpy(pairs[:, fixed]),
+                "meets what is not a channel: the input, a constant or what a frozen operation puts out",
+            )
         self.edges.append(np.unique(pairs[:, ~fixed], axis=1))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
@@ -247,7 +247,9 @@ class _Tracer:
     def collect(self) -> ChannelGroups:
         edges = np.concatenate(self.edges, axis=1) if self.edges else np.zeros((2, 0), np.int64)
         ones = np.ones(edges.shape[1], np.int8)
-        _, component = connected_components(coo_matrix((ones, tuple(edges)), shape=(self.count, self.count)), directed=False)
+        _, component = connected_components(
+            coo_matrix((ones, tuple(edges)), shape=(self.count, self.count)), directed=False
+        )
         reasons: dict[int, str] = {int(component[0]): "not a channel"}
 
         def freeze(components: Iterable[int], reason: str) -> None:
@@ -309,7 +311,10 @@ class _Tracer:
         return lines
 
     def _group(
-        self, places: Sequence[tuple[str, int, str, int]], members: list[int], lines: dict[tuple[str, int, str], np.ndarray]
+        self,
+        places: Sequence[tuple[str, int, str, int]],
+        members: list[int],
+        lines: dict[tuple[str, int, str], np.ndarray],
     ) -> ChannelGroup:
         first = lines[places[0][:3]]
         rank = np.full(self.count, -1)  # of a component: its place in the group, in the order of the first tensor

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.group import Axis, ChannelGroup, Norm
+from pipeline.compression.group import Axis, ChannelGroup
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,167 @@
+"""compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.compression.graph import Example, call_arguments, channel_groups
+from pipeline.compression.group import ChannelGroups, Frozen
+from pipeline.compression.methods import METHODS, GroupWeights
+from pipeline.compression.projection import apply
+from pipeline.tables import UserError, call, pick
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features."""
+
+    name: str
+    before: int
+    after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example."""
+
+    method: str
+    ratio: float
+    groups: tuple[GroupReport, ...]
+    frozen: tuple[Frozen, ...]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+
+    @property
+    def error(self) -> float:
+        """Mean relative parameter error over the groups."""
+        return sum(g.error for g in self.groups) / len(self.groups)
+
+    def __str__(self) -> str:
+        width = max(len(g.name) for g in self.groups)
+        lines = [
+            f"{self.method} at ratio {self.ratio:g}: "
+            f"parameters {self.params_before:,} -> {self.params_after:,} "
+            f"({self.params_after / self.params_before:.1%}), "
+            f"MACs {self.macs_before:,} -> {self.macs_after:,} ({self.macs_after / max(1, self.macs_before):.1%})",
+            f"{'group':<{width}}  channels  relative error",
+            *(f"{g.name:<{width}}  {g.before:>4} -> {g.after:<4}  {g.error:.4f}" for g in self.groups),
+        ]
+        return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
+
+
+class Compressed(NamedTuple):
+    """A smaller model and the report of how it came about."""
+
+    model: nn.Module
+    report: Report
+
+
+@overload
+def compress(model: nn.Module, example: Example, method: str = ..., ratio: float = ..., **options) -> Compressed: ...
+@overload
+def compress(
+    model: nn.Module, example: Example, method: str, ratio: Sequence[float], **options
+) -> list[Compressed]: ...
+def compress(model, example, method="fold", ratio=0.5, **options):
+    """A smaller copy of `model`: an ordinary nn.Module in which every channel group has lost `ratio` of its channels.
+
+    example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
+    method: a name in METHODS: fold, l1, l2, random.
+    ratio: fraction of each group's channels to remove, 0 <= ratio < 1, or a sequence of them; then a list comes back,
+        and what the ratios can share is computed once.
+    options: those of `compressions`, and those of the method (fold: refine; l1, l2: score).
+
+    The input model is untouched. Raises UserError for an unknown method, a ratio out of range, weights that are not
+    finite, a model that torch.export cannot trace and one that has nothing to compress.
+    """
+    if isinstance(ratio, (int, float)):
+        return next(compressions(model, example, method, [ratio], **options))
+    return list(compressions(model, example, method, ratio, **options))
+
+
+def compressions(
+    model: nn.Module,
+    example: Example,
+    method: str,
+    ratios: Sequence[float],
+    *,
+    groups: ChannelGroups | None = None,
+    features: str = "writers+readers",
+    scale: str = "none",
+    norm: bool = True,
+    norm_scale: bool = True,
+    seed: int = 0,
+    **options,
+) -> Iterator[Compressed]:
+    """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
+
+    groups: what `channel_groups(model, example)` gave for this architecture; traced anew when None.
+    features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
+    norm_scale: merge a weight and its norm as one affine map (see projection.apply).
+    seed: of methods that draw.
+    """
+    chosen = pick("method", METHODS, method)
+    for ratio in ratios:
+        if not 0 <= ratio < 1:
+            raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
+    groups = channel_groups(model, example) if groups is None else groups
+    if not len(groups):
+        frozen = "; ".join(map(str, groups.frozen[:3]))
+        raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")
+    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    check_finite(tensors)
+    weights = [GroupWeights(group, tensors, features, scale, norm, seed) for group in groups]
+    sizes = [[channels_left(group.size, ratio) for ratio in ratios] for group in groups]
+    plans = [
+        call(f"method {method!r}", chosen, w, sorted(set(s)), **options) for w, s in zip(weights, sizes, strict=True)
+    ]
+    before = parameters(model), macs(model, example)
+    for i, ratio in enumerate(ratios):
+        projections = [plan[size[i]] for plan, size in zip(plans, sizes, strict=True)]
+        smaller = apply(model, groups, projections, norm_scale)
+        rows = tuple(
+            GroupReport(w.group.name, w.group.size, len(p.counts), w.error(p))
+            for w, p in zip(weights, projections, strict=True)
+        )
+        after = parameters(smaller), macs(smaller, example)
+        yield Compressed(
+            smaller, Report(method, float(ratio), rows, groups.frozen, before[0], after[0], before[1], after[1])
+        )
+
+
+def channels_left(size: int, ratio: float) -> int:
+    """Channels that remain of `size`: rounded down, as the study does, but at least one."""
+    return max(1, int(size * (1 - ratio) + 1e-9))
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise UserError naming the first tensor that holds NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            kind = "NaN" if tensor.isnan().any() else "Inf"
+            raise UserError(f"{name} holds {kind}: training has diverged (lower the learning rate); not compressed")
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module, example: Example) -> int:
+    """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention)."""
+    args, kwargs = call_arguments(example)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*args, **kwargs)
+    finally:
+        model.train(training)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,153 @@
+"""METHODS: how a channel group is made smaller. A method is a function of the group's tensors that returns labels.
+
+    method(weights, sizes, **options) -> {k: Projection} for every size k in `sizes`
+
+so that what the sizes can share is computed once. Adding a method is one function here and one row in METHODS.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from pipeline.compression.cluster import fold_labels
+from pipeline.compression.group import Axis, ChannelGroup
+from pipeline.compression.projection import Projection, reconstruction_error
+from pipeline.tables import UserError, pick
+
+FEATURES = ("writers", "readers", "writers+readers")
+SCALES = ("none", "tensor", "channel")
+
+
+@dataclass(frozen=True)
+class GroupWeights:
+    """What a method sees of a network: one group and the tensors of the checkpoint.
+
+    features: which weights describe a channel; scale: "none", "tensor" (every weight tensor counts the same) or
+    "channel" (every channel has norm 1: angles alone count); norm: put the scale and shift of a norm behind a weight,
+    and biases, into the description. `compress` says what was measured.
+    """
+
+    group: ChannelGroup
+    tensors: Mapping[str, Tensor]
+    features: str = "writers+readers"
+    scale: str = "none"
+    norm: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        pick("features", dict.fromkeys(FEATURES), self.features)
+        pick("scale", dict.fromkeys(SCALES), self.scale)
+
+    def rows(self, axis: Axis) -> Tensor:
+        """The entries of each channel along an axis, (C, F) float64."""
+        tensor = self.tensors[axis.tensor]
+        chosen = tensor.index_select(axis.axis, axis.index.reshape(-1).to(tensor.device)).movedim(axis.axis, 0)
+        return chosen.double().reshape(len(axis.index), -1)
+
+    @property
+    def writers(self) -> list[Axis]:
+        """The weights that write the group, in the network's order: no biases, no norm parameters."""
+        weights = [a for a in self.group.writes if self.tensors[a.tensor].dim() > 1]
+        return weights or [a for a in self.group.writes][:1]
+
+    def blocks(self) -> list[Tensor]:
+        """The feature rows of the channels, one (C, F) float64 block per weight tensor."""
+        blocks = []
+        if "writers" in self.features:
+            blocks += [self._written(a) for a in self.writers]
+        if "readers" in self.features:
+            blocks += [self.rows(a) for a in self.group.reads]
+        return blocks
+
+    def _written(self, axis: Axis) -> Tensor:
+        """The rows of a writer; with `norm`, of the affine map that the weight, its bias and its norm are together."""
+        rows = self.rows(axis)
+        if not self.norm:
+            return rows
+        axes = {a.tensor: a for a in self.group.writes}
+        norm = next((n for n in self.group.norms if n.writer == axis.tensor), None)
+        own_bias = axis.tensor.removesuffix("weight") + "bias"
+        bias = self.rows(axes[own_bias]) if own_bias in axes and own_bias != axis.tensor else None
+        if norm is not None:
+            gain, shift, center, var = (
+                self.rows(axes[n]) if n in axes else default
+                for n, default in ((norm.weight, 1.0), (norm.bias, 0.0), (norm.mean, 0.0), (norm.var, 1.0))
+            )
+            s = gain / (torch.as_tensor(var, dtype=rows.dtype) + norm.eps).sqrt().to(rows)
+            bias = (0.0 if bias is None else s * bias) + shift - center * s
+            rows = rows * s
+        if isinstance(bias, Tensor) and bias.shape == (len(rows), 1):
+            rows = torch.cat([rows, bias], 1)
+        return rows
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Gram matrix of the features, (C, C) float64 on the CPU."""
+        total = torch.zeros(self.group.size, self.group.size, dtype=torch.float64)
+        for block in self.blocks():
+            gram = (block @ block.T).cpu()
+            if self.scale == "tensor" and gram.trace() > 0:
+                gram = gram / gram.trace()
+            total += gram
+        if self.scale == "channel":
+            norms = total.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+            total = total / norms[:, None] / norms
+        return total
+
+    def error(self, projection: Projection) -> float:
+        """Relative parameter error of the projection in these features."""
+        return reconstruction_error(self.gram, projection)
+
+
+Projections = dict[int, Projection]
+Method = Callable[..., Projections]
+
+
+def fold(weights: GroupWeights, sizes: Sequence[int], *, refine: bool = True) -> Projections:
+    """Merge similar channels: Ward's clusters, refined by single moves, never worse than the special folding.
+
+    After model folding (Wang et al. 2025, arXiv:2502.10216), whose k-means this replaces.
+    """
+    labels = fold_labels(weights.gram.numpy(), sizes, refine)
+    return {k: Projection(torch.from_numpy(labels[k])) for k in sizes}
+
+
+def keep_largest(scores: Tensor, sizes: Sequence[int]) -> Projections:
+    """Prune to the k channels of largest score; the earlier channel wins a tie."""
+    order = scores.argsort(descending=True, stable=True).cpu()
+    projections = {}
+    for k in sizes:
+        kept = order[:k].sort().values
+        labels = torch.full((len(scores),), -1)
+        labels[kept] = torch.arange(k)
+        projections[k] = Projection(labels)
+    return projections
+
+
+def magnitude(weights: GroupWeights, sizes: Sequence[int], *, p: int, score: str = "first") -> Projections:
+    """Keep the channels whose weights have the largest Lp norm (Li et al. 2017, arXiv:1608.08710).
+
+    score: "first" looks at the group's first writer, as the study does; "group" sums |w|^p over all weights that write
+    or read the channel (DepGraph, arXiv:2301.12900).
+    """
+    if score not in ("first", "group"):
+        raise UserError(f"unknown score {score!r}; choose from: first, group")
+    axes = weights.writers[:1] if score == "first" else [*weights.writers, *weights.group.reads]
+    return keep_largest(sum(weights.rows(a).abs().pow(p).sum(1) for a in axes), sizes)
+
+
+def random(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Keep channels drawn by `seed` (the larger sizes contain the smaller)."""
+    generator = torch.Generator().manual_seed(weights.seed)
+    return keep_largest(torch.rand(weights.group.size, generator=generator), sizes)
+
+
+METHODS: dict[str, Method] = {
+    "fold": fold,
+    "l1": partial(magnitude, p=1),
+    "l2": partial(magnitude, p=2),
+    "random": random,
+}

@@ -1,0 +1,94 @@
+"""What data can mend after compression: statistics without labels, norm parameters with them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pipeline.tables import UserError
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+
+
+def tracked_norms(model: nn.Module) -> list[_NormBase]:
+    """The normalisations of a model that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+
+
+@torch.no_grad()
+def repair_(model: nn.Module, batches: Iterable[Tensor]) -> bool:
+    """In place: re-estimate all BatchNorm statistics on unlabelled pictures (REPAIR, arXiv:2211.08403, section 4).
+
+    batches: (B, C, H, W) network inputs without augmentation. The statistics are reset and become the exact mean over
+    the batches (momentum None), instead of a running average in which the first estimates survive. A batch counts the
+    same whatever its size, so batches should be of one size. Only norms are put in training mode: dropout stays off.
+
+    Returns False, and does nothing, for a model without running statistics.
+    """
+    norms = tracked_norms(model)
+    if not norms:
+        return False
+    with _modes(model):
+        model.eval()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        seen = 0
+        for batch in batches:
+            model(batch)
+            seen += len(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    if not seen:
+        raise UserError("repair needs at least one batch of pictures, got none")
+    return True
+
+
+def tune_norms_(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    lr: float = 1e-3,
+) -> bool:
+    """In place: train the gains and shifts of all norms, and nothing else, on labelled pictures.
+
+    This is what the study calls REPAIR for ViT and CLIP (one supervised epoch on LayerNorm parameters). It sees labels,
+    so its results belong to a stage of their own. batches: (inputs, labels (B,) int64); one Adam step each. Statistics
+    of BatchNorm stay as they are.
+
+    Returns False, and does nothing, for a model without such parameters.
+    """
+    tuned = [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+    if not tuned:
+        return False
+    chosen = {id(p) for p in tuned}
+    needed_grad = {p: p.requires_grad for p in model.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in chosen)
+    optimizer = torch.optim.Adam(tuned, lr)
+    with _modes(model), torch.enable_grad():
+        model.eval()  # dropout off, BatchNorm statistics fixed
+        for inputs, labels in batches:
+            loss = F.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for p, flag in needed_grad.items():
+        p.requires_grad_(flag)
+        p.grad = None
+    return True
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    """Restore the training mode of every module afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

@@ -1,0 +1,20 @@
+"""Data sets of pictures: DATASETS names them, AUGMENTATIONS what training does to them.
+
+To add a set, write one file whose `load(**options)` returns `picture_set(...)` and add its row here.
+`PictureData` in pipeline.data.module serves any of them to Lightning.
+"""
+
+from . import cifar10, digits, fashion_mnist, folder
+from .augment import AUGMENTATIONS
+from .picture_set import DataSource, PictureSet
+from .pictures import Pictures, collate
+from .split import split
+
+DATASETS: dict[str, DataSource] = {
+    "cifar10": DataSource(cifar10.load, cifar10.fetch),
+    "digits": DataSource(digits.load),
+    "fashion_mnist": DataSource(fashion_mnist.load, fashion_mnist.fetch),
+    "folder": DataSource(folder.load),
+}
+
+__all__ = ["AUGMENTATIONS", "DATASETS", "DataSource", "PictureSet", "Pictures", "collate", "split"]

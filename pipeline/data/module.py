@@ -1,0 +1,126 @@
+"""Any data set of the table as a LightningDataModule."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from pipeline.tables import UserError, call, pick
+
+from . import AUGMENTATIONS, DATASETS
+from .pictures import Pictures, collate
+from .split import split
+
+
+class PictureData(LightningDataModule):
+    """Train, validation and test pictures of one set.
+
+    After `prepare_data()` and `setup()`, which a Trainer calls:
+    train_data, val_data, test_data: Pictures; only train_data is augmented
+    repair_data: the training pictures, without augmentation
+    classes: names in the order of the labels; num_classes of them
+    channels, size: C and H of a picture; example: (1, C, H, H) float32, a real one, normalised
+
+    name: a row of DATASETS; `options` are those of the row, such as size of 'folder'
+    root: where the set lies or is downloaded to; None: the default of the set
+    augment: a row of AUGMENTATIONS
+    val_fraction: share of the training pictures held out for validation, 0 <= f < 1
+    seed: chooses what is held out, and the pictures of train_size; shuffling and augmentation follow torch's own seed
+    workers: processes that fetch training batches; evaluation needs none, the pixels are in memory
+    train_size: use only so many training pictures, for quick runs; None: all
+    download: fetch the set when it is not in root
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | Path | None = None,
+        batch_size: int = 128,
+        augment: str = "none",
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        workers: int = 0,
+        eval_batch_size: int = 512,
+        train_size: int | None = None,
+        download: bool = True,
+        **options: Any,
+    ):
+        super().__init__()
+        self.source = pick("data set", DATASETS, name)
+        pick("augmentation", AUGMENTATIONS, augment)
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"val_fraction {val_fraction} must be in 0 <= f < 1")
+        for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value < 1:
+                raise UserError(f"{key} {value} must be at least 1")
+        self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
+        self.val_fraction, self.train_size, self.seed = val_fraction, train_size, seed
+        self.workers, self.download = workers, download
+        self.place = {} if root is None else {"root": root}
+        self.options = options
+        self.test_data: Pictures | None = None
+
+    def prepare_data(self) -> None:
+        """Download what is missing (Lightning calls this on one process per machine)."""
+        if self.download and self.source.fetch:
+            self.source.fetch(**self.place)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.test_data is not None:  # Lightning calls setup before every stage
+            return
+        pictures = call(f"data set {self.name!r}", self.source.load, **self.place, **self.options)
+        self.classes, self.num_classes = pictures.classes, len(pictures.classes)
+        self.channels, self.size = pictures.train.images.shape[1:3]
+
+        normal = pictures.mean, pictures.std
+        everything = Pictures(pictures.train.images, pictures.train.labels, *normal)
+        train, val = split(everything.labels, self.val_fraction, self.seed)
+        train = train[self.first(everything.labels[train])]
+        self.repair_data = everything.subset(train)
+        self.train_data = everything.subset(train, AUGMENTATIONS[self.augment](self.size))
+        self.val_data = everything.subset(val)
+        self.test_data = Pictures(pictures.test.images, pictures.test.labels, *normal)
+        self.example = self.repair_data[0][0][None]
+
+    def first(self, labels: torch.Tensor) -> torch.Tensor:
+        """Indices of the `train_size` training pictures to use, every class in proportion."""
+        if self.train_size is None or self.train_size == len(labels):
+            return torch.arange(len(labels))
+        if not 0 < self.train_size < len(labels):
+            raise UserError(
+                f"train_size {self.train_size} must be in 1..{len(labels)}, the training pictures there are"
+            )
+        return split(labels, self.train_size, self.seed)[1]
+
+    def train_dataloader(self) -> DataLoader:
+        processes = self.trainer.world_size if self.trainer else 1
+        share = -(-len(self.train_data) // processes)  # DistributedSampler rounds up
+        return DataLoader(
+            self.train_data,
+            self.batch_size,
+            shuffle=True,
+            # BatchNorm cannot take the variance of one value per channel; other short batches are kept
+            drop_last=share > self.batch_size > 1 and share % self.batch_size == 1,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return self.eval_dataloader(self.val_data)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.eval_dataloader(self.test_data)
+
+    def eval_dataloader(self, pictures: Pictures) -> DataLoader:
+        """Batches in order. The own generator keeps a pass from drawing on torch's global random state."""
+        return DataLoader(
+            pictures,
+            self.eval_batch_size,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )

@@ -1,0 +1,76 @@
+"""A set of pictures held in memory, served in normalised batches."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms.v2.functional import normalize, to_dtype
+
+from .augment import PerPicture, each
+
+
+class Pictures(Dataset):
+    """Pictures decoded once and kept as bytes; scaled and normalised when a batch is fetched.
+
+    images: (N, C, H, W) uint8
+    labels: (N,) int64
+    mean, std: (C,) of the pictures scaled to 0..1
+    augment: a transform of uint8 pictures, drawn anew for every picture of a batch; v2 transforms of one picture are
+        called picture by picture, `PerPicture` ones once per batch
+    rows: (n,) int64; serve only these of the N pictures, without copying pixels
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Callable[[Tensor], Tensor] | None = None,
+        rows: Tensor | None = None,
+    ):
+        self.mean, self.std = list(mean), list(std)
+        if augment is not None and not isinstance(augment, PerPicture):
+            augment = PerPicture([partial(each, transform=augment)])
+        self.augment = augment
+        self.rows = torch.arange(len(labels)) if rows is None else rows
+        self._images, self._labels = images, labels
+
+    @property
+    def images(self) -> Tensor:
+        """(n, C, H, W) uint8, a copy, neither augmented nor normalised."""
+        return self._images[self.rows]
+
+    @property
+    def labels(self) -> Tensor:
+        """(n,) int64"""
+        return self._labels[self.rows]
+
+    def subset(self, indices: Tensor | Sequence[int], augment: Callable[[Tensor], Tensor] | None = None) -> "Pictures":
+        """These pictures over the same pixels, with `augment` (this set's own augmentation is not inherited)."""
+        rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+        return Pictures(self._images, self._labels, self.mean, self.std, augment, rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """A normalised picture (C, H, W) float32 and its label."""
+        pictures, labels = self.__getitems__([index])
+        return pictures[0], int(labels[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once, (B, C, H, W) float32 and (B,) int64: DataLoader prefers this to B single fetches."""
+        rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+        pictures = self._images[rows]
+        if self.augment is not None:
+            pictures = self.augment(pictures)
+        return normalize(to_dtype(pictures, torch.float32, scale=True), self.mean, self.std), self._labels[rows]
+
+
+def collate(batch: Any) -> Any:
+    """Pass on a batch that `__getitems__` made; stack single samples, which wrappers without it hand over."""
+    return default_collate(batch) if isinstance(batch, list) else batch

@@ -1,0 +1,176 @@
+"""PictureData cuts its parts apart, and serves them to Lightning."""
+
+import pickle
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import RandomSampler, SequentialSampler
+
+from pipeline.data.module import PictureData
+from pipeline.tables import UserError
+
+
+def ready(name="digits", **options):
+    data = PictureData(name, **options)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def as_set(pictures):
+    return {bytes(image.numpy()) for image in pictures.images}
+
+
+def test_attributes():
+    data = ready()
+    assert (data.channels, data.size, data.num_classes) == (1, 8, 10)
+    assert data.classes == [str(digit) for digit in range(10)]
+    assert data.example.shape == (1, 1, 8, 8)
+    assert data.example.dtype == torch.float32
+    assert torch.equal(data.example[0], data.repair_data[0][0])
+
+
+def test_parts_are_disjoint_and_complete():
+    data = ready(val_fraction=0.2)
+    rows = torch.cat([data.train_data.rows, data.val_data.rows])
+    assert torch.equal(rows.sort().values, torch.arange(1437))
+    assert torch.equal(data.repair_data.rows, data.train_data.rows)
+    assert not as_set(data.test_data) & (as_set(data.train_data) | as_set(data.val_data))
+
+
+def test_seed_chooses_the_validation_part_but_never_the_test_part():
+    first, again, other = ready(seed=1), ready(seed=1), ready(seed=2)
+    assert torch.equal(first.val_data.rows, again.val_data.rows)
+    assert not torch.equal(first.val_data.rows, other.val_data.rows)
+    assert torch.equal(first.test_data.images, other.test_data.images)
+
+
+def test_only_training_pictures_are_augmented():
+    data = ready(augment="crop")
+    assert data.train_data.augment is not None
+    assert data.repair_data.augment is data.val_data.augment is data.test_data.augment is None
+
+
+def test_train_size_keeps_validation_and_class_shares():
+    data, small = ready(), ready(train_size=100)
+    assert len(small.train_data) == len(small.repair_data) == 100
+    assert torch.equal(small.val_data.rows, data.val_data.rows)
+    assert set(small.train_data.rows.tolist()) < set(data.train_data.rows.tolist())
+    assert small.train_data.labels.bincount().min() >= 9
+
+
+def test_survives_pickling():
+    """Strategies that spawn processes send the data module to them."""
+    data = pickle.loads(pickle.dumps(ready(augment="crop")))
+    assert len(data.train_data) == 1293
+
+
+def test_setup_runs_once():
+    data = ready()
+    train = data.train_data
+    data.setup("test")
+    assert data.train_data is train
+
+
+def test_loaders():
+    data = ready(batch_size=100, eval_batch_size=360)
+    assert isinstance(data.train_dataloader().sampler, RandomSampler)
+    assert isinstance(data.val_dataloader().sampler, SequentialSampler)
+    ((images, labels),) = data.test_dataloader()
+    assert images.shape == (360, 1, 8, 8)
+    assert torch.equal(labels, data.test_data.labels)
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == len(data.train_data)
+
+
+def test_worker_processes_serve_the_training_pictures():
+    data = ready(workers=2, augment="crop", batch_size=500)
+    loader = data.train_dataloader()
+    for _ in range(2):  # the second epoch uses the same processes
+        assert sum(len(labels) for _, labels in loader) == len(data.train_data)
+
+
+@pytest.mark.parametrize(("train_size", "dropped"), [(101, 1), (102, 0), (50, 0), (100, 0)])
+def test_only_a_last_batch_of_one_is_dropped(train_size, dropped):
+    loader = ready(train_size=train_size, batch_size=50).train_dataloader()
+    assert sum(len(labels) for _, labels in loader) == train_size - dropped
+
+
+def test_evaluating_leaves_torch_random_state_alone():
+    data = ready()
+    before = torch.get_rng_state()
+    assert len(list(data.val_dataloader())) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Linear(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+
+    def training_step(self, batch):
+        return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch):
+        self.log("val_loss", self.training_step(batch))
+
+    def test_step(self, batch):
+        self.log("test_loss", self.training_step(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning 2.6 under torch 2.15
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")  # val_fraction 0
+@pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1])
+def test_trains_under_lightning(tmp_path, val_fraction):
+    data = PictureData("digits", augment="crop", val_fraction=val_fraction)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    model = Linear()
+    trainer.fit(model, datamodule=data)
+    assert trainer.global_step == -(-len(data.train_data) // 128)
+    assert trainer.test(model, datamodule=data, verbose=False)[0]["test_loss"] < 2.3
+
+
+def test_download_can_be_refused(tmp_path, monkeypatch):
+    def forbid(*args, **kwargs):
+        raise AssertionError("downloads")
+
+    monkeypatch.setattr("urllib.request.urlopen", forbid)
+    with pytest.raises(UserError, match="no CIFAR-10 in"):
+        ready("cifar10", root=tmp_path, download=False)
+
+
+def test_options_reach_the_set(cifar_folder):
+    assert ready("folder", root=cifar_folder, size=16, val_fraction=0.2).size == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "digit"}, r"unknown data set 'digit' \(did you mean 'digits'\?\)"),
+        ({"augment": "flop"}, "unknown augmentation 'flop'"),
+        ({"sise": 3}, "data set 'digits' has no option 'sise'; it takes: none"),
+        ({"name": "folder", "sise": 3}, "data set 'folder' has no option 'sise'; it takes: root, size"),
+        ({"val_fraction": 1.0}, r"val_fraction 1.0 must be in 0 <= f < 1"),
+        ({"val_fraction": -0.1}, r"val_fraction -0.1 must be in 0 <= f < 1"),
+        ({"val_fraction": 0.001}, "cannot split 1437 pictures by 0.001"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size 0 must be at least 1"),
+        ({"train_size": 2000}, r"train_size 2000 must be in 1..1293"),
+        ({"train_size": 0}, r"train_size 0 must be in 1..1293"),
+        ({"train_size": 5}, "cannot split 1293 pictures by 5"),
+    ],
+)
+def test_errors_name_the_value_and_the_fix(options, message):
+    with pytest.raises(UserError, match=message):
+        ready(**options)
