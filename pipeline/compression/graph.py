@@ -32,19 +32,25 @@ Example = Tensor | tuple | dict
 # Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is
 # taken out of its readers, not set to zero.
 PASS = frozenset(
-    ["relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "celu", "selu", "softplus", "mish", "logsigmoid", "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach", "detach_", "to", "_to_copy", "type_as", "neg", "exp", "abs", "sqrt", "rsqrt", "square", "erf", "pow", "clamp", "clamp_min", "clamp_max", "lift_fresh_copy"]
+    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish logsigmoid "
+    "dropout feature_dropout alpha_dropout clone contiguous alias detach detach_ to _to_copy type_as neg exp abs sqrt "
+    "rsqrt square erf pow clamp clamp_min clamp_max lift_fresh_copy".split()
 )
 # Element-wise in two operands: channels that meet are one channel.
-MEET = frozenset(["add", "sub", "mul", "div", "maximum", "minimum"])
+MEET = frozenset("add sub mul div maximum minimum".split())
 # Moves elements and computes nothing: executed on the ids themselves.
 MOVE = frozenset(
-    ["view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze", "expand", "repeat", "unbind", "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "roll", "flip", "cat", "stack", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
+    "view _unsafe_view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand repeat unbind "
+    "select slice narrow split split_with_sizes chunk roll flip cat stack pixel_shuffle pixel_unshuffle "
+    "channel_shuffle".split()
 )
 # Those of MOVE that hold positions as numbers, which would mean another channel in a smaller network.
-CUTS = frozenset(["select", "slice", "narrow", "split", "split_with_sizes", "chunk"])
+CUTS = frozenset("select slice narrow split split_with_sizes chunk".split())
 # Works on every channel by itself, over the dimensions behind the channel's.
 SPATIAL = frozenset(
-    ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"]
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split()
 )
 REDUCE = frozenset(["mean", "sum", "amax", "amin"])
 CONV = frozenset(["conv1d", "conv2d", "conv3d"])
