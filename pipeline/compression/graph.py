@@ -23,6 +23,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
+from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups, Frozen, Norm
 from pipeline.compression.projection import Projection, apply
 from pipeline.tables import UserError
@@ -68,7 +69,7 @@ def channel_groups(model: nn.Module, example: Example) -> ChannelGroups:
     """
     args, kwargs = call_arguments(example)
     # A copy: export needs eval mode and must not meet hooks' or buffers' side effects on the live model.
-    twin = copy.deepcopy(model).eval()
+    twin = bare_copy(model).eval()
     try:
         with torch.no_grad():
             program = torch.export.export(twin, args, kwargs)

@@ -151,3 +151,6 @@ METHODS: dict[str, Method] = {
     "l2": partial(magnitude, p=2),
     "random": random,
 }
+
+# Of METHODS, those that merge channels; the others drop them.
+FOLDING = frozenset({"fold"})

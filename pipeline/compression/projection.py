@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +107,16 @@ def apply(
     norm_scale: merge a weight and the norm behind it as the one affine map that they are (see `_merge_norms`), rather
     than each tensor by its own mean.
     """
+    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    return resized(model, compressed_tensors(tensors, groups, projections, norm_scale))
+
+
+def resized(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` in which these tensors, by name and of other shapes than before, stand in place of its own."""
     state = model.state_dict(keep_vars=True)
-    edited = compressed_tensors({n: t.detach() for n, t in state.items()}, groups, projections, norm_scale)
     # deepcopy puts the new tensors in the place of the old ones, tied ones under all their names.
-    memo: dict[int, Tensor] = {}
-    for name, new in edited.items():
+    memo: dict[int, Any] = {}
+    for name, new in tensors.items():
         old = state[name]
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     smaller = copy.deepcopy(model, memo)

@@ -1,0 +1,417 @@
+"""Measure at the end of training epochs what compression leaves of the network's accuracy.
+
+    Trainer(callbacks=[CompressionCallback(methods=["fold", "l2"], ratios=[0.3, 0.5])])
+
+works with any LightningModule that classifies (inputs, labels) batches and holds its network in an attribute. Training
+is bit for bit what it is without the callback: only copies are compressed, and the random state, the modes, the
+optimizer, the metrics and the global step are left as they are.
+"""
+
+import math
+import operator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
+from pipeline.compression.checkpoint import save_compressed
+from pipeline.compression.compress import check_finite, macs, parameters
+from pipeline.compression.copies import bare_copy
+from pipeline.compression.methods import FOLDING, METHODS
+from pipeline.compression.repair import repair_, tune_norms_
+from pipeline.evaluate import Metrics, evaluate
+from pipeline.results import DENSE, STAGES, Row, RowStore, code_version, foldability
+from pipeline.tables import UserError, pick
+
+CACHE_BYTES = 2**31  # evaluation batches are kept on the device for one measurement if they take no more than this
+
+
+class CompressionCallback(Callback):
+    """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
+
+    methods: names in METHODS, or {label: {"method": name, options of `compressions` and of the method}}
+    ratios: fractions of channels to remove, 0 <= r < 1
+    every_n_epochs: measure after every n-th epoch (and after the last one)
+    stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
+        network has nothing for (repair without BatchNorm) gives no rows
+    network: attribute of the LightningModule that holds the network, dots allowed
+    eval_data: Dataset or DataLoader to measure on; None: the validation set that the Trainer uses
+    repair_data: Dataset or DataLoader of training samples without augmentation, for repair and norm tuning; None: the
+        data module's `repair_data`
+    repair_size: how many of them, drawn by `seed`; batch_size: for repair and evaluation, None: the loader's own
+    rows: Parquet file for the rows (None: only in memory, see `rows`); context: values of the Row fields cell, model,
+        data, seed
+    save_to: folder for every compressed network (None: none is saved)
+
+    Logs `compress/{method}/r{ratio}/acc_{stage}`, `compress/dense/acc`, `foldability/{method}_{stage}` (area under the
+    accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning). A test run
+    (`trainer.test`) measures on the test set in the same way, under `compress_test/` and `foldability_test/`.
+    What fails becomes a failed row and a NaN; training goes on.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("fold", "l1", "l2"),
+        ratios: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        every_n_epochs: int = 1,
+        stages: Sequence[str] = ("raw", "repaired"),
+        network: str = "net",
+        eval_data: Dataset | DataLoader | None = None,
+        repair_data: Dataset | DataLoader | None = None,
+        repair_size: int = 2048,
+        batch_size: int | None = None,
+        rows: str | Path | None = None,
+        context: Mapping[str, Any] | None = None,
+        save_to: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        named = methods if isinstance(methods, Mapping) else {name: {"method": name} for name in methods}
+        self.methods = {label: {"method": label, **(options or {})} for label, options in named.items()}
+        for options in self.methods.values():
+            pick("method", METHODS, options["method"])
+        if DENSE in self.methods:
+            raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
+        for ratio in ratios:
+            if not 0 <= ratio < 1:
+                raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
+        for stage in stages:
+            pick("stage", dict.fromkeys(STAGES), stage)
+        if not self.methods or not ratios or not stages:
+            raise UserError("compression needs at least one method, one ratio and one stage")
+        if every_n_epochs < 1:
+            raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1")
+        self.ratios, self.stages = sorted(map(float, ratios)), tuple(s for s in STAGES if s in stages)
+        self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed
+        self.eval_data, self.repair_data = eval_data, repair_data
+        self.repair_size, self.batch_size = repair_size, batch_size
+        self.save_to = None if save_to is None else Path(save_to)
+        self.context = {"cell": "", "model": "", "data": "", "seed": seed, **(context or {})}
+        self.store = RowStore(rows)
+        self._groups: ChannelGroups | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def rows(self) -> pl.DataFrame:
+        """All rows so far, one column per field of `results.Row`."""
+        return self.store.rows
+
+    # --- when
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"CompressionCallback cannot see whole weights under {type(trainer.strategy).__name__}; "
+                "use strategy 'ddp', or compress the saved checkpoints"
+            )
+        self._net(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse at the start what cannot work at the end of the first epoch."""
+        self.store.truncate(trainer.current_epoch)
+        self._repair_set(trainer)
+        with isolate_rng():
+            self._trace(trainer, pl_module, self._eval_loader(trainer, "val"))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs == 0 or trainer.should_stop or epoch == trainer.max_epochs:
+            self._run(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run(trainer, pl_module, "test")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_table(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_table(trainer)
+
+    # --- measuring
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        # inference_mode(False): a test run may be inside inference mode, where nothing could be tuned
+        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+            rows = self._measure(trainer, pl_module, split)
+        self.store.add(rows)
+        if trainer.is_global_zero:
+            with self._or_warn(f"rows stay in memory: {self.store.path} cannot be written"):
+                self.store.write()
+        suffix = "" if split == "val" else f"_{split}"
+        for name, value in summary(rows, {m: o["method"] in FOLDING for m, o in self.methods.items()}).items():
+            pl_module.log(name.replace("/", f"{suffix}/", 1), value, rank_zero_only=False, sync_dist=False)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Row]:
+        """All rows of this epoch. Every process compresses everything and evaluates its share of the pictures."""
+        net = bare_copy(self._net(pl_module)).eval()
+        loader = self._eval_loader(trainer, split)
+        move = self._mover(trainer, pl_module)
+        batches = _kept(loader, move)
+        mending = list(map(move, self._repair_batches(trainer))) if set(self.stages) - {"raw"} else []
+        fixed = {
+            **self.context,
+            "epoch": trainer.current_epoch + (split == "val"),
+            "step": trainer.global_step,
+            "split": split,
+            "version": code_version(),
+        }
+        found: list[tuple[dict[str, Any], Metrics | None]] = []
+        forward = trainer.precision_plugin.forward_context
+
+        def measure(model: nn.Module, **values: Any) -> None:
+            start = time.perf_counter()
+            with self._or_fail(found, values), forward():
+                metrics = evaluate(model, batches)
+                values["seconds"] = values.get("seconds", 0.0) + time.perf_counter() - start
+                found.append((values, metrics))
+
+        example = self._example(loader, move)
+        measure(net, method=DENSE, ratio=0.0, stage="raw", error=0.0, params=parameters(net), macs=macs(net, example))
+        for label, options in self.methods.items():
+            for ratio, compressed, values in self._compressed(trainer, pl_module, net, example, label, options, found):
+                for stage, mend in self._mends(mending).items():
+                    values = {**values, "method": label, "ratio": ratio, "stage": stage}
+                    start = time.perf_counter()
+                    with self._or_fail(found, values):
+                        with forward(), torch.enable_grad():
+                            applies = mend(compressed.model)
+                        values["seconds"] += time.perf_counter() - start
+                        if applies:
+                            measure(compressed.model, **values)
+                            self._save(trainer, compressed, fixed, values)
+        return self._rows(trainer, fixed, found)
+
+    def _compressed(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        net: nn.Module,
+        example: Tensor,
+        label: str,
+        options: Mapping[str, Any],
+        found: list,
+    ) -> Iterator[tuple[float, Compressed, dict[str, Any]]]:
+        """(ratio, compressed, row values) for every ratio; what fails is put into `found` for the ratios left."""
+        left = list(self.ratios)
+        try:
+            if self._groups is None:
+                self._groups = channel_groups(net, example)
+            check_finite(net.state_dict())
+            start = time.perf_counter()
+            smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, seed=self.seed, **options)
+            for compressed in smaller:
+                report = compressed.report
+                seconds = time.perf_counter() - start
+                values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
+                yield left.pop(0), compressed, {**values, "seconds": seconds}
+                start = time.perf_counter()
+        except Exception as error:
+            for ratio in left:
+                for stage in self.stages:
+                    found.append(({"method": label, "ratio": ratio, "stage": stage, "reason": one_line(error)}, None))
+            self._warn(f"{label}: {one_line(error)}")
+
+    def _mends(self, mending: list) -> dict[str, Callable[[nn.Module], bool]]:
+        """Stage -> what makes a raw network one of that stage, in place; False where the network has nothing for it.
+
+        The order matters: repair resets statistics, and norm tuning starts from repaired ones.
+        """
+        everything: dict[str, Callable[[nn.Module], bool]] = {
+            "raw": lambda model: True,
+            "repaired": lambda model: repair_(model, (inputs for inputs, _ in mending)),
+            "norm_tuned": lambda model: tune_norms_(model, mending),
+        }
+        return {stage: everything[stage] for stage in self.stages}
+
+    def _rows(self, trainer: Trainer, fixed: dict[str, Any], found: list[tuple[dict, Metrics | None]]) -> list[Row]:
+        """Add up the shares of all processes, in one collective, and make the rows."""
+        none = Metrics(math.nan, math.nan, math.nan)
+        sums = torch.tensor([[m.correct, m.loss_sum, m.n] for m in (m or none for _, m in found)], dtype=torch.float64)
+        device = trainer.strategy.root_device
+        sums = sums.to(device) if device.type != "mps" else sums.float().to(device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum").cpu()
+        rows = []
+        for (values, _), parts in zip(found, sums.tolist(), strict=True):
+            total = Metrics(*parts)
+            if total.n > 0:  # NaN where any process failed
+                rows.append(Row(**fixed, **values, n=int(total.n), acc=total.acc, loss=total.loss))
+            else:
+                reason = values.get("reason") or "failed on another process, or there were no pictures"
+                rows.append(Row(**{**fixed, **values, "reason": reason}, status="failed"))
+        return rows
+
+    # --- pictures
+
+    def _eval_loader(self, trainer: Trainer, split: str) -> DataLoader:
+        """This process's share, every world_size-th sample: Lightning's own loader would repeat some to fill up."""
+        given = self.eval_data if split == "val" else None
+        if given is None:
+            given = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
+        if given is None and trainer.datamodule is not None:
+            given = trainer.datamodule.val_dataloader()
+        if isinstance(given, list | tuple):
+            given = given[0] if given else None
+        if given is None:
+            raise UserError("CompressionCallback has no pictures to measure on; give the Trainer validation data or "
+                            "pass eval_data=")  # fmt: skip
+        size = given.batch_size if isinstance(given, DataLoader) else None
+        return self._own_loader(given, slice(trainer.global_rank, None, trainer.world_size), size)
+
+    def _repair_set(self, trainer: Trainer) -> Dataset | DataLoader | None:
+        if not set(self.stages) - {"raw"}:
+            return None
+        data = self.repair_data
+        if data is None:
+            data = getattr(trainer.datamodule, "repair_data", None)
+        if data is None:
+            raise UserError(
+                "stages 'repaired' and 'norm_tuned' need training pictures without augmentation; pass repair_data= to "
+                "CompressionCallback, or stages=['raw']"
+            )
+        return data
+
+    def _repair_batches(self, trainer: Trainer) -> DataLoader:
+        """The same batches on every process, so that all get the same statistics."""
+        data = self._repair_set(trainer)
+        size = len(getattr(data, "dataset", data))
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[: self.repair_size]
+        # Every batch counts the same in the statistics, so all are of one size.
+        size = min(self.batch_size or 256, len(drawn))
+        return self._own_loader(data, drawn[: len(drawn) // size * size].tolist(), size)
+
+    def _own_loader(self, data: Dataset | DataLoader, which: slice | list[int], batch_size: int | None) -> DataLoader:
+        dataset = data.dataset if isinstance(data, DataLoader) else data
+        indices = range(len(dataset))[which] if isinstance(which, slice) else which
+        size = self.batch_size or batch_size or 256
+        collate = data.collate_fn if isinstance(data, DataLoader) else getattr(dataset, "collate", None)
+        # A generator of its own, because iterating a loader draws from the global one.
+        return DataLoader(Subset(dataset, indices), size, collate_fn=collate, generator=torch.Generator())
+
+    def _mover(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], tuple[Tensor, Tensor]]:
+        def move(batch: Any) -> tuple[Tensor, Tensor]:
+            if not isinstance(batch, list | tuple) or len(batch) < 2:
+                raise UserError(f"CompressionCallback needs (inputs, labels) batches, got {type(batch).__name__}")
+            batch = pl_module.transfer_batch_to_device(tuple(batch[:2]), trainer.strategy.root_device, 0)
+            inputs, labels = trainer.precision_plugin.convert_input(batch)
+            return inputs, labels
+
+        return move
+
+    def _example(self, loader: DataLoader, move: Callable) -> Tensor:
+        """A batch of one on the device."""
+        return move(next(iter(loader)))[0][:1]
+
+    # --- the network
+
+    def _net(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            net = operator.attrgetter(self.network)(pl_module)
+        except AttributeError:
+            net = None
+        if not isinstance(net, nn.Module):
+            children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+            raise UserError(
+                f"{type(pl_module).__name__} has no network {self.network!r}; "
+                f"pass network= to CompressionCallback with one of its modules: {children}"
+            )
+        return net
+
+    def _trace(self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader) -> None:
+        example = self._example(loader, self._mover(trainer, pl_module))
+        self._groups = channel_groups(self._net(pl_module), example)
+        if not len(self._groups):
+            raise UserError(
+                f"{type(self._net(pl_module)).__name__} has no channels that can be compressed: "
+                + "; ".join(map(str, self._groups.frozen[:3]))
+            )
+
+    def _save(self, trainer: Trainer, compressed: Compressed, fixed: Mapping, values: Mapping) -> None:
+        if self.save_to is None or not trainer.is_global_zero:
+            return
+        name = f"{values['method']}-r{values['ratio']:g}-{values['stage']}.safetensors"
+        path = self.save_to / f"epoch{fixed['epoch']:03d}" / name
+        with self._or_warn(f"{path} cannot be written"):
+            save_compressed(compressed, path, {**self.context, "epoch": fixed["epoch"], "stage": values["stage"]})
+
+    # --- what may fail
+
+    @contextmanager
+    def _or_fail(self, found: list, values: dict[str, Any]) -> Iterator[None]:
+        """An exception becomes a failed row."""
+        try:
+            yield
+        except Exception as error:
+            found.append(({**values, "reason": one_line(error)}, None))
+            self._warn(f"{values['method']} at ratio {values['ratio']:g} ({values['stage']}): {one_line(error)}")
+
+    @contextmanager
+    def _or_warn(self, text: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._warn(f"{text}: {one_line(error)}")
+
+    def _warn(self, text: str) -> None:
+        """Say a thing once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"CompressionCallback: {text}", RuntimeWarning, stacklevel=2)
+
+    def _log_table(self, trainer: Trainer) -> None:
+        data = [list(row) for row in self.rows.iter_rows()]
+        for logger in trainer.loggers:
+            if data and trainer.is_global_zero and hasattr(logger, "log_table"):
+                with self._or_warn(f"{type(logger).__name__} did not take the table of rows"):
+                    logger.log_table("compress/rows", columns=self.rows.columns, data=data)
+
+
+def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
+    """The numbers that an epoch logs. folds: of each method label, whether it folds (or prunes)."""
+    logged: dict[str, float] = {}
+    curves: dict[tuple[str, str], dict[float, float]] = {}
+    dense = math.nan
+    for row in rows:
+        acc = math.nan if row.acc is None else row.acc
+        if row.method == DENSE:
+            dense = logged["compress/dense/acc"] = acc
+        else:
+            logged[f"compress/{row.method}/r{row.ratio:g}/acc_{row.stage}"] = acc
+            curves.setdefault((row.stage, row.method), {})[row.ratio] = acc
+    for stage in dict.fromkeys(stage for stage, _ in curves):
+        areas = {method: foldability(dense, curve) for (s, method), curve in curves.items() if s == stage}
+        logged.update({f"foldability/{method}_{stage}": area for method, area in areas.items()})
+        folded, pruned = ([a for m, a in areas.items() if folds[m] is kind] for kind in (True, False))
+        if folded and pruned:
+            logged[f"foldability/gap_{stage}"] = max(folded) - max(pruned)
+    return logged
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, with its type where the text alone would not say what happened."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _kept(loader: DataLoader, move: Callable) -> Iterable[tuple[Tensor, Tensor]]:
+    """The loader's batches on the device: decoded once for all networks if they fit in CACHE_BYTES, else as they come."""
+
+    class Streamed:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return map(move, iter(loader))
+
+    first = next(iter(loader), None)
+    if first is None:
+        return []
+    size = reduce(operator.mul, first[0].shape, 1) * first[0].element_size() * len(loader)
+    return list(Streamed()) if size <= CACHE_BYTES else Streamed()

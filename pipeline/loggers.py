@@ -1,0 +1,58 @@
+"""W&B, so that it never asks for a key and never costs a run."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+
+class GuardedWandbLogger(WandbLogger):
+    """A WandbLogger whose failures (server gone, disk full) are one warning; the rows are in the run's folder anyway."""
+
+    def _guarded(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            method(*args, **kwargs)
+        except Exception as error:
+            if not getattr(self, "_has_warned", False):
+                self._has_warned = True
+                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"W&B did not take what was logged ({text}); training goes on", RuntimeWarning, 2)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._guarded(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._guarded(super().log_hyperparams, params)
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        self._guarded(super().log_table, *args, **kwargs)
+
+    def finalize(self, status: str) -> None:
+        self._guarded(super().finalize, status)
+
+
+def wandb_logger(folder: Path, project: str, name: str, config: Mapping[str, Any], mode: str) -> WandbLogger | None:
+    """A logger into `folder`. mode: online, offline, disabled, or auto: online for those logged in, else offline."""
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    if mode == "disabled":
+        return None
+    settings = wandb.Settings(silent=True, console="off", mode=mode, init_timeout=30)
+    make = {"project": project, "name": name, "save_dir": folder, "config": dict(config), "settings": settings}
+    logger = GuardedWandbLogger(**make)
+    try:
+        run = logger.experiment
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"W&B cannot be reached ({text}); this run logs offline", RuntimeWarning, stacklevel=2)
+        settings.mode = "offline"
+        logger = GuardedWandbLogger(**make)
+        run = logger.experiment
+    # Curves over epochs instead of over optimizer steps.
+    for prefix in ("compress", "compress_test", "foldability", "foldability_test"):
+        run.define_metric(f"{prefix}/*", step_metric="epoch")
+    return logger

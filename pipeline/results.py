@@ -1,0 +1,144 @@
+"""Typed rows: one measurement each. Written whole or not at all, read as one table.
+
+Knows neither Lightning nor W&B. A file holds the rows of one cell.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import polars as pl
+
+STAGES = ("raw", "repaired", "norm_tuned")
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of one compressed (or, for method "dense", uncompressed) network.
+
+    cell: the run it belongs to; seed: of the run; epoch: finished epochs; step: optimizer steps by then
+    method: as named by the user; ratio: fraction of channels removed, 0 <= r < 1
+    stage: raw (no data seen), repaired (statistics re-estimated on unlabelled training pictures), norm_tuned (norm
+        parameters trained with labels)
+    split, n: which pictures the accuracy was measured on, and how many
+    acc: 0 ... 1; loss: mean cross-entropy in nats; error: mean relative parameter error of the channel groups
+    params: parameters; macs: multiply-accumulates per picture; seconds: to compress, repair and evaluate
+    status: ok or failed; reason: why it failed; version: of this code
+    """
+
+    cell: str
+    model: str
+    data: str
+    seed: int
+    epoch: int
+    step: int
+    method: str
+    ratio: float
+    stage: str
+    split: str
+    status: str = "ok"
+    reason: str = ""
+    n: int = 0
+    acc: float | None = None
+    loss: float | None = None
+    error: float | None = None
+    params: int | None = None
+    macs: int | None = None
+    seconds: float | None = None
+    version: str = ""
+
+
+_POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}
+SCHEMA = {
+    f.name: next(dtype for python, dtype in _POLARS.items() if python.__name__ in str(f.type)) for f in fields(Row)
+}
+KEY = ["cell", "epoch", "method", "ratio", "stage", "split"]
+
+
+def table(rows: Iterable[Row]) -> pl.DataFrame:
+    """The rows as a typed table, one column per field."""
+    return pl.DataFrame([asdict(row) for row in rows], schema=SCHEMA)
+
+
+class RowStore:
+    """The rows of one cell, in memory and, with a path, in a Parquet file that is replaced whole at every write.
+
+    So a kill never leaves half a row, and rows that could not be written (disk full) go out with the next write.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows = read(self.path) if self.path is not None and self.path.exists() else table([])
+
+    def truncate(self, epoch: int) -> None:
+        """Forget rows of later epochs than `epoch`: a run that resumes there measures them again."""
+        self.rows = self.rows.filter(pl.col("epoch") <= epoch)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows; one that is there already (same KEY) is replaced."""
+        self.rows = pl.concat([self.rows, table(rows)]).unique(KEY, keep="last", maintain_order=True)
+
+    def write(self) -> None:
+        """Bring the file up to date. Raises OSError when the disk refuses."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        try:
+            self.rows.write_parquet(part)
+            os.replace(part, self.path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def read(*paths: str | Path) -> pl.DataFrame:
+    """All rows of these files as one table."""
+    return pl.concat([pl.read_parquet(path, schema=SCHEMA) for path in paths]) if paths else table([])
+
+
+def pivot(rows: pl.DataFrame, value: str = "acc") -> pl.DataFrame:
+    """One line per (stage, method), one column per ratio, mean over what else differs; failed rows are left out."""
+    return (
+        rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE))
+        .sort("ratio")
+        .pivot("ratio", index=["stage", "method"], values=value, aggregate_function="mean", maintain_order=True)
+        .sort(pl.col("stage").map_elements(STAGES.index, return_dtype=pl.Int64), maintain_order=True)
+    )
+
+
+def foldability(dense_acc: float, curve: dict[float, float]) -> float:
+    """Area under the accuracy-over-ratio curve {ratio: acc}, divided by its range of ratios: 0 ... 1.
+
+    The curve starts at ratio 0 with the dense accuracy and runs to the largest ratio measured (trapezoids), so the
+    value is the mean accuracy of a network that is made smaller by anything up to that ratio.
+    """
+    points = sorted({0.0: dense_acc, **curve}.items())
+    if len(points) == 1:
+        return dense_acc
+    area = sum((r1 - r0) * (a0 + a1) / 2 for (r0, a0), (r1, a1) in zip(points, points[1:], strict=False))
+    return area / (points[-1][0] - points[0][0])
+
+
+@cache
+def code_version() -> str:
+    """Version of this package and, in a git checkout, the commit (with + when files differ from it)."""
+    try:
+        release = version("foldability")
+    except PackageNotFoundError:
+        release = "0"
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return f"{release}+g{commit}" if commit else release
