@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +262,9 @@ class CompressionCallback(Callback):
         if isinstance(given, list | tuple):
             given = given[0] if given else None
         if given is None:
-            raise UserError("CompressionCallback has no pictures to measure on; give the Trainer validation data or "
-                            "pass eval_data=")  # fmt: skip
+            raise UserError(
+                "CompressionCallback has nothing to measure on; give the Trainer validation data or pass eval_data="
+            )
         size = given.batch_size if isinstance(given, DataLoader) else None
         return self._own_loader(given, slice(trainer.global_rank, None, trainer.world_size), size)
 
@@ -403,15 +403,21 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
+class _Moved:
+    """A loader's batches on the device, made anew at every pass."""
+
+    def __init__(self, loader: DataLoader, move: Callable) -> None:
+        self.loader, self.move = loader, move
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.move, self.loader)
+
+
 def _kept(loader: DataLoader, move: Callable) -> Iterable[tuple[Tensor, Tensor]]:
-    """The loader's batches on the device: decoded once for all networks if they fit in CACHE_BYTES, else as they come."""
-
-    class Streamed:
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            return map(move, iter(loader))
-
-    first = next(iter(loader), None)
+    """The batches on the device: made once for all networks if they fit into CACHE_BYTES, else at every pass."""
+    moved = _Moved(loader, move)
+    first = next(iter(moved), None)
     if first is None:
         return []
-    size = reduce(operator.mul, first[0].shape, 1) * first[0].element_size() * len(loader)
-    return list(Streamed()) if size <= CACHE_BYTES else Streamed()
+    fits = first[0].numel() * first[0].element_size() * len(loader) <= CACHE_BYTES
+    return list(moved) if fits else moved

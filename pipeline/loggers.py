@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 
 class GuardedWandbLogger(WandbLogger):
-    """A WandbLogger whose failures (server gone, disk full) are one warning; the rows are in the run's folder anyway."""
+    """A WandbLogger whose failures (server gone, disk full) are one warning: the run's folder holds its rows."""
 
     def _guarded(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
@@ -38,7 +38,7 @@ class GuardedWandbLogger(WandbLogger):
 def wandb_logger(folder: Path, project: str, name: str, config: Mapping[str, Any], mode: str) -> WandbLogger | None:
     """A logger into `folder`. mode: online, offline, disabled, or auto: online for those logged in, else offline."""
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     if mode == "disabled":
         return None
     settings = wandb.Settings(silent=True, console="off", mode=mode, init_timeout=30)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -120,7 +121,7 @@ def foldability(dense_acc: float, curve: dict[float, float]) -> float:
     points = sorted({0.0: dense_acc, **curve}.items())
     if len(points) == 1:
         return dense_acc
-    area = sum((r1 - r0) * (a0 + a1) / 2 for (r0, a0), (r1, a1) in zip(points, points[1:], strict=False))
+    area = sum((r1 - r0) * (a0 + a1) / 2 for (r0, a0), (r1, a1) in pairwise(points))
     return area / (points[-1][0] - points[0][0])
 
 

@@ -36,13 +36,13 @@ class Classification(LightningModule):
     def forward(self, inputs: Tensor) -> Tensor:
         return self.net(inputs)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self.step(batch, "train", self.label_smoothing)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.step(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.step(batch, "test")
 
     def step(self, batch: tuple[Tensor, Tensor], split: str, label_smoothing: float = 0.0) -> Tensor:

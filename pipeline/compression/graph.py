@@ -5,8 +5,8 @@ activation is an integer tensor of its true shape that says, element by element,
 Operations that only move data (view, permute, cat, flatten, ...) are executed as they are on the ids; element-wise
 operations with two operands unite the ids that meet; convolutions and linear layers consume a channel axis and produce
 another. What an operation that is not in these tables touches is frozen: a network can come out less compressible than
-it is, never wrong. A final check on duplicated channels (`verify`) freezes what a forward pass cannot follow, such as
-sizes that a module keeps as Python numbers.
+it is, never wrong. A final check on duplicated channels (`_verified`) freezes what the trace cannot see, such as sizes
+that a module keeps as Python numbers.
 
 After the idea that coupling is a property of the graph, DepGraph (Fang et al. 2023, arXiv:2301.12900).
 """
@@ -15,17 +15,19 @@ import copy
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups, Frozen, Norm
-from pipeline.compression.projection import Projection, apply
+from pipeline.compression.projection import Projection, apply, named_tensors
 from pipeline.tables import UserError
 
 Example = Tensor | tuple | dict
@@ -33,20 +35,21 @@ Example = Tensor | tuple | dict
 # Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is
 # taken out of its readers, not set to zero.
 PASS = frozenset(
-    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish logsigmoid "
-    "dropout feature_dropout alpha_dropout clone contiguous alias detach detach_ to _to_copy type_as neg exp abs sqrt "
-    "rsqrt square erf pow clamp clamp_min clamp_max lift_fresh_copy".split()
+    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish "
+    "logsigmoid dropout feature_dropout alpha_dropout clone contiguous alias detach to _to_copy type_as neg negative "
+    "exp abs absolute sqrt rsqrt square erf pow clamp clamp_min clamp_max clip lift_fresh_copy".split()
 )
 # Element-wise in two operands: channels that meet are one channel.
-MEET = frozenset("add sub mul div maximum minimum".split())
+MEET = frozenset("add sub rsub subtract mul multiply div divide true_divide maximum minimum".split())
 # Moves elements and computes nothing: executed on the ids themselves.
 MOVE = frozenset(
-    "view _unsafe_view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand repeat unbind "
-    "select slice narrow split split_with_sizes chunk roll flip cat stack pixel_shuffle pixel_unshuffle "
-    "channel_shuffle".split()
+    "view _unsafe_view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze "
+    "unsqueeze expand repeat unbind select slice narrow split split_with_sizes chunk roll flip cat concat concatenate "
+    "stack pixel_shuffle pixel_unshuffle channel_shuffle".split()
 )
-# Those of MOVE that hold positions as numbers, which would mean another channel in a smaller network.
-CUTS = frozenset("select slice narrow split split_with_sizes chunk".split())
+# Those of MOVE that hold positions as numbers, which would mean another channel in a smaller network, and the place of
+# the dimension among their arguments.
+CUTS = {"select": 1, "slice": 1, "narrow": 1, "unbind": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "roll": 2}
 # Works on every channel by itself, over the dimensions behind the channel's.
 SPATIAL = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
@@ -74,9 +77,8 @@ def channel_groups(model: nn.Module, example: Example) -> ChannelGroups:
         with torch.no_grad():
             program = torch.export.export(twin, args, kwargs)
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"torch.export cannot trace {type(model).__name__}: {first_line} "
+            f"torch.export cannot trace {type(model).__name__}: {_first_line(error)} "
             "(make its forward free of data-dependent control flow, or compress a submodule)"
         ) from error
     tracer = _Tracer(program, twin)
@@ -118,12 +120,15 @@ class _Tracer:
         first: dict[int, str] = {}
         for name, tensor in owned.items():
             first.setdefault(id(tensor), name)
+        # What no checkpoint holds, and masks and counters, are constants to us: channels that meet them stay.
+        stored = {name for name, tensor in named_tensors(model).items() if tensor.is_floating_point()}
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.names = {node: first[id(owned[name])] for node, name in names.items()}
+        self.names = {node: first[id(owned[name])] for node, name in names.items() if first[id(owned[name])] in stored}
         self.tensors = {name: owned[name].detach() for name in first.values()}
         self.env: dict[fx.Node, Any] = {}
         self.count = 1  # id 0 is "no channel"
         self.spans: dict[tuple[str, int | None], tuple[int, str]] = {}  # (tensor, axis or None) -> first id, role
+        self.shared: set[str] = set()  # tensors that several operations use
         self.edges: list[np.ndarray] = []
         self.freezes: list[tuple[np.ndarray, str]] = []
         self.norms: list[Norm] = []
@@ -145,6 +150,8 @@ class _Tracer:
         if key not in self.spans:
             self.spans[key] = (self.count, role)
             self.count += size
+        else:
+            self.shared.add(key[0])
         start, known = self.spans[key]
         ids = torch.arange(start, start + size)
         if known != role:
@@ -168,8 +175,8 @@ class _Tracer:
         self.edges.append(np.unique(pairs[:, ~fixed], axis=1))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        ids = np.unique(_thin(ids)[0].numpy())
-        self.freezes.append((ids[ids > 0], reason))
+        found = np.unique(_thin(ids)[0].numpy())
+        self.freezes.append((found[found > 0], reason))
 
     def along(self, ids: Tensor, dim: int) -> Tensor:
         """The ids along one dimension, (N,), which must mean the same wherever else they stand."""
@@ -196,7 +203,7 @@ class _Tracer:
 
     def step(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            return self.env[node.args[0]][node.args[1]]
+            return self.env[_argument(node, 0, "a")][_argument(node, 1, "b")]
         name = _op_name(node)
         for table, rule in RULES:
             if name in table:
@@ -217,7 +224,7 @@ class _Tracer:
         def zeros(v: Any) -> Any:
             if isinstance(v, (list, tuple)):
                 return [zeros(part) for part in v]
-            return torch.zeros((), dtype=torch.int64).expand(tuple(map(int, getattr(v, "shape", ()))))
+            return _no_channels(getattr(v, "shape", ()))
 
         return zeros(value)
 
@@ -247,7 +254,8 @@ class _Tracer:
 
     def parameter(self, arg: Any) -> str | None:
         """The tensor's name if the argument is a parameter or buffer used as it is."""
-        return self.env[arg] if isinstance(arg, fx.Node) and isinstance(self.env[arg], str) else None
+        value = self.env[arg] if isinstance(arg, fx.Node) else None
+        return value if isinstance(value, str) else None
 
     # --- from ids to groups
 
@@ -340,8 +348,13 @@ class _Tracer:
             size=len(members),
             writes=tuple(axes["write"]),
             reads=tuple(axes["read"]),
-            norms=tuple(n for n in self.norms if written & {n.weight, n.bias, n.mean, n.var}),
+            norms=tuple(dict.fromkeys(self._own(n) for n in self.norms if written & {n.weight, n.bias, n.mean, n.var})),
         )
+
+    def _own(self, norm: Norm) -> Norm:
+        """Without its writer if one of the two is applied twice: then they are not one affine map."""
+        names = {norm.weight, norm.bias, norm.mean, norm.var, norm.writer, norm.writer_bias}
+        return replace(norm, writer=None, writer_bias=None) if names & self.shared else norm
 
 
 def _op_name(node: fx.Node) -> str:
@@ -349,12 +362,18 @@ def _op_name(node: fx.Node) -> str:
     if schema is None:
         return str(node.target)
     namespace, _, name = schema.name.partition("::")
+    if namespace != "aten":
+        return schema.name  # mylib::relu is not the relu that we know
     # relu_ is relu to us: the ids of a value do not depend on where it is stored
-    return name.rstrip("_") if namespace == "aten" and not name.startswith("_") else name
+    return name if name.startswith("_") else name.rstrip("_")
 
 
 def _argument(node: fx.Node, i: int, name: str, default: Any = None) -> Any:
     return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+
+
+def _no_channels(shape: Iterable[int]) -> Tensor:
+    return torch.zeros((), dtype=torch.int64).expand(tuple(map(int, shape)))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -368,14 +387,16 @@ def _spread(line: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
 
 
 def _pass(t: _Tracer, node: fx.Node) -> Any:
-    if len(t.operands(node)) > 1 and _op_name(node) not in ("type_as",):
-        return NotImplemented  # e.g. a power or a clamp by another tensor
-    return t.value(node.args[0])
+    operands = t.operands(node)
+    if len(operands) == 1:
+        return operands[0]
+    # Two: the type of another tensor, which is nothing to us, or e.g. a power or a clamp by another tensor
+    return t.value(_argument(node, 0, "self")) if _op_name(node) in ("to", "type_as") else NotImplemented
 
 
 def _meet(t: _Tracer, node: fx.Node) -> Any:
     operands = t.operands(node)
-    if len({id(a) for a in node.args[:2]}) == 1 or len(operands) == 1:
+    if len(operands) == 1:  # with a number, or with itself
         return operands[0].expand(_shape(node))
     shape = _shape(node)
     x, y = (v.view((1,) * (len(shape) - v.dim()) + tuple(v.shape)) for v in operands)
@@ -399,28 +420,31 @@ def _move(t: _Tracer, node: fx.Node) -> Any:
     name = _op_name(node)
     args = [t.value(a) for a in node.args]
     if name in CUTS:
-        dim = _argument(node, 2 if name in ("split", "split_with_sizes", "chunk") else 1, "dim", 0)
         x = args[0]
+        dims = _argument(node, CUTS[name], "dims" if name == "roll" else "dim", 0)
+        if not isinstance(dims, int):
+            dims = dims or range(x.dim())  # a roll over all
         whole = name == "slice" and tuple(x.shape) == _shape(node)
-        if not whole and varies(x, dim):
+        if not whole and any(varies(x, d) for d in ([dims] if isinstance(dims, int) else dims)):
             t.freeze(x, f"{name} cuts the channels at fixed positions")
     if name in ("view", "_unsafe_view"):  # expanded ids have no strides that a view could keep
         return args[0].reshape(_shape(node))
-    return node.target(*args, **node.kwargs)
+    return cast(Callable, node.target)(*args, **node.kwargs)
 
 
 def _spatial(t: _Tracer, node: fx.Node) -> Any:
     value = node.meta["val"]
-    if not isinstance(value, Tensor):
-        return NotImplemented
-    x = t.value(node.args[0])
+    x = t.value(_argument(node, 0, "input"))
     behind = int(_op_name(node)[-2])  # the "2" of max_pool2d
     channel = x.dim() - behind - 1
-    return _spread(t.along(x, channel), _shape(node), channel)
+    line = t.along(x, channel)
+    if isinstance(value, Tensor):
+        return _spread(line, _shape(node), channel)
+    return [_spread(line, tuple(map(int, value[0].shape)), channel), *(_no_channels(v.shape) for v in value[1:])]
 
 
 def _pad(t: _Tracer, node: fx.Node) -> Any:
-    x, widths = t.value(node.args[0]), list(node.args[1])
+    x, widths = t.value(_argument(node, 0, "self")), list(_argument(node, 1, "pad"))
     padded = [x.dim() - 1 - i // 2 for i, width in enumerate(widths) if width]
     for dim in sorted(set(padded)):
         if varies(x, dim):
@@ -432,8 +456,8 @@ def _pad(t: _Tracer, node: fx.Node) -> Any:
 
 def _reduce(t: _Tracer, node: fx.Node) -> Any:
     dims = _argument(node, 1, "dim")
-    x = t.value(node.args[0])
-    if not isinstance(dims, (int, list, tuple)):
+    x = t.value(_argument(node, 0, "self"))
+    if not isinstance(dims, (int, list, tuple)) or dims == []:
         dims = list(range(x.dim()))
     dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
     if any(varies(x, d) for d in dims):
@@ -445,14 +469,20 @@ def _reduce(t: _Tracer, node: fx.Node) -> Any:
 
 def _weighted(t: _Tracer, node: fx.Node, dim: int, read_axis: int, write_axis: int) -> Any:
     """A layer whose weight reads the channels along `dim` of its input and writes those of its output."""
-    weight, bias = t.parameter(node.args[1]), _argument(node, 2, "bias")
-    if weight is None or (bias is not None and t.parameter(bias) is None):
+    weight, bias = _weight_and_bias(t, node)
+    if weight is None or bias is None:
         return NotImplemented
-    t.unite(t.along(t.value(node.args[0]), dim), t.axis_ids(weight, read_axis, "read"))
+    t.unite(t.along(t.value(_argument(node, 0, "input")), dim), t.axis_ids(weight, read_axis, "read"))
     written = t.axis_ids(weight, write_axis, "write")
-    if bias is not None:
-        t.unite(written, t.axis_ids(t.parameter(bias), 0, "write"))
+    if bias:
+        t.unite(written, t.axis_ids(bias, 0, "write"))
     return _spread(written, _shape(node), dim)
+
+
+def _weight_and_bias(t: _Tracer, node: fx.Node) -> tuple[str | None, str | None]:
+    """The names of a layer's weight and bias: None where it is computed, "" where there is no bias."""
+    bias = _argument(node, 2, "bias")
+    return t.parameter(_argument(node, 1, "weight")), "" if bias is None else t.parameter(bias)
 
 
 def _linear(t: _Tracer, node: fx.Node) -> Any:
@@ -464,14 +494,14 @@ def _conv(t: _Tracer, node: fx.Node) -> Any:
         return NotImplemented  # without a batch dimension
     if _argument(node, 6, "groups", 1) == 1:
         return _weighted(t, node, dim=1, read_axis=1, write_axis=0)
-    weight, bias = t.parameter(node.args[1]), _argument(node, 2, "bias")
-    if weight is None or t.tensors[weight].shape[1] != 1 or (bias is not None and t.parameter(bias) is None):
+    weight, bias = _weight_and_bias(t, node)
+    if weight is None or bias is None or t.tensors[weight].shape[1] != 1:
         return NotImplemented  # grouped, but not depthwise
     written = t.axis_ids(weight, 0, "write")
-    taken = t.along(t.value(node.args[0]), 1)
+    taken = t.along(t.value(_argument(node, 0, "input")), 1)
     t.unite(written, taken.repeat_interleave(len(written) // len(taken)))
-    if bias is not None:
-        t.unite(written, t.axis_ids(t.parameter(bias), 0, "write"))
+    if bias:
+        t.unite(written, t.axis_ids(bias, 0, "write"))
     return _spread(written, _shape(node), 1)
 
 
@@ -482,38 +512,38 @@ def _conv_transpose(t: _Tracer, node: fx.Node) -> Any:
 
 
 def _batch_norm(t: _Tracer, node: fx.Node) -> Any:
-    x = t.along(t.value(node.args[0]), 1)
     given = [_argument(node, i, name) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)]
     names = [None if g is None else t.parameter(g) for g in given]
     if any(g is not None and n is None for g, n in zip(given, names, strict=True)):
         return NotImplemented
+    source = _argument(node, 0, "input")
+    x = t.along(t.value(source), 1)
     for name in names:
         if name is not None:
             t.unite(x, t.axis_ids(name, 0, "write"))
-    source = node.args[0]
-    alone = source.op == "call_function" and len(source.users) == 1 and _op_name(source) in CONV | {"linear"}
-    weight = t.parameter(source.args[1]) if alone else None
-    bias = _argument(source, 2, "bias") if alone else None
-    eps = float(_argument(node, 7, "eps", 1e-5))
-    t.norms.append(Norm(*names, eps, weight, t.parameter(bias) if bias is not None else None))
+    writer, writer_bias = None, None
+    if source.op == "call_function" and len(source.users) == 1 and _op_name(source) in CONV | {"linear"}:
+        writer, writer_bias = _weight_and_bias(t, source)
+    weight, bias, mean, var = names
+    t.norms.append(Norm(weight, bias, mean, var, float(_argument(node, 7, "eps", 1e-5)), writer, writer_bias or None))
     return _spread(x, _shape(node), 1)
 
 
 def _layer_norm(t: _Tracer, node: fx.Node) -> Any:
     """The statistics run over channels, so these stay; the gain and shift belong to them."""
-    x = t.value(node.args[0])
+    x = t.value(_argument(node, 0, "input"))
     t.freeze(x, f"{_op_name(node)} normalises over these channels")
-    for i, name in ((2, "weight"), (3, "bias")):
-        given = _argument(node, i, name)
-        if given is not None and t.parameter(given) is not None:
-            t.unite(x, t.element_ids(t.parameter(given)))
+    for given in (_argument(node, 2, "weight"), _argument(node, 3, "bias")):
+        if isinstance(given, fx.Node):
+            t.unite(x, t.value(given))
     return x
 
 
 def _embedding(t: _Tracer, node: fx.Node) -> Any:
-    weight = t.parameter(node.args[0])
+    weight = t.parameter(_argument(node, 0, "weight"))
     if weight is None:
         return NotImplemented
+    t.freeze(t.value(_argument(node, 1, "indices")), "indexes an embedding")
     return _spread(t.axis_ids(weight, 1, "write"), _shape(node), -1)
 
 
@@ -534,55 +564,83 @@ RULES: tuple[tuple[frozenset[str], Rule], ...] = (
 )
 
 
-def _verified(
-    model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups, tolerance: float = 1e-4
-) -> ChannelGroups:
+def _verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups) -> ChannelGroups:
     """Keep the groups that survive a fold of exact duplicates, in uneven clusters, without loss; freeze the others.
 
-    The check runs in float64 on random weights, so that it speaks of the architecture and not of this checkpoint.
-    model: a copy that this function may overwrite.
+    The check runs on random weights, so that it speaks of the architecture and not of this checkpoint; in float64,
+    unless the model holds to float32 by itself. model: a copy that this function may overwrite.
     """
-    generator = torch.Generator().manual_seed(0)
-    model = model.cpu().double()
-    args, kwargs = torch.utils._pytree.tree_map(lambda v: _noise_like(v, generator), (args, kwargs))
-    _randomise_(model, generator)
-    clusters = [Projection(_uneven_labels(group.size, generator)) for group in traced]
-
-    def failure(chosen: list[int]) -> str | None:
-        groups, labels = [traced[i] for i in chosen], [clusters[i] for i in chosen]
-        twin = copy.deepcopy(model)
-        duplicate_(twin, groups, labels)
-        with torch.no_grad():
-            expected = twin(*args, **kwargs)
-            try:
-                found = apply(twin, groups, labels)(*args, **kwargs)
-            except Exception as error:
-                return f"the smaller network does not run ({str(error).strip().splitlines()[0]})"
-        for e, f in zip(_tensors(expected), _tensors(found), strict=True):
-            if e.shape != f.shape or not torch.allclose(e, f, rtol=0, atol=tolerance * float(e.abs().max())):
-                return "folding exact duplicates changes the output"
-        return None
-
-    everything = list(range(len(traced)))
-    if not everything or failure(everything) is None:
+    if not len(traced):
         return traced
-    reasons = {i: failure([i]) for i in everything}
-    kept = [i for i in everything if reasons[i] is None]
-    together = failure(kept) if kept else None
+    generator = torch.Generator().manual_seed(0)
+    model = model.cpu()
+    _randomise_(model, generator)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            tolerance, args, kwargs = _runs_on_noise_(model, args, kwargs, generator)
+        except Exception as error:
+            return _frozen_too(traced, dict.fromkeys(range(len(traced)), f"the check fails ({_first_line(error)})"))
+        # Two draws, as a channel order that survives one by chance will hardly survive another.
+        draws = [[Projection(_uneven_labels(group.size, generator)) for group in traced] for _ in range(2)]
+
+        def failure(chosen: list[int]) -> str | None:
+            groups = [traced[i] for i in chosen]
+            for draw in draws:
+                labels = [draw[i] for i in chosen]
+                twin = copy.deepcopy(model)
+                duplicate_(twin, groups, labels)
+                expected = twin(*args, **kwargs)
+                try:
+                    found = apply(twin, groups, labels)(*args, **kwargs)
+                except Exception as error:
+                    return f"the smaller network does not run ({_first_line(error)})"
+                for e, f in zip(_tensors(expected), _tensors(found), strict=True):
+                    if e.shape != f.shape or not torch.allclose(e, f, rtol=0, atol=tolerance * float(e.abs().max())):
+                        return "folding exact duplicates changes the output"
+            return None
+
+        everything = list(range(len(traced)))
+        if failure(everything) is None:
+            return traced
+        reasons = {i: reason for i in everything if (reason := failure([i])) is not None}
+        kept = [i for i in everything if i not in reasons]
+        together = failure(kept) if kept else None
     if together is not None:
         reasons.update(dict.fromkeys(kept, f"together with other groups, {together}"))
-        kept = []
+    return _frozen_too(traced, reasons)
+
+
+def _runs_on_noise_(
+    model: nn.Module, args: tuple, kwargs: dict, generator: torch.Generator
+) -> tuple[float, tuple, dict]:
+    """Bring the model to a precision in which it runs; (how far outputs may differ there, noise to call it with)."""
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+        model.to(dtype)
+        noise_args, noise_kwargs = tree_map(lambda v, d=dtype: _noise_like(v, d, generator), (args, kwargs))
+        try:
+            outputs = _tensors(model(*noise_args, **noise_kwargs))
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            continue
+        if all(output.isfinite().all() for output in outputs):
+            return tolerance, noise_args, noise_kwargs
+    raise ArithmeticError("NaN or Inf on random weights")
+
+
+def _frozen_too(traced: ChannelGroups, reasons: dict[int, str]) -> ChannelGroups:
+    """Move the groups at these places to what is frozen."""
+    kept = tuple(group for i, group in enumerate(traced) if i not in reasons)
     frozen = tuple(
-        Frozen(traced[i].size, tuple(a.tensor for a in (*traced[i].writes, *traced[i].reads)), reason)
-        for i, reason in reasons.items()
-        if reason is not None
+        Frozen(group.size, tuple(dict.fromkeys(a.tensor for a in (*group.writes, *group.reads))), reason)
+        for group, reason in ((traced[i], reasons[i]) for i in sorted(reasons))
     )
-    return ChannelGroups(tuple(traced[i] for i in kept), traced.frozen + frozen)
+    return ChannelGroups(kept, traced.frozen + frozen)
 
 
 def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]) -> None:
     """In place: make the channels of every cluster exact copies of its first one, as far as they are written."""
-    tensors = dict(model.state_dict(keep_vars=True))
+    tensors = named_tensors(model)
     with torch.no_grad():
         for group, projection in zip(groups, projections, strict=True):
             source = projection.representatives[projection.labels]
@@ -593,30 +651,34 @@ def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: It
 
 
 def _uneven_labels(size: int, generator: torch.Generator) -> Tensor:
-    """About half as many clusters as channels, of very different sizes: (size,) int64."""
-    clusters = max(1, size // 2)
+    """A third to two thirds as many clusters as channels, of very different sizes: (size,) int64."""
+    clusters = max(1, round(size * (1 + float(torch.rand((), generator=generator))) / 3))
     drawn = (torch.rand(size, generator=generator) ** 2 * clusters).long()
     drawn[torch.randperm(size, generator=generator)[:clusters]] = torch.arange(clusters)  # none is empty
     return drawn
 
 
-def _noise_like(value: Any, generator: torch.Generator) -> Any:
+def _noise_like(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
-        return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        return torch.randn(value.shape, generator=generator, dtype=dtype)
     return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _randomise_(model: nn.Module, generator: torch.Generator) -> None:
     """Weights of variance 1 / fan-in, everything else (gains, shifts, variances) uniform in [0.5, 1.5)."""
     with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in named_tensors(model).items():
             if not tensor.is_floating_point():
                 continue
             if tensor.dim() > 1 and isinstance(tensor, nn.Parameter):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
-            elif name in dict(model.named_parameters()) or "running_" in name:
+            elif isinstance(tensor, nn.Parameter) or "running_" in name:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

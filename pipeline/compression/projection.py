@@ -8,7 +8,7 @@ of their clusters. A method that solves for the readers gives its own matrix in 
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,22 +107,29 @@ def apply(
     norm_scale: merge a weight and the norm behind it as the one affine map that they are (see `_merge_norms`), rather
     than each tensor by its own mean.
     """
-    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     return resized(model, compressed_tensors(tensors, groups, projections, norm_scale))
 
 
 def resized(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` in which these tensors, by name and of other shapes than before, stand in place of its own."""
-    state = model.state_dict(keep_vars=True)
+    state = named_tensors(model)
     # deepcopy puts the new tensors in the place of the old ones, tied ones under all their names.
     memo: dict[int, Any] = {}
     for name, new in tensors.items():
         old = state[name]
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    changed = {id(new) for new in memo.values()}
     smaller = copy.deepcopy(model, memo)
     for module in smaller.modules():
-        _follow_shape_(module)
+        if any(id(t) in changed for t in module.parameters(recurse=False)):
+            _follow_shape_(module)
     return smaller
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under the names of the state_dict, which may hold more than tensors."""
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
 def compressed_tensors(
@@ -135,7 +142,7 @@ def compressed_tensors(
     edited: dict[str, Tensor] = {}
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
-    def put(axis: Axis, projection: Projection, change) -> None:
+    def put(axis: Axis, projection: Projection, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the channels along an axis by `change(channels first) -> (k, ...)`, at their representatives."""
         name = axis.tensor
         old = edited.get(name, tensors[name])
@@ -192,17 +199,17 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
     def mean(t: Tensor) -> Tensor:
         return merge(t, projection, "mean")
 
-    def keep_singles(name: str, merged: Tensor) -> None:
-        plain = mean(take(name))
+    def keep_singles(name: str, old: Tensor, merged: Tensor) -> None:
+        plain = mean(old)
         single = (projection.counts == 1).to(plain.device).view(-1, *[1] * (plain.dim() - 1))
         new[name] = torch.where(single, plain, merged)
 
     for norm in group.norms:
-        names = (norm.weight, norm.bias, norm.mean, norm.var)
-        parts = [take(name) for name in names if name is not None]
-        if len(parts) < 4 or any(p is None for p in parts):
+        if norm.weight is None or norm.bias is None or norm.mean is None or norm.var is None:
             continue
-        gain, shift, center, var = parts
+        gain, shift, center, var = take(norm.weight), take(norm.bias), take(norm.mean), take(norm.var)
+        if gain is None or shift is None or center is None or var is None:
+            continue
         sigma = (var + norm.eps).sqrt()
         s = gain / sigma
         t = shift - center * s
@@ -210,23 +217,24 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         new_sigma = (new_var + norm.eps).sqrt()
         weight = take(norm.writer) if norm.writer else None
         bias = take(norm.writer_bias) if norm.writer_bias else None
-        if weight is None or (norm.writer_bias and bias is None):
+        if norm.writer is None or weight is None or (norm.writer_bias and bias is None):
             new_center = mean(center)
-            keep_singles(norm.weight, mean(s) * new_sigma)
-            keep_singles(norm.bias, mean(t) + new_center * mean(s))
+            keep_singles(norm.weight, gain, mean(s) * new_sigma)
+            keep_singles(norm.bias, shift, mean(t) + new_center * mean(s))
             continue
         new_gain = mean(gain.abs()) * torch.where(mean(gain) < 0, -1.0, 1.0)
         new_s = new_gain / new_sigma
         dead = new_gain.abs() < 1e-12  # a norm that puts out its shift alone: any weight will do
         safe = torch.where(dead, 1.0, new_s)
         rows = [-1] + [1] * (weight.dim() - 1)
-        keep_singles(norm.writer, mean(weight * s.view(rows)) / safe.view(rows))
+        scaled = mean(weight * s.view(rows)) / safe.view(rows)
+        keep_singles(norm.writer, weight, torch.where(dead.view(rows), mean(weight), scaled))
         offset = mean(t)
         if bias is not None:
             new_bias = mean(bias)
             offset = mean(s * bias + t) - new_s * new_bias
-        keep_singles(norm.weight, new_gain)
-        keep_singles(norm.mean, torch.where(dead, mean(center), (new_shift - offset) / safe))
+        keep_singles(norm.weight, gain, new_gain)
+        keep_singles(norm.mean, center, torch.where(dead, mean(center), (new_shift - offset) / safe))
     return new
 
 

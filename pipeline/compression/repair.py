@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -31,21 +32,23 @@ def repair_(model: nn.Module, batches: Iterable[Tensor]) -> bool:
     norms = tracked_norms(model)
     if not norms:
         return False
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise UserError("repair needs at least one batch of pictures, got none")
+    momenta = [norm.momentum for norm in norms]
     with _modes(model):
         model.eval()
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        seen = 0
-        for batch in batches:
-            model(batch)
-            seen += len(batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    if not seen:
-        raise UserError("repair needs at least one batch of pictures, got none")
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for batch in chain([first], batches):
+                model(batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return True
 
 
@@ -62,24 +65,26 @@ def tune_norms_(
 
     Returns False, and does nothing, for a model without such parameters.
     """
-    tuned = [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+    tuned = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     if not tuned:
         return False
-    chosen = {id(p) for p in tuned}
     needed_grad = {p: p.requires_grad for p in model.parameters()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in chosen)
-    optimizer = torch.optim.Adam(tuned, lr)
+    optimizer = torch.optim.Adam([p for p in needed_grad if p in tuned], lr)
     with _modes(model), torch.enable_grad():
         model.eval()  # dropout off, BatchNorm statistics fixed
-        for inputs, labels in batches:
-            loss = F.cross_entropy(model(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    for p, flag in needed_grad.items():
-        p.requires_grad_(flag)
-        p.grad = None
+        try:
+            for p in needed_grad:
+                p.requires_grad_(p in tuned)
+            for inputs, labels in batches:
+                loss = F.cross_entropy(model(inputs), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        finally:
+            for p, flag in needed_grad.items():
+                p.requires_grad_(flag)
+            for p in tuned:
+                p.grad = None
     return True
 
 

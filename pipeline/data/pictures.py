@@ -12,6 +12,11 @@ from torchvision.transforms.v2.functional import normalize, to_dtype
 from .augment import PerPicture, each
 
 
+def collate(batch: Any) -> Any:
+    """Pass on a batch that `__getitems__` made; stack single samples, which wrappers without it hand over."""
+    return default_collate(batch) if isinstance(batch, list) else batch
+
+
 class Pictures(Dataset):
     """Pictures decoded once and kept as bytes; scaled and normalised when a batch is fetched.
 
@@ -21,7 +26,11 @@ class Pictures(Dataset):
     augment: a transform of uint8 pictures, drawn anew for every picture of a batch; v2 transforms of one picture are
         called picture by picture, `PerPicture` ones once per batch
     rows: (n,) int64; serve only these of the N pictures, without copying pixels
+
+    A DataLoader needs `collate_fn=Pictures.collate`, since batches are fetched whole.
     """
+
+    collate = staticmethod(collate)
 
     def __init__(
         self,
@@ -69,8 +78,3 @@ class Pictures(Dataset):
         if self.augment is not None:
             pictures = self.augment(pictures)
         return normalize(to_dtype(pictures, torch.float32, scale=True), self.mean, self.std), self._labels[rows]
-
-
-def collate(batch: Any) -> Any:
-    """Pass on a batch that `__getitems__` made; stack single samples, which wrappers without it hand over."""
-    return default_collate(batch) if isinstance(batch, list) else batch

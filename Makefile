@@ -1,0 +1,31 @@
+# Everything sets itself up on the first call: needs Python 3.11 or later, make and the package index.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: run test test-slow check bench clean
+
+run: $(READY) ## the quickstart
+	$(BIN)/python -m scripts.train experiment=quickstart
+
+test: $(READY) ## the default tests: minutes on two cores
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY) ## the long ones
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY) ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## the measurements behind the numbers in the README
+	$(BIN)/python -m benchmarks.speed
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv
