@@ -2,12 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 
 class GuardedWandbLogger(WandbLogger):
@@ -34,6 +34,9 @@ class GuardedWandbLogger(WandbLogger):
     def finalize(self, status: str) -> None:
         self._guarded(super().finalize, status)
 
+    def finish(self) -> None:
+        self._guarded(self.experiment.finish)
+
 
 def wandb_logger(folder: Path, project: str, name: str, config: Mapping[str, Any], mode: str) -> WandbLogger | None:
     """A logger into `folder`. mode: online, offline, disabled, or auto: online for those logged in, else offline."""
@@ -56,3 +59,10 @@ def wandb_logger(folder: Path, project: str, name: str, config: Mapping[str, Any
     for prefix in ("compress", "compress_test", "foldability", "foldability_test"):
         run.define_metric(f"{prefix}/*", step_metric="epoch")
     return logger
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """End W&B runs, which Lightning leaves open, so that the next run of this process gets one of its own."""
+    for logger in loggers:
+        if isinstance(logger, GuardedWandbLogger):
+            logger.finish()

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -74,9 +74,12 @@ def build_compression(config: Config, cell: str, folder: Path) -> CompressionCal
 
 
 def build_trainer(config: Config, cell: str, folder: Path, compression: CompressionCallback) -> Trainer:
-    middle = min(compression.ratios, key=lambda ratio: abs(ratio - 0.5))
+    callbacks: list[Callback] = [compression]
+    if config["trainer"].get("enable_progress_bar", True):
+        middle = min(compression.ratios, key=lambda ratio: abs(ratio - 0.5))
+        callbacks.append(CompressionProgressBar(list(compression.methods), middle))
     loggers = [
-        CSVLogger(folder, name=None, version=""),
+        CSVLogger(folder, name="metrics", version=""),
         wandb_logger(folder, config["wandb"]["project"], cell, config, config["wandb"]["mode"]),
     ]
     return call(
@@ -85,13 +88,8 @@ def build_trainer(config: Config, cell: str, folder: Path, compression: Compress
         **config["trainer"],
         default_root_dir=folder,
         logger=[logger for logger in loggers if logger is not None],
-        callbacks=[compression, CompressionProgressBar(list(compression.methods), middle)],
+        callbacks=callbacks,
         enable_model_summary=False,
         log_every_n_steps=50,
     )
 
-
-def finished(task: LightningModule, trainer: Trainer) -> Config:
-    """The numbers of a run that people ask for first."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {name: metrics[name] for name in sorted(metrics) if "compress" not in name}

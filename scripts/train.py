@@ -11,8 +11,10 @@ from pathlib import Path
 
 import hydra
 import lightning
+import polars as pl
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.loggers import close
 from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_table
 from pipeline.tables import UserError
 from scripts.build import Config, build_compression, build_data, build_task, build_trainer, cell_of, resolved
@@ -31,35 +33,35 @@ def run(config: Config) -> Path:
     quiet()
     cell = cell_of(config)
     folder = Path(config["paths"]["runs"]).absolute() / cell
-    if folder.exists():
-        shutil.rmtree(folder)  # the same config and code give the same results
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-
     lightning.seed_everything(config["seed"], verbose=False)
     data = build_data(config)
     task = build_task(config, data)
     compression = build_compression(config, cell, folder)
+    # Whatever the config can get wrong has been refused by now. The same config and code give the same results.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     trainer = build_trainer(config, cell, folder, compression)
-    print(f"{cell}: {len(data.train_data):,} training, {len(data.val_data):,} validation, {len(data.test_data):,} test")
-    trainer.fit(task, data)
-    trainer.save_checkpoint(folder / "last.ckpt")
-    trainer.test(task, data, verbose=False)
-
-    if trainer.is_global_zero:
-        report(folder, compression, task)
+    try:
+        print(f"{cell}: {len(data.train_data):,} pictures to train on, {len(data.val_data):,} to validate")
+        trainer.fit(task, data)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        trainer.test(task, data, verbose=False)
+        if trainer.is_global_zero:
+            report(folder, compression.rows)
+    finally:
+        close(trainer.loggers)
     return folder
 
 
-def report(folder: Path, compression, task) -> None:
-    rows = last_measurement(compression.rows)
-    accuracy = dense_accuracy(rows)
-    n = rows["n"].max()
-    print(f"\nTest accuracy {100 * accuracy:.2f}% before compression.")
-    title = f"Accuracy (%) on {n:,} {rows['split'][0]} pictures after compression, epoch {rows['epoch'][0]}"
-    print_table(rows, title)
-    plot_curves(rows, folder / "curves.png", f"{folder.name}: {rows['model'][0]} on {rows['data'][0]}, n = {n:,}")
-    print(f"rows.parquet, curves.png, config.yaml, metrics.csv and last.ckpt are in {folder}")
+def report(folder: Path, rows: pl.DataFrame) -> None:
+    """The last measurement on the terminal and as a picture, and where everything is."""
+    rows = last_measurement(rows)
+    split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
+    print(f"\nDense accuracy {100 * dense_accuracy(rows):.2f}% on {n:,} {split} pictures.")
+    print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures, epoch {epoch}")
+    plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {n:,} {split} pictures")
+    print(f"rows.parquet, curves.png, config.yaml, metrics/ and last.ckpt are in {folder}")
 
 
 def quiet() -> None:

@@ -14,24 +14,26 @@ from scipy.spatial.distance import squareform
 Array = np.ndarray
 
 
-def dendrogram(gram: Array) -> Array:
-    """Ward's merges, (C - 1, 2) int: the two nodes that become node C + i (0 ... C - 1 are the channels)."""
+def dendrogram(gram: Array, method: str = "ward") -> Array:
+    """The merges of a linkage, (C - 1, 2) int: the two nodes that become node C + i (0 ... C - 1 are the channels)."""
+    if len(gram) == 1:
+        return np.empty((0, 2), np.int64)
     squares = np.diag(gram)
     distances = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0))
     np.fill_diagonal(distances, 0)
-    return linkage(squareform(distances, checks=False), "ward")[:, :2].astype(np.int64)
+    return linkage(squareform(distances, checks=False), method)[:, :2].astype(np.int64)
 
 
 def cuts(merges: Array, sizes: Sequence[int]) -> Iterator[tuple[int, Array]]:
     """(k, labels (C,)) for every k in `sizes`, largest first."""
     channels = len(merges) + 1
-    node = np.arange(channels)  # of each channel: the node that holds it
-    done = 0
     for k in sorted(sizes, reverse=True):
-        for i in range(done, channels - k):
-            node[np.isin(node, merges[i])] = channels + i
         done = channels - k
-        yield k, np.unique(node, return_inverse=True)[1]
+        above = np.arange(channels + done)  # of each node: one that holds it
+        above[merges[:done]] = channels + np.arange(done)[:, None]
+        while (above != (higher := above[above])).any():
+            above = higher
+        yield k, np.unique(above[:channels], return_inverse=True)[1]
 
 
 def special_folding(gram: Array, k: int) -> Array:
@@ -45,17 +47,30 @@ def special_folding(gram: Array, k: int) -> Array:
     return labels
 
 
+def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
+    """Of every cluster j: nⱼ (k,), the sums G 1ⱼ (C, k), and 1ⱼᵀ G 1ⱼ (k,).
+
+    Adding up sorted rows costs C² and a product with onehot(labels) C² k, which would be most of the clustering.
+    """
+    counts = np.bincount(labels).astype(gram.dtype)
+    starts = np.concatenate([[0], np.cumsum(counts[:-1])]).astype(np.int64)
+    order = np.argsort(labels, kind="stable")
+    sums = np.add.reduceat(gram[order], starts, axis=0)
+    within = np.add.reduceat(sums[labels[order], order], starts)
+    return counts, np.ascontiguousarray(sums.T), within
+
+
 def kept_energy(gram: Array, labels: Array) -> float:
     """Σ_j 1ⱼᵀ G 1ⱼ / nⱼ: what of tr G survives the projection."""
-    m = np.eye(labels.max() + 1)[labels]
-    return float((((gram @ m) * m).sum(0) / m.sum(0)).sum())
+    counts, _, within = cluster_sums(gram, labels)
+    return float((within / counts).sum())
 
 
 def refine(gram: Array, labels: Array, sweeps: int = 20) -> Array:
     """Move single channels between clusters while that lowers the error (Hartigan's rule); no cluster is emptied.
 
     Moving channel i from cluster a to b changes the error by n_b / (n_b + 1) d²(i, b) - n_a / (n_a - 1) d²(i, a). One
-    sweep finds all channels with an improving move from one matrix product and then makes the moves, the best first,
+    sweep finds all channels with an improving move from one pass over (C, k) and then makes the moves, the best first,
     each checked against the clusters as they are by then. A local optimum of this rule is one of k-means as well, not
     the other way round (Telgarsky and Vattani 2010).
     """
@@ -64,38 +79,43 @@ def refine(gram: Array, labels: Array, sweeps: int = 20) -> Array:
     k = labels.max() + 1
     if k == 1 or k == len(labels):
         return labels
-    m = np.eye(k)[labels]
-    counts = m.sum(0)
-    to_cluster = gram @ m  # (C, k): Σ of gram[i, members of j]
-    within = (to_cluster * m).sum(0)  # (k,): 1ⱼᵀ G 1ⱼ
+    counts, sums, within = cluster_sums(gram, labels)
     tolerance = 1e-12 * squares.sum()
 
-    def gain(i: Array) -> tuple[Array, Array]:
-        """The best other cluster of channels i and by how much a move there lowers the error."""
-        d = squares[i, None] - 2 * to_cluster[i] / counts + within / counts**2
-        own = labels[i]
-        rows = np.arange(len(i))
-        n = counts[own]
-        leave = np.where(n > 1, n / np.maximum(n - 1, 1) * d[rows, own], -np.inf)
+    def moves(i: Array) -> tuple[Array, Array]:
+        """The best other cluster of channels i and by how much a move there lowers the error; -inf: it is alone."""
+        d = sums[i] * (-2 / counts)
+        d += within / counts**2
+        d += squares[i, None]
+        at = np.arange(len(i)), labels[i]
+        n = counts[labels[i]]
+        leave = np.where(n > 1, n / np.maximum(n - 1, 1) * d[at], -np.inf)
         d *= counts / (counts + 1)
-        d[rows, own] = np.inf
+        d[at] = np.inf
         best = d.argmin(1)
-        return best, leave - d[rows, best]
+        return best, leave - d[at[0], best]
 
     for _ in range(sweeps):
-        _, gains = gain(np.arange(len(labels)))
+        _, gains = moves(np.arange(len(labels)))
         movers = np.flatnonzero(gains > tolerance)
         if not len(movers):
             break
-        for i in movers[np.argsort(-gains[movers])]:
-            (b,), (g,) = gain(np.array([i]))
-            if g <= tolerance:
+        for i in movers[np.argsort(-gains[movers], kind="stable")]:
+            a, n = labels[i], counts[labels[i]]
+            if n == 1:
                 continue
-            a = labels[i]
-            within[a] += squares[i] - 2 * to_cluster[i, a]
-            within[b] += squares[i] + 2 * to_cluster[i, b]
-            to_cluster[:, a] -= gram[:, i]
-            to_cluster[:, b] += gram[:, i]
+            # `moves` for one channel, without the cost of its many small arrays
+            d = squares[i] - 2 / counts * sums[i] + within / counts**2
+            leave = n / (n - 1) * d[a]
+            d *= counts / (counts + 1)
+            d[a] = np.inf
+            b = d.argmin()
+            if leave - d[b] <= tolerance:
+                continue
+            within[a] += squares[i] - 2 * sums[i, a]
+            within[b] += squares[i] + 2 * sums[i, b]
+            sums[:, a] -= gram[i]
+            sums[:, b] += gram[i]
             counts[a] -= 1
             counts[b] += 1
             labels[i] = b
@@ -106,12 +126,16 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     """The best folding found at every size: {k: labels (C,)}.
 
     Candidates are the cut of Ward's dendrogram and the special folding, so that folding at k + 1 never has a larger
-    error than pruning at k in the same features.
+    error than pruning at k in the same features. Refined, also the cut of average linkage: where few channels merge,
+    Ward's first pairs can be ones that no single move mends, and a second dendrogram costs next to nothing. The special
+    folding itself is not refined: that took longer than all else and lowered the mean error by under 0.1%.
     """
+    trees = [dendrogram(gram, method) for method in (("ward", "average") if refined else ("ward",))]
+    levels = [dict(cuts(tree, sizes)) for tree in trees]
     chosen = {}
-    for k, ward in cuts(dendrogram(gram), sizes):
-        candidates = [ward, special_folding(gram, k)]
+    for k in sizes:
+        candidates = [level[k] for level in levels]
         if refined:
             candidates = [refine(gram, labels) for labels in candidates]
-        chosen[k] = max(candidates, key=lambda labels: kept_energy(gram, labels))
+        chosen[k] = max([*candidates, special_folding(gram, k)], key=lambda labels: kept_energy(gram, labels))
     return chosen

@@ -1,8 +1,9 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -94,8 +95,8 @@ def compressions(
     *,
     groups: ChannelGroups | None = None,
     features: str = "writers+readers",
-    scale: str = "none",
-    norm: bool = True,
+    scale: str = "tensor",
+    norm: bool = False,
     norm_scale: bool = True,
     seed: int = 0,
     **options,
@@ -155,13 +156,29 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, example: Example) -> int:
-    """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention)."""
-    args, kwargs = call_arguments(example)
-    training = model.training
-    model.eval()
+    """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention).
+
+    Counted on shapes alone, with nothing computed, or by a real pass where the forward looks at values.
+    """
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*args, **kwargs)
-    finally:
-        model.train(training)
+        return _macs(model, example, "meta")
+    except Exception:  # a forward may do anything; what is wrong with the model itself raises again
+        return _macs(model, example, None)
+
+
+def _macs(model: nn.Module, example: Example, device: str | None) -> int:
+    """`macs` with the weights and inputs on `device` (None: where they are).
+
+    The pass runs on a twin, so that what a forward stores (a mask, a cache) and eval mode stay out of the live model.
+    """
+
+    def moved(value: Any) -> Any:
+        return value.detach().to(device) if isinstance(value, torch.Tensor) else value
+
+    memo: dict[int, Any] = {id(t): moved(t) for t in model.buffers()}
+    memo |= {id(t): nn.Parameter(moved(t), requires_grad=False) for t in model.parameters()}
+    twin = copy.deepcopy(model, memo).eval()
+    args, kwargs = torch.utils._pytree.tree_map(moved, call_arguments(example))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(*args, **kwargs)
     return counter.get_total_flops() // 2

@@ -291,11 +291,8 @@ class _Tracer:
         groups = [self._group(places, members, lines) for places, members in signatures.items() if len(members) > 1]
         frozen: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
         for c, places in touched.items():
-            if c in reasons:
-                frozen[tuple(dict.fromkeys(p[0] for p in places)), reasons[c]] += 1
-        for places, members in signatures.items():
-            if len(members) == 1:
-                frozen[tuple(dict.fromkeys(p[0] for p in places)), "only one channel"] += 1
+            if c in reasons or len(signatures[tuple(places)]) == 1:
+                frozen[tuple(dict.fromkeys(p[0] for p in places)), reasons.get(c, "only one channel")] += 1
         return ChannelGroups(
             tuple(groups), tuple(Frozen(size, tensors, reason) for (tensors, reason), size in frozen.items())
         )
@@ -387,11 +384,10 @@ def _spread(line: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
 
 
 def _pass(t: _Tracer, node: fx.Node) -> Any:
+    if _op_name(node) in ("to", "type_as"):  # perhaps the type of another tensor, whose channels are nothing to us
+        return t.value(_argument(node, 0, "self"))
     operands = t.operands(node)
-    if len(operands) == 1:
-        return operands[0]
-    # Two: the type of another tensor, which is nothing to us, or e.g. a power or a clamp by another tensor
-    return t.value(_argument(node, 0, "self")) if _op_name(node) in ("to", "type_as") else NotImplemented
+    return operands[0] if len(operands) == 1 else NotImplemented  # two: e.g. a power or a clamp by another tensor
 
 
 def _meet(t: _Tracer, node: fx.Node) -> Any:
@@ -547,6 +543,10 @@ def _embedding(t: _Tracer, node: fx.Node) -> Any:
     return _spread(t.axis_ids(weight, 1, "write"), _shape(node), -1)
 
 
+def _check(t: _Tracer, node: fx.Node) -> Any:
+    """Looks at types and writes nothing; export puts one before every conversion."""
+
+
 Rule = Callable[[_Tracer, fx.Node], Any]
 RULES: tuple[tuple[frozenset[str], Rule], ...] = (
     (PASS, _pass),
@@ -561,6 +561,7 @@ RULES: tuple[tuple[frozenset[str], Rule], ...] = (
     (frozenset({"layer_norm", "rms_norm"}), _layer_norm),
     (frozenset({"embedding"}), _embedding),
     (frozenset({"pad", "constant_pad_nd"}), _pad),
+    (frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}), _check),
 )
 
 
@@ -580,8 +581,13 @@ def _verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups
             tolerance, args, kwargs = _runs_on_noise_(model, args, kwargs, generator)
         except Exception as error:
             return _frozen_too(traced, dict.fromkeys(range(len(traced)), f"the check fails ({_first_line(error)})"))
-        # Two draws, as a channel order that survives one by chance will hardly survive another.
-        draws = [[Projection(_uneven_labels(group.size, generator)) for group in traced] for _ in range(2)]
+        # Two draws, as a channel order that survives one by chance will hardly survive another, and of two successive
+        # numbers of channels, as no size that must divide by something is a multiple of it twice.
+        fewer = [round(group.size * (1 + float(torch.rand((), generator=generator))) / 3) for group in traced]
+        draws = [
+            [Projection(_uneven_labels(g.size, n + more, generator)) for g, n in zip(traced, fewer, strict=True)]
+            for more in range(2)
+        ]
 
         def failure(chosen: list[int]) -> str | None:
             groups = [traced[i] for i in chosen]
@@ -650,9 +656,9 @@ def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: It
                 tensor.index_copy_(write.axis, write.index.reshape(-1).to(tensor.device), copies)
 
 
-def _uneven_labels(size: int, generator: torch.Generator) -> Tensor:
-    """A third to two thirds as many clusters as channels, of very different sizes: (size,) int64."""
-    clusters = max(1, round(size * (1 + float(torch.rand((), generator=generator))) / 3))
+def _uneven_labels(size: int, clusters: int, generator: torch.Generator) -> Tensor:
+    """Clusters of very different sizes, fewer than there are channels: (size,) int64."""
+    clusters = min(max(clusters, 1), size - 1)
     drawn = (torch.rand(size, generator=generator) ** 2 * clusters).long()
     drawn[torch.randperm(size, generator=generator)[:clusters]] = torch.arange(clusters)  # none is empty
     return drawn

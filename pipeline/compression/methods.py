@@ -33,8 +33,8 @@ class GroupWeights:
     group: ChannelGroup
     tensors: Mapping[str, Tensor]
     features: str = "writers+readers"
-    scale: str = "none"
-    norm: bool = True
+    scale: str = "tensor"
+    norm: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class GroupWeights:
         """The entries of each channel along an axis, (C, F) float64."""
         tensor = self.tensors[axis.tensor]
         chosen = tensor.index_select(axis.axis, axis.index.reshape(-1).to(tensor.device)).movedim(axis.axis, 0)
-        return chosen.double().reshape(len(axis.index), -1)
+        return chosen.reshape(len(axis.index), -1).double()
 
     @property
     def writers(self) -> list[Axis]:
@@ -88,7 +88,8 @@ class GroupWeights:
         """Gram matrix of the features, (C, C) float64 on the CPU."""
         total = torch.zeros(self.group.size, self.group.size, dtype=torch.float64)
         for block in self.blocks():
-            gram = (block @ block.T).cpu()
+            rows = block.cpu().numpy()
+            gram = torch.from_numpy(rows @ rows.T)  # of one array with itself NumPy computes one half only
             if self.scale == "tensor" and gram.trace() > 0:
                 gram = gram / gram.trace()
             total += gram

@@ -8,7 +8,7 @@ of their clusters. A method that solves for the readers gives its own matrix in 
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -142,34 +142,41 @@ def compressed_tensors(
     edited: dict[str, Tensor] = {}
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
-    def put(axis: Axis, projection: Projection, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the channels along an axis by `change(channels first) -> (k, ...)`, at their representatives."""
-        name = axis.tensor
-        old = edited.get(name, tensors[name])
-        device, (c, m) = old.device, axis.index.shape
-        chosen = old.index_select(axis.axis, axis.index.reshape(-1).to(device)).movedim(axis.axis, 0)
-        new = change(chosen.reshape(c, m, *chosen.shape[1:]))
-        stay = axis.index[projection.representatives].reshape(-1).to(device)
-        edited[name] = old.index_copy(axis.axis, stay, new.reshape(-1, *chosen.shape[1:]).movedim(0, axis.axis))
-        is_gone = torch.ones(c, dtype=torch.bool)
+    def channels(axis: Axis) -> Tensor:
+        """What stands along an axis so far, channels first: (C, m, ...)."""
+        old = edited.get(axis.tensor, tensors[axis.tensor])
+        chosen = old.index_select(axis.axis, axis.index.reshape(-1).to(old.device)).movedim(axis.axis, 0)
+        return chosen.reshape(*axis.index.shape, *chosen.shape[1:])
+
+    def put(axis: Axis, projection: Projection, new: Tensor) -> None:
+        """Write the new channels, (k, m, ...), to the places of their representatives; the other places are gone."""
+        old = edited.get(axis.tensor, tensors[axis.tensor])
+        stay = axis.index[projection.representatives].reshape(-1).to(old.device)
+        edited[axis.tensor] = old.index_copy(axis.axis, stay, new.flatten(0, 1).movedim(0, axis.axis))
+        is_gone = torch.ones(len(axis.index), dtype=torch.bool)
         is_gone[projection.representatives] = False
-        gone[name, axis.axis].append(axis.index[is_gone].reshape(-1))
+        gone[axis.tensor, axis.axis].append(axis.index[is_gone].reshape(-1))
 
     work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
     # All writers before all readers: a merged norm sets its weight's rows from the columns as they were.
     for group, projection in work:
         by_norm = _merge_norms(group, projection, tensors) if norm_scale and projection.counts.max() > 1 else {}
         for write in group.writes:
-            if write.tensor in by_norm:
-                put(write, projection, lambda old, new=by_norm[write.tensor]: new.to(old).reshape(-1, *old.shape[1:]))
-            else:
-                put(write, projection, lambda old, p=projection: merge(old, p, "mean"))
+            old = channels(write)
+            new = by_norm.get(write.tensor)
+            put(
+                write,
+                projection,
+                merge(old, projection, "mean") if new is None else new.to(old).view(-1, *old.shape[1:]),
+            )
     for group, projection in work:
         for read in group.reads:
-            if projection.readers is None:
-                put(read, projection, lambda old, p=projection: merge(old, p, "sum"))
-            else:
-                put(read, projection, lambda old, p=projection: torch.tensordot(p.readers.to(old), old, 1))
+            old, matrix = channels(read), projection.readers
+            put(
+                read,
+                projection,
+                merge(old, projection, "sum") if matrix is None else torch.tensordot(matrix.to(old), old, 1),
+            )
     for (name, axis), positions in gone.items():
         size = tensors[name].shape[axis]
         stays = torch.ones(size, dtype=torch.bool)

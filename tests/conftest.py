@@ -1,7 +1,8 @@
-"""Tiny made data in the real file formats."""
+"""One thread for each test process, and tiny made data in the real file formats."""
 
 import gzip
 import hashlib
+import os
 import pickle
 import struct
 import urllib.request
@@ -9,10 +10,15 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from pipeline.data.cifar10 import CLASSES
+
+# Two processes with two spinning threads each are ten times slower on two cores than with one.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,198 @@
+"""The command that users type: every config builds and runs, the results are whole, bad input gets one clear line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+
+import configs
+from pipeline.results import read
+from pipeline.tables import UserError
+from scripts.build import cell_of, resolved
+from scripts.train import run
+
+CONFIGS = Path(configs.__file__).parent
+TINY = [
+    "trainer.max_epochs=1",
+    "+trainer.limit_train_batches=1",
+    "+trainer.limit_val_batches=1",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+    "compression.ratios=[0.5]",
+    "compression.methods=[fold,l1]",
+    "compression.repair_size=8",
+    "wandb.mode=disabled",
+]
+
+
+def composed(*overrides: str) -> dict:
+    GlobalHydra.instance().clear()
+    with initialize_config_module("configs", version_base="1.3"):
+        return resolved(compose("train", overrides=list(overrides)))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.fixture
+def roots(cifar_npz, cifar_folder, fashion):
+    return {"cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion}
+
+
+def shrunk(config: dict, roots: dict) -> dict:
+    """The same config on tiny data and with a tiny network."""
+    data, model = config["data"], config["model"]
+    if data["name"] in roots:
+        data["root"] = str(roots[data["name"]])
+    data.update({"batch_size": 8, "val_fraction": 0.25})
+    if "width" in model:
+        model["width"] = 4
+    if model["name"] == "timm":
+        model.update({"img_size": model.get("img_size", 32), "embed_dim": 24, "depth": 1, "num_heads": 2})
+        model["patch_size"] = 8
+    return config
+
+
+EVERY = [("experiment", name) for name in options("experiment")] + [
+    (group, name) for group in ("model", "data", "optim", "compression", "trainer") for name in options(group)
+]
+
+
+@pytest.mark.parametrize(("group", "name"), EVERY, ids=lambda value: str(value))
+def test_every_config_builds_and_runs_one_batch(group, name, roots, tmp_path):
+    data = [] if group in ("experiment", "data") else ["data=digits"]
+    if (group, name) == ("model", "timm"):
+        data = ["data=cifar10", "compression.stages=[raw,norm_tuned]"]
+    if (group, name) == ("data", "folder"):
+        data = ["data.root=set-below"]
+    config = composed(f"{group}={name}", *data, *TINY, f"paths.runs={tmp_path / 'runs'}")
+    folder = run(shrunk(config, roots))
+    rows = read(folder / "rows.parquet")
+    assert set(rows["status"]) == {"ok"}, set(rows["reason"])
+    assert set(rows["split"]) == {"val", "test"}
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert (folder / "last.ckpt").exists()
+
+
+def test_a_run_shows_and_keeps_everything(tmp_path, capsys):
+    config = composed("experiment=quickstart", *TINY, f"paths.runs={tmp_path}")
+    folder = run(shrunk(config, {}))
+    shown = capsys.readouterr().out
+    assert "Dense accuracy" in shown
+    assert re.search(r"fold .*\d+\.\d", shown)
+    assert "raw (no data seen)" in shown
+    assert "repaired" in shown
+    assert str(folder) in shown.splitlines()[-1]
+    again = composed("experiment=quickstart", *TINY, f"paths.runs={tmp_path / 'elsewhere'}", "wandb.mode=offline")
+    assert cell_of(shrunk(again, {})) == folder.name, "where a run is kept is no part of what it is"
+    assert cell_of({**again, "seed": 1}) != folder.name
+    weights = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert any(name.startswith("net.") for name in weights)
+
+
+def test_the_same_config_gives_the_same_rows(tmp_path):
+    first, second = (
+        read(run(shrunk(composed("experiment=quickstart", *TINY, f"paths.runs={tmp_path / n}"), {})) / "rows.parquet")
+        for n in ("a", "b")
+    )
+    assert first.drop("seconds").equals(second.drop("seconds"))
+
+
+def test_the_offline_wandb_run_holds_every_logged_number(tmp_path):
+    overrides = [o for o in TINY if "wandb" not in o and "max_epochs" not in o]
+    config = composed("experiment=quickstart", *overrides, "trainer.max_epochs=2", "wandb.mode=offline",
+                      f"paths.runs={tmp_path}")  # fmt: skip
+    folder = run(shrunk(config, {}))
+    (recorded,) = folder.glob("wandb/offline-run-*/*.wandb")
+    history = wandb_read(recorded, "--json")
+    rows = read(folder / "rows.parquet")
+    compressed = rows.filter((rows["method"] != "dense") & (rows["split"] == "val"))
+    assert len(compressed) == 2 * 2 * 2  # epochs, methods, stages
+    for r in compressed.to_dicts():
+        name = f"compress/{r['method']}/r{r['ratio']:g}/acc_{r['stage']}"
+        logged = [line[name] for line in history if name in line and line.get("epoch") == r["epoch"] - 1]
+        assert logged == [pytest.approx(r["acc"])], name
+    last = {name for line in history for name in line}
+    assert {"foldability/fold_raw", "foldability/gap_repaired", "compress_test/fold/r0.5/acc_raw"} <= last
+    assert any("compress/rows" in line for line in history), "the long table"
+    summary = json.dumps(wandb_read(recorded, "--summary"))
+    assert "foldability/fold_raw" in summary
+
+
+def wandb_read(path: Path, *flags: str):
+    """What `wandb leet inspect` says of an offline run: history lines or the summary."""
+    tool = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([tool, "leet", "inspect", *flags, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compression.methods=[fodl]"], "unknown method 'fodl'.*choose from: fold"),
+        (["compression.ratios=[1.5]"], r"ratio 1\.5 is out of range"),
+        (["model.name=resnet81"], "unknown model 'resnet81'.*resnet18"),
+        (["+model.depth=3"], "model 'resnet18' has no option 'depth'; it takes: width"),
+        (["data.name=mnits"], "unknown data set 'mnits'.*digits"),
+        (["optim.name=sdg"], "unknown optimizer 'sdg'.*sgd"),
+        (["+optim.betas=[0.9,0.99]"], "optimizer 'sgd' has no option 'betas'"),
+        (["optim.schedule.name=cosin"], "unknown schedule 'cosin'.*cosine"),
+        (["+trainer.max_epoch=3"], "trainer has no option 'max_epoch'"),
+        (["+data.batchsize=3"], "no option 'batchsize'"),
+        (["data=cifar10", "data.root=/nowhere/at/all", "data.download=false"], "/nowhere/at/all"),
+        (["data=folder"], r"data\.root is not set; give it on the command line"),
+        (["model=timm", "model.architecture=vit_tinny_patch16_224"], "unknown timm model 'vit_tinny_patch16_224'"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(overrides, message, tmp_path):
+    # later overrides of a test win over the tiny defaults
+    names = {o.split("=")[0] for o in overrides}
+    rest = [o for o in ("experiment=quickstart", *TINY) if o.split("=")[0] not in names]
+    with pytest.raises(UserError, match=message) as caught:
+        run(composed(*rest, *overrides, f"paths.runs={tmp_path}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_prints_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "scripts.train", "experiment=quickstart", f"paths.runs={tmp_path}"]
+    done = subprocess.run([*command, "compression.methods=[fodl]"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown method 'fodl'")
+    assert "Traceback" not in done.stderr
+    done = subprocess.run([*command, "optim.lrr=1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "optim.lrr" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+def test_wandb_that_fails_costs_nothing(tmp_path, monkeypatch):
+    from lightning.pytorch.loggers import WandbLogger
+
+    def gone(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(WandbLogger, "log_metrics", gone)
+    overrides = [o for o in TINY if "wandb" not in o]
+    config = composed("experiment=quickstart", *overrides, "wandb.mode=offline", f"paths.runs={tmp_path}")
+    with pytest.warns(RuntimeWarning, match="W&B did not take what was logged.*No space left"):
+        folder = run(shrunk(config, {}))
+    assert set(read(folder / "rows.parquet")["status"]) == {"ok"}
+
+
+@pytest.mark.slow
+def test_the_quickstart_reaches_its_accuracy(tmp_path):
+    folder = run(composed("experiment=quickstart", "wandb.mode=disabled", f"paths.runs={tmp_path}"))
+    rows = read(folder / "rows.parquet")
+    dense = rows.filter((rows["method"] == "dense") & (rows["split"] == "test"))["acc"].item()
+    assert dense >= 0.97
+    assert np.isfinite(rows["acc"].to_numpy()).all()
