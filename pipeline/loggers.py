@@ -13,6 +13,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 class GuardedWandbLogger(WandbLogger):
     """A WandbLogger whose failures (server gone, disk full) are one warning: the run's folder holds its rows."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and W&B warns that it is no more
+
     def _guarded(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
             method(*args, **kwargs)

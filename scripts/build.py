@@ -92,4 +92,3 @@ def build_trainer(config: Config, cell: str, folder: Path, compression: Compress
         enable_model_summary=False,
         log_every_n_steps=50,
     )
-
