@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_rows_in_memory_and_writes_them_later(tmp_path, monkey
 
 def test_resuming_replaces_rows_of_later_epochs(tmp_path):
     path = tmp_path / "rows.parquet"
-    module, trainer = fit(tmp_path, [callback(methods=["l1"], stages=["raw"], rows=path)], epochs=1)
+    _, trainer = fit(tmp_path, [callback(methods=["l1"], stages=["raw"], rows=path)], epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     fit(tmp_path, [callback(methods=["l1"], stages=["raw"], rows=path)], epochs=3)
     resumed = callback(methods=["l1"], stages=["raw"], rows=path)
@@ -299,7 +299,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
             super().__init__()
             self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
-    with pytest.raises(UserError, match="no channels that can be compressed.*leaves the network"):
+    with pytest.raises(UserError, match=r"no channels that can be compressed.*leaves the network"):
         fit(tmp_path, [callback()], Tiny())
 
     class Branching(nn.Module):
