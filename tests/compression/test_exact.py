@@ -111,8 +111,12 @@ def test_what_a_network_has_for_groups():
         "layer1.0.conv1.weight", "layer1.1.conv1.weight", "layer2.0.conv1.weight", "layer2.0.shortcut.0.weight"
     }  # fmt: skip
 
-    build, example = NETS["vit"]
-    assert [g.name for g in channel_groups(build(), example)] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    found = {name: channel_groups(NETS[name][0](), NETS[name][1]) for name in ("vit", "mobile", "tied", "shuffled")}
+    assert [g.name for g in found["vit"]] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    assert [(g.name, g.size) for g in found["mobile"]] == [("expand", 12), ("down", 6)]
+    assert [(g.name, g.size) for g in found["tied"]] == [("5", 12)]
+    assert "tied weight both writes and reads" in frozen_reason(found["tied"], "0.weight")
+    assert [(g.name, g.size) for g in found["shuffled"]] == [("conv1", 6), ("conv2", 5), ("conv3", 7), ("conv4", 9)]
 
     build, example = NETS["vgg"]
     flat = channel_groups(build(), example)[1]
