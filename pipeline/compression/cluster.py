@@ -62,8 +62,13 @@ def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
 
 def kept_energy(gram: Array, labels: Array) -> float:
     """Σ_j 1ⱼᵀ G 1ⱼ / nⱼ: what of tr G survives the projection."""
-    counts, _, within = cluster_sums(gram, labels)
-    return float((within / counts).sum())
+    shared = np.bincount(labels)[labels] > 1
+    alone = np.diag(gram)[~shared].sum()
+    if not shared.any():
+        return float(alone)
+    members = np.flatnonzero(shared)
+    counts, _, within = cluster_sums(gram[np.ix_(members, members)], np.unique(labels[members], return_inverse=True)[1])
+    return float(alone + (within / counts).sum())
 
 
 def refine(gram: Array, labels: Array, sweeps: int = 20) -> Array:
@@ -82,29 +87,30 @@ def refine(gram: Array, labels: Array, sweeps: int = 20) -> Array:
     counts, sums, within = cluster_sums(gram, labels)
     tolerance = 1e-12 * squares.sum()
 
-    def moves(i: Array) -> tuple[Array, Array]:
-        """The best other cluster of channels i and by how much a move there lowers the error; -inf: it is alone."""
+    def gains(i: Array) -> Array:
+        """By how much the best move of each of the channels i, which are not alone, lowers the error."""
         d = sums[i] * (-2 / counts)
         d += within / counts**2
         d += squares[i, None]
-        at = np.arange(len(i)), labels[i]
+        own = np.arange(len(i)), labels[i]
         n = counts[labels[i]]
-        leave = np.where(n > 1, n / np.maximum(n - 1, 1) * d[at], -np.inf)
+        leave = n / (n - 1) * d[own]
         d *= counts / (counts + 1)
-        d[at] = np.inf
-        best = d.argmin(1)
-        return best, leave - d[at[0], best]
+        d[own] = np.inf
+        return leave - d.min(1)
 
     for _ in range(sweeps):
-        _, gains = moves(np.arange(len(labels)))
-        movers = np.flatnonzero(gains > tolerance)
+        shared = np.flatnonzero(counts[labels] > 1)
+        gain = gains(shared)
+        order = np.argsort(-gain, kind="stable")
+        movers = shared[order[gain[order] > tolerance]]
         if not len(movers):
             break
-        for i in movers[np.argsort(-gains[movers], kind="stable")]:
+        for i in movers:
             a, n = labels[i], counts[labels[i]]
             if n == 1:
                 continue
-            # `moves` for one channel, without the cost of its many small arrays
+            # `gains` for one channel, without the cost of its many small arrays
             d = squares[i] - 2 / counts * sums[i] + within / counts**2
             leave = n / (n - 1) * d[a]
             d *= counts / (counts + 1)

@@ -16,8 +16,10 @@ from pipeline.tables import UserError
 METHODS = ["fold", "l1", "l2", "random"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["resnet18", "vit", "mobile", "tied"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("resnet18", "fold"), ("vit", "fold"), ("tied", "l2"), *(("mobile", method) for method in METHODS)],
+)
 def test_ratio_0_is_the_identity(name, method):
     build, example = NETS[name]
     model = randomise_(build())
@@ -28,8 +30,7 @@ def test_ratio_0_is_the_identity(name, method):
     assert (report.params_before, report.macs_before) == (report.params_after, report.macs_after)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("method", "training"), [("fold", True), ("fold", False), ("l2", True), ("random", True)])
 def test_input_model_is_untouched(method, training):
     model = randomise_(mobile())
     model.train(training)

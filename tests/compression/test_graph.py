@@ -214,7 +214,7 @@ def test_random_networks(seeds):
     assert sum(n > 0 for n in found) >= 0.8 * len(found)
 
 
-@pytest.mark.parametrize("seeds", [range(100, 112)], ids=str)
+@pytest.mark.parametrize("seeds", [range(100, 108)], ids=str)
 def test_random_networks_without_the_check(seeds, monkeypatch):
     """The trace is right by itself where no size hides in Python numbers."""
     monkeypatch.setattr(graph, "_verified", lambda model, args, kwargs, traced: traced)
