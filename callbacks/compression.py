@@ -171,6 +171,7 @@ class CompressionCallback(Callback):
         def measure(model: nn.Module, **values: Any) -> None:
             start = time.perf_counter()
             with self._or_fail(found, values), forward():
+                check_finite(model.state_dict())
                 metrics = evaluate(model, batches)
                 values["seconds"] = values.get("seconds", 0.0) + time.perf_counter() - start
                 found.append((values, metrics))
@@ -206,7 +207,6 @@ class CompressionCallback(Callback):
         try:
             if self._groups is None:
                 self._groups = channel_groups(net, example)
-            check_finite(net.state_dict())
             start = time.perf_counter()
             smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, seed=self.seed, **options)
             for compressed in smaller:

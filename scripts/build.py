@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -76,7 +77,7 @@ def build_compression(config: Config, cell: str, folder: Path) -> CompressionCal
 
 
 def build_trainer(config: Config, cell: str, folder: Path, compression: CompressionCallback) -> Trainer:
-    callbacks: list[Callback] = [compression]
+    callbacks: list[Callback] = [compression, ModelCheckpoint(folder, save_last=True, save_top_k=0)]
     if config["trainer"].get("enable_progress_bar", True):
         middle = min(compression.ratios, key=lambda ratio: abs(ratio - 0.5))
         callbacks.append(CompressionProgressBar(list(compression.methods), middle))

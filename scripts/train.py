@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 import lightning
 import polars as pl
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.loggers import close
@@ -38,14 +39,15 @@ def run(config: Config) -> Path:
     task = build_task(config, data)
     compression = build_compression(config, cell, folder)
     # Whatever the config can get wrong has been refused by now. The same config and code give the same results.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    if rank_zero_only.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     trainer = build_trainer(config, cell, folder, compression)
     try:
-        print(f"{cell}: {len(data.train_data):,} pictures to train on, {len(data.val_data):,} to validate")
+        if trainer.is_global_zero:
+            print(f"{cell}: {len(data.train_data):,} pictures to train on, {len(data.val_data):,} to validate")
         trainer.fit(task, data)
-        trainer.save_checkpoint(folder / "last.ckpt")
         trainer.test(task, data, verbose=False)
         if trainer.is_global_zero:
             report(folder, compression.rows)
@@ -58,7 +60,9 @@ def report(folder: Path, rows: pl.DataFrame) -> None:
     """The last measurement on the terminal and as a picture, and where everything is."""
     rows = last_measurement(rows)
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
-    print(f"\nDense accuracy {100 * dense_accuracy(rows):.2f}% on {n:,} {split} pictures.")
+    dense = dense_accuracy(rows)
+    accuracy = "could not be measured" if dense is None else f"{100 * dense:.2f}%"
+    print(f"\nDense accuracy {accuracy} on {n:,} {split} pictures.")
     print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures, epoch {epoch}")
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {n:,} {split} pictures")
     print(f"rows.parquet, curves.png, config.yaml, metrics/ and last.ckpt are in {folder}")
