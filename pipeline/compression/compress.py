@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.compression.copies import bare_copy
 from pipeline.compression.graph import Example, call_arguments, channel_groups
 from pipeline.compression.group import ChannelGroups, Frozen
 from pipeline.compression.methods import METHODS, GroupWeights
-from pipeline.compression.projection import apply
+from pipeline.compression.projection import apply, named_tensors
 from pipeline.tables import UserError, call, pick
 
 
@@ -112,11 +113,12 @@ def compressions(
     for ratio in ratios:
         if not 0 <= ratio < 1:
             raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
+    model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example) if groups is None else groups
     if not len(groups):
         frozen = "; ".join(map(str, groups.frozen[:3]))
         raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")
-    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
     weights = [GroupWeights(group, tensors, features, scale, norm, seed) for group in groups]
     sizes = [[channels_left(group.size, ratio) for ratio in ratios] for group in groups]

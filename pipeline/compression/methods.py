@@ -137,7 +137,8 @@ def magnitude(weights: GroupWeights, sizes: Sequence[int], *, p: int, score: str
     if score not in ("first", "group"):
         raise UserError(f"unknown score {score!r}; choose from: first, group")
     axes = weights.writers[:1] if score == "first" else [*weights.writers, *weights.group.reads]
-    return keep_largest(sum(weights.rows(a).abs().pow(p).sum(1) for a in axes), sizes)
+    scores = torch.stack([weights.rows(a).abs().pow(p).sum(1) for a in axes]).sum(0)
+    return keep_largest(scores, sizes)
 
 
 def random(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
