@@ -29,6 +29,7 @@ from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.compress import check_finite, macs, parameters
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.methods import FOLDING, METHODS
+from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import repair_, tune_norms_
 from pipeline.evaluate import Metrics, evaluate
 from pipeline.results import DENSE, STAGES, Row, RowStore, code_version, foldability
@@ -171,7 +172,7 @@ class CompressionCallback(Callback):
         def measure(model: nn.Module, **values: Any) -> None:
             start = time.perf_counter()
             with self._or_fail(found, values), forward():
-                check_finite(model.state_dict())
+                check_finite(named_tensors(model))
                 metrics = evaluate(model, batches)
                 values["seconds"] = values.get("seconds", 0.0) + time.perf_counter() - start
                 found.append((values, metrics))

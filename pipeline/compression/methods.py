@@ -25,9 +25,11 @@ SCALES = ("none", "tensor", "channel")
 class GroupWeights:
     """What a method sees of a network: one group and the tensors of the checkpoint.
 
-    features: which weights describe a channel; scale: "none", "tensor" (every weight tensor counts the same) or
-    "channel" (every channel has norm 1: angles alone count); norm: put the scale and shift of a norm behind a weight,
-    and biases, into the description. `compress` says what was measured.
+    features: which weights describe a channel: "writers", "readers" or "writers+readers"
+    scale: "none", "tensor" (every weight tensor counts the same) or "channel" (every channel has norm 1: angles alone)
+    norm: put the scale and shift of the norm behind a weight, and biases, into the description
+
+    The defaults had the best mean accuracy on a CIFAR-10 ResNet-20 and a ResNet18 (docs/features.md).
     """
 
     group: ChannelGroup
