@@ -73,19 +73,33 @@ class Projection:
 
 def merge(tensor: Tensor, projection: Projection, reduce: str, dim: int = 0) -> Tensor:
     """Cluster means ("mean") or sums ("sum") along `dim`, of size C before and k after."""
-    labels = projection.labels.to(tensor.device)
-    kept = (labels >= 0).nonzero().squeeze(1)
-    shape = list(tensor.shape)
-    shape[dim] = len(projection.counts)
-    # Half precision would lose what a sum over a large cluster adds last.
-    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-    source = tensor.to(wide).index_select(dim, kept)
-    merged = torch.zeros(shape, dtype=wide, device=tensor.device).index_add_(dim, labels[kept], source)
+    merged = weighted_sum(tensor, projection, None, dim)
     if reduce == "mean":
-        sizes = [1] * len(shape)
+        sizes = [1] * tensor.dim()
         sizes[dim] = -1
         merged = merged / projection.counts.to(tensor.device).view(sizes)
     return merged.to(tensor.dtype)
+
+
+def weighted_sum(tensor: Tensor, projection: Projection, weights: Tensor | None, dim: int = 0) -> Tensor:
+    """Σ of weights[i] times entry i over each cluster; weights: (C,), or None for ones. Half comes out as float32."""
+    device = tensor.device
+    # Half precision would lose what a sum over a large cluster adds last.
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+    def taken(channels: Tensor) -> Tensor:
+        chosen = tensor.index_select(dim, channels.to(device)).to(wide)
+        if weights is not None:
+            sizes = [1] * tensor.dim()
+            sizes[dim] = -1
+            chosen *= weights.to(device, wide)[channels.to(device)].view(sizes)
+        return chosen
+
+    # First members are copied and only the others added: most clusters are single channels.
+    others = projection.labels >= 0
+    others[projection.representatives] = False
+    rest = others.nonzero().squeeze(1)
+    return taken(projection.representatives).index_add_(dim, projection.labels[rest].to(device), taken(rest))
 
 
 def reconstruction_error(gram: Tensor, projection: Projection) -> float:
@@ -93,9 +107,10 @@ def reconstruction_error(gram: Tensor, projection: Projection) -> float:
     if projection.is_identity:
         return 0.0
     gram = gram.cpu().double()
-    m = projection.onehot()
     total = gram.trace()
-    kept = (((gram @ m) * m).sum(0) / projection.counts).sum()
+    sums = merge(gram, projection, "mean")  # (k, C), so that the cost is C² and not C² k
+    members = (projection.labels >= 0).nonzero().squeeze(1)
+    kept = sums[projection.labels[members], members].sum()
     return float(((total - kept).clamp(min=0) / total).sqrt()) if total > 0 else 0.0
 
 
@@ -142,14 +157,24 @@ def compressed_tensors(
     edited: dict[str, Tensor] = {}
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
+    def is_whole(axis: Axis) -> bool:
+        """Are the channels all that stands along the axis, in order? Then nothing need be gathered and put back."""
+        size = tensors[axis.tensor].shape[axis.axis]
+        return axis.index.shape == (size, 1) and torch.equal(axis.index[:, 0], torch.arange(size))
+
     def channels(axis: Axis) -> Tensor:
         """What stands along an axis so far, channels first: (C, m, ...)."""
         old = edited.get(axis.tensor, tensors[axis.tensor])
+        if is_whole(axis):
+            return old.movedim(axis.axis, 0).unsqueeze(1)
         chosen = old.index_select(axis.axis, axis.index.reshape(-1).to(old.device)).movedim(axis.axis, 0)
         return chosen.reshape(*axis.index.shape, *chosen.shape[1:])
 
     def put(axis: Axis, projection: Projection, new: Tensor) -> None:
         """Write the new channels, (k, m, ...), to the places of their representatives; the other places are gone."""
+        if is_whole(axis):
+            edited[axis.tensor] = new.flatten(0, 1).movedim(0, axis.axis)
+            return
         old = edited.get(axis.tensor, tensors[axis.tensor])
         stay = axis.index[projection.representatives].reshape(-1).to(old.device)
         edited[axis.tensor] = old.index_copy(axis.axis, stay, new.flatten(0, 1).movedim(0, axis.axis))
@@ -196,12 +221,17 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
     axes = {a.tensor: a for a in group.writes}
     new: dict[str, Tensor] = {}
 
-    def take(name: str) -> Tensor | None:
-        """(C, ...) float64, or None where a channel is not exactly one row."""
+    def rows(name: str) -> Tensor | None:
+        """(C, ...), or None where a channel is not exactly one row."""
         axis = axes.get(name)
         if axis is None or axis.axis != 0 or axis.index.shape[1] != 1:
             return None
-        return tensors[name].index_select(0, axis.index[:, 0].to(tensors[name].device)).double()
+        return tensors[name].index_select(0, axis.index[:, 0].to(tensors[name].device))
+
+    def take(name: str) -> Tensor | None:
+        """(C,) float64: small beside the weights, and variances span many orders of magnitude."""
+        found = rows(name)
+        return None if found is None else found.double()
 
     def mean(t: Tensor) -> Tensor:
         return merge(t, projection, "mean")
@@ -222,7 +252,7 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         t = shift - center * s
         new_var, new_shift = mean(var), mean(shift)
         new_sigma = (new_var + norm.eps).sqrt()
-        weight = take(norm.writer) if norm.writer else None
+        weight = rows(norm.writer) if norm.writer else None
         bias = take(norm.writer_bias) if norm.writer_bias else None
         if norm.writer is None or weight is None or (norm.writer_bias and bias is None):
             new_center = mean(center)
@@ -233,9 +263,12 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         new_s = new_gain / new_sigma
         dead = new_gain.abs() < 1e-12  # a norm that puts out its shift alone: any weight will do
         safe = torch.where(dead, 1.0, new_s)
-        rows = [-1] + [1] * (weight.dim() - 1)
-        scaled = mean(weight * s.view(rows)) / safe.view(rows)
-        keep_singles(norm.writer, weight, torch.where(dead.view(rows), mean(weight), scaled))
+        # The mean of s w, divided by the new scale, in one pass over the weight.
+        labels = projection.labels.to(s.device)
+        of_own = labels.clamp(min=0)
+        counts = projection.counts.to(s.device)[of_own]
+        plain = (counts == 1) | dead[of_own]
+        new[norm.writer] = weighted_sum(weight, projection, torch.where(plain, 1.0, s / safe[of_own]) / counts)
         offset = mean(t)
         if bias is not None:
             new_bias = mean(bias)
