@@ -36,7 +36,6 @@ def test_keeps_shape_and_type_and_survives_pickling(name, size):
         v2.RandomCrop(32, padding=4),
         v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]),
     ],
-    ids=str,
 )
 def test_pictures_of_a_batch_get_different_draws(augment, one_picture_many_times):
     torch.manual_seed(0)
