@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -25,11 +25,32 @@ def pick(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 def call(what: str, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """`function(*args, **options)`, refusing options that are not in its signature (the signature is the schema)."""
+    """`function(*args, **options)`, refusing options that its signature does not have (the signature is the schema).
+
+    Words where it wants numbers, and values that it refuses itself, become a UserError too.
+    """
     parameters = inspect.signature(function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][len(args) :]
         for key in options:
             if key not in known:
                 raise UserError(f"{what} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
-    return function(*args, **options)
+    for p in parameters:
+        if isinstance(options.get(p.name), str) and _is_number(p.annotation):
+            raise UserError(f"{what}: {p.name} must be a number, got {options[p.name]!r}")
+    try:
+        return function(*args, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+def _is_number(annotation: Any) -> bool:
+    """Does an annotation admit numbers and no words?"""
+    if isinstance(annotation, str):
+        return {part.strip() for part in annotation.split("|")} <= {"int", "float", "bool", "None", "Tensor"}
+    kinds = get_args(annotation) or (annotation,)
+    return all(
+        isinstance(kind, type) and kind.__name__ in ("int", "float", "bool", "NoneType", "Tensor") for kind in kinds
+    )
