@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
 
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
 from pipeline.compression.checkpoint import save_compressed
@@ -179,8 +180,10 @@ class CompressionCallback(Callback):
 
         example = self._example(loader, move)
         measure(net, method=DENSE, ratio=0.0, stage="raw", error=0.0, params=parameters(net), macs=macs(net, example))
+        bar = self._bar(trainer, split)
         for label, options in self.methods.items():
-            for ratio, compressed, values in self._compressed(trainer, pl_module, net, example, label, options, found):
+            for ratio, compressed, values in self._compressed(net, example, label, options, found):
+                bar.set_postfix_str(f"{label} {ratio:g}")
                 for stage, mend in self._mends(mending).items():
                     values = {**values, "method": label, "ratio": ratio, "stage": stage}
                     start = time.perf_counter()
@@ -191,12 +194,19 @@ class CompressionCallback(Callback):
                         if applies:
                             measure(compressed.model, **values)
                             self._save(trainer, compressed, fixed, values)
+                bar.update()
+        bar.close()
         return self._rows(trainer, fixed, found)
+
+    def _bar(self, trainer: Trainer, split: str) -> tqdm:
+        """Of smaller networks measured; shown where the Trainer shows its own."""
+        own = trainer.progress_bar_callback
+        hidden = own is None or own.is_disabled or not trainer.is_global_zero
+        count = len(self.methods) * len(self.ratios)
+        return tqdm(desc=f"Compressing ({split})", total=count, leave=False, disable=hidden, dynamic_ncols=True)
 
     def _compressed(
         self,
-        trainer: Trainer,
-        pl_module: LightningModule,
         net: nn.Module,
         example: Tensor,
         label: str,
@@ -209,7 +219,8 @@ class CompressionCallback(Callback):
             if self._groups is None:
                 self._groups = channel_groups(net, example)
             start = time.perf_counter()
-            smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, seed=self.seed, **options)
+            arguments = {"seed": self.seed, **options}
+            smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
             for compressed in smaller:
                 report = compressed.report
                 seconds = time.perf_counter() - start
