@@ -71,19 +71,19 @@ def kept_energy(gram: Array, labels: Array) -> float:
     return float(alone + (within / counts).sum())
 
 
-def refine(gram: Array, labels: Array, sweeps: int = 20) -> Array:
-    """Move single channels between clusters while that lowers the error (Hartigan's rule); no cluster is emptied.
+def refine(gram: Array, labels: Array, sweeps: int = 20) -> tuple[float, Array]:
+    """(kept energy, labels) after moving single channels between clusters while that lowers the error; none is emptied.
 
-    Moving channel i from cluster a to b changes the error by n_b / (n_b + 1) d²(i, b) - n_a / (n_a - 1) d²(i, a). One
-    sweep finds all channels with an improving move from one pass over (C, k) and then makes the moves, the best first,
-    each checked against the clusters as they are by then. A local optimum of this rule is one of k-means as well, not
-    the other way round (Telgarsky and Vattani 2010).
+    Hartigan's rule: moving channel i from cluster a to b changes the error by
+    n_b / (n_b + 1) d²(i, b) - n_a / (n_a - 1) d²(i, a). One sweep finds all channels with an improving move from one
+    pass over (C, k) and then makes the moves, the best first, each checked against the clusters as they are by then. A
+    local optimum of this rule is one of k-means as well, not the other way round (Telgarsky and Vattani 2010).
     """
     labels = labels.copy()
     squares = np.diag(gram)
     k = labels.max() + 1
     if k == 1 or k == len(labels):
-        return labels
+        return kept_energy(gram, labels), labels
     counts, sums, within = cluster_sums(gram, labels)
     tolerance = 1e-12 * squares.sum()
 
@@ -125,7 +125,7 @@ def refine(gram: Array, labels: Array, sweeps: int = 20) -> Array:
             counts[a] -= 1
             counts[b] += 1
             labels[i] = b
-    return labels
+    return float((within / counts).sum()), labels
 
 
 def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict[int, Array]:
@@ -140,8 +140,9 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     levels = [dict(cuts(tree, sizes)) for tree in trees]
     chosen = {}
     for k in sizes:
-        candidates = [level[k] for level in levels]
-        if refined:
-            candidates = [refine(gram, labels) for labels in candidates]
-        chosen[k] = max([*candidates, special_folding(gram, k)], key=lambda labels: kept_energy(gram, labels))
+        special = special_folding(gram, k)
+        candidates = [(kept_energy(gram, special), special)]
+        for level in levels:
+            candidates.append(refine(gram, level[k]) if refined else (kept_energy(gram, level[k]), level[k]))
+        chosen[k] = max(candidates, key=lambda candidate: candidate[0])[1]
     return chosen
