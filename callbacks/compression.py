@@ -27,14 +27,14 @@ from tqdm.auto import tqdm
 
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.compress import check_finite, macs, parameters
+from pipeline.compression.compress import check_finite, check_ratios, macs, parameters
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.methods import FOLDING, METHODS
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import repair_, tune_norms_
 from pipeline.evaluate import Metrics, evaluate
 from pipeline.results import DENSE, STAGES, Row, RowStore, code_version, foldability
-from pipeline.tables import UserError, pick
+from pipeline.tables import UserError, first_line, pick
 
 CACHE_BYTES = 2**31  # evaluation batches are kept on the device for one measurement if they take no more than this
 
@@ -84,9 +84,7 @@ class CompressionCallback(Callback):
             pick("method", METHODS, options["method"])
         if DENSE in self.methods:
             raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
-        for ratio in ratios:
-            if not 0 <= ratio < 1:
-                raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
+        check_ratios(ratios)
         for stage in stages:
             pick("stage", dict.fromkeys(STAGES), stage)
         if not self.methods or not ratios or not stages:
@@ -269,7 +267,7 @@ class CompressionCallback(Callback):
         given = self.eval_data if split == "val" else None
         if given is None:
             given = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
-        if given is None and trainer.datamodule is not None:
+        if given is None and split == "val" and trainer.datamodule is not None:
             given = trainer.datamodule.val_dataloader()
         if isinstance(given, list | tuple):
             given = given[0] if given else None
@@ -411,7 +409,7 @@ def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error, with its type where the text alone would not say what happened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from pipeline.tables import first_line
+
 
 class GuardedWandbLogger(WandbLogger):
     """A WandbLogger whose failures (server gone, disk full) are one warning: the run's folder holds its rows."""
@@ -23,8 +25,8 @@ class GuardedWandbLogger(WandbLogger):
         except Exception as error:
             if not getattr(self, "_has_warned", False):
                 self._has_warned = True
-                text = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"W&B did not take what was logged ({text}); training goes on", RuntimeWarning, 2)
+                text = f"W&B did not take what was logged ({first_line(error)}); training goes on"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._guarded(super().log_metrics, metrics, step)
@@ -54,8 +56,8 @@ def wandb_logger(folder: Path, project: str, name: str, config: Mapping[str, Any
     try:
         run = logger.experiment
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"W&B cannot be reached ({text}); this run logs offline", RuntimeWarning, stacklevel=2)
+        text = f"W&B cannot be reached ({first_line(error)}); this run logs offline"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
         settings.mode = "offline"
         logger = GuardedWandbLogger(**make)
         run = logger.experiment

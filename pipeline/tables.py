@@ -15,6 +15,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def pick(kind: str, table: Mapping[str, T], name: str) -> T:
     """The entry of `table` called `name`, or a UserError that lists the names there are."""
     if name not in table:
@@ -43,7 +48,7 @@ def call(what: str, function: Callable[..., T], /, *args: Any, **options: Any) -
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def _is_number(annotation: Any) -> bool:

@@ -110,9 +110,7 @@ def compressions(
     seed: of methods that draw.
     """
     chosen = pick("method", METHODS, method)
-    for ratio in ratios:
-        if not 0 <= ratio < 1:
-            raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
+    check_ratios(ratios)
     model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example) if groups is None else groups
     if not len(groups):
@@ -142,6 +140,13 @@ def compressions(
 def channels_left(size: int, ratio: float) -> int:
     """Channels that remain of `size`: rounded down, as the study does, but at least one."""
     return max(1, int(size * (1 - ratio) + 1e-9))
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Raise UserError naming the first ratio that is no fraction of channels to remove."""
+    for ratio in ratios:
+        if not 0 <= ratio < 1:
+            raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups, Frozen, Norm
 from pipeline.compression.projection import Projection, apply, named_tensors
-from pipeline.tables import UserError
+from pipeline.tables import UserError, first_line
 
 Example = Tensor | tuple | dict
 
@@ -78,7 +78,7 @@ def channel_groups(model: nn.Module, example: Example) -> ChannelGroups:
             program = torch.export.export(twin, args, kwargs)
     except Exception as error:
         raise UserError(
-            f"torch.export cannot trace {type(model).__name__}: {_first_line(error)} "
+            f"torch.export cannot trace {type(model).__name__}: {first_line(error)} "
             "(make its forward free of data-dependent control flow, or compress a submodule)"
         ) from error
     tracer = _Tracer(program, twin)
@@ -580,7 +580,7 @@ def _verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups
         try:
             tolerance, args, kwargs = _runs_on_noise_(model, args, kwargs, generator)
         except Exception as error:
-            return _frozen_too(traced, dict.fromkeys(range(len(traced)), f"the check fails ({_first_line(error)})"))
+            return _frozen_too(traced, dict.fromkeys(range(len(traced)), f"the check fails ({first_line(error)})"))
         # Two draws, as a channel order that survives one by chance will hardly survive another, and of two successive
         # numbers of channels, as no size that must divide by something is a multiple of it twice.
         fewer = [round(group.size * (1 + float(torch.rand((), generator=generator))) / 3) for group in traced]
@@ -599,7 +599,7 @@ def _verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups
                 try:
                     found = apply(twin, groups, labels)(*args, **kwargs)
                 except Exception as error:
-                    return f"the smaller network does not run ({_first_line(error)})"
+                    return f"the smaller network does not run ({first_line(error)})"
                 for e, f in zip(_tensors(expected), _tensors(found), strict=True):
                     if e.shape != f.shape or not torch.allclose(e, f, rtol=0, atol=tolerance * float(e.abs().max())):
                         return "folding exact duplicates changes the output"
@@ -684,7 +684,3 @@ def _randomise_(model: nn.Module, generator: torch.Generator) -> None:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

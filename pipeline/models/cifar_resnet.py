@@ -7,25 +7,18 @@ compressed and the hidden channels of the blocks can. Tensor names are those of 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.resnet import conv3x3
+from pipeline.models.resnet import BasicBlock, conv3x3
 
 
-class PaddedBlock(nn.Module):
-    """conv-bn-relu-conv-bn, plus the input, subsampled and padded with zero channels where the shape changes."""
+class PaddedShortcut(nn.Module):
+    """Every `stride`-th pixel, with `padding` zero channels on either side."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+    def __init__(self, stride: int, padding: int) -> None:
         super().__init__()
-        self.conv1 = conv3x3(channels_in, channels_out, stride)
-        self.bn1 = nn.BatchNorm2d(channels_out)
-        self.conv2 = conv3x3(channels_out, channels_out)
-        self.bn2 = nn.BatchNorm2d(channels_out)
-        self.stride, self.padding = stride, (channels_out - channels_in) // 2
+        self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(y + x)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class CifarResNet(nn.Module):
@@ -39,7 +32,10 @@ class CifarResNet(nn.Module):
         for stage, width in enumerate((16, 32, 64), 1):
             blocks = []
             for i in range(depth):
-                blocks.append(PaddedBlock(channels_in, width, stride=2 if stage > 1 and i == 0 else 1))
+                stride = 2 if stage > 1 and i == 0 else 1
+                changes = channels_in != width
+                shortcut = PaddedShortcut(stride, (width - channels_in) // 2) if changes else None
+                blocks.append(BasicBlock(channels_in, width, stride, shortcut))
                 channels_in = width
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.linear = nn.Linear(channels_in, classes)

@@ -14,16 +14,19 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """conv-bn-relu-conv-bn, plus the input (through a strided 1x1 convolution where the shape changes)."""
+    """conv-bn-relu-conv-bn, plus the input; shortcut: what the input goes through.
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+    None: nothing where the shape stays, else a strided 1x1 convolution.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, shortcut: nn.Module | None = None) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels_in, channels_out, stride)
         self.bn1 = nn.BatchNorm2d(channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != channels_out:
+        self.shortcut = shortcut or nn.Sequential()
+        if shortcut is None and (stride != 1 or channels_in != channels_out):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
             )
