@@ -1,11 +1,11 @@
-"""Data sets of pictures: DATASETS names them, AUGMENTATIONS what training does to them.
+"""Data sets of pictures: DATASETS names them, AUGMENTATIONS the steps by which training varies them.
 
 To add a set, write one file whose `load(**options)` returns `picture_set(...)` and add its row here.
 `PictureData` in pipeline.data.module serves any of them to Lightning.
 """
 
 from . import cifar10, digits, fashion_mnist, folder
-from .augment import AUGMENTATIONS
+from .augment import AUGMENTATIONS, augmentation
 from .picture_set import DataSource, PictureSet
 from .pictures import Pictures, collate
 from .split import split
@@ -14,7 +14,16 @@ DATASETS: dict[str, DataSource] = {
     "cifar10": DataSource(cifar10.load, cifar10.fetch),
     "digits": DataSource(digits.load),
     "fashion_mnist": DataSource(fashion_mnist.load, fashion_mnist.fetch),
-    "folder": DataSource(folder.load),
+    "folder": DataSource(folder.load, root_names_data=True),
 }
 
-__all__ = ["AUGMENTATIONS", "DATASETS", "DataSource", "PictureSet", "Pictures", "collate", "split"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "DataSource",
+    "PictureSet",
+    "Pictures",
+    "augmentation",
+    "collate",
+    "split",
+]

@@ -1,5 +1,6 @@
 """Any data set of the table as a LightningDataModule."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from pipeline.tables import UserError, call, pick
 
-from . import AUGMENTATIONS, DATASETS
+from . import DATASETS
+from .augment import augmentation, check_alpha, check_steps, mixing
 from .pictures import Pictures, collate
 from .split import split
 
@@ -25,7 +27,9 @@ class PictureData(LightningDataModule):
 
     name: a row of DATASETS; `options` are those of the row, such as size of 'folder'
     root: where the set lies or is downloaded to; None: the default of the set
-    augment: a row of AUGMENTATIONS
+    augment: rows of AUGMENTATIONS, done in this order; (): none
+    mixup, cutmix: alpha of the Beta distribution of the weights by which training pictures and labels are mixed in
+        pairs, 0: off; both on: one of the two for each batch. Labels of a training batch become (B, classes) float32
     val_fraction: share of the training pictures held out for validation, 0 <= f < 1
     seed: chooses what is held out, and the pictures of train_size; shuffling and augmentation follow torch's own seed
     workers: processes that fetch training batches; evaluation needs none, the pixels are in memory
@@ -38,7 +42,9 @@ class PictureData(LightningDataModule):
         name: str,
         root: str | Path | None = None,
         batch_size: int = 128,
-        augment: str = "none",
+        augment: Sequence[str] = (),
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         val_fraction: float = 0.1,
         seed: int = 0,
         workers: int = 0,
@@ -49,13 +55,16 @@ class PictureData(LightningDataModule):
     ):
         super().__init__()
         self.source = pick("data set", DATASETS, name)
-        pick("augmentation", AUGMENTATIONS, augment)
+        check_steps(augment)
+        check_alpha("mixup", mixup)
+        check_alpha("cutmix", cutmix)
         if not 0 <= val_fraction < 1:
             raise UserError(f"val_fraction {val_fraction} must be in 0 <= f < 1")
         for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise UserError(f"{key} {value} must be at least 1")
         self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
+        self.mixup, self.cutmix = mixup, cutmix
         self.val_fraction, self.train_size, self.seed = val_fraction, train_size, seed
         self.workers, self.download = workers, download
         self.place = {} if root is None else {"root": root}
@@ -72,6 +81,7 @@ class PictureData(LightningDataModule):
             return
         pictures = call(f"data set {self.name!r}", self.source.load, **self.place, **self.options)
         self.classes, self.num_classes = pictures.classes, len(pictures.classes)
+        self.mixing = mixing(self.mixup, self.cutmix, self.num_classes)
         self.channels, self.size = pictures.train.images.shape[1:3]
 
         normal = pictures.mean, pictures.std
@@ -79,7 +89,7 @@ class PictureData(LightningDataModule):
         train, val = split(everything.labels, self.val_fraction, self.seed)
         train = train[self.first(everything.labels[train])]
         self.repair_data = everything.subset(train)
-        self.train_data = everything.subset(train, AUGMENTATIONS[self.augment](self.size))
+        self.train_data = everything.subset(train, augmentation(self.augment, self.size))
         self.val_data = everything.subset(val)
         self.test_data = Pictures(pictures.test.images, pictures.test.labels, *normal)
         self.example = self.repair_data[0][0][None]
@@ -94,6 +104,12 @@ class PictureData(LightningDataModule):
             )
         return split(labels, self.train_size, self.seed)[1]
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mix a training batch, on the device and once, however often a training step passes it through the network."""
+        if self.mixing is None or self.trainer is None or not self.trainer.training:
+            return batch
+        return self.mixing(*batch)
+
     def train_dataloader(self) -> DataLoader:
         processes = self.trainer.world_size if self.trainer else 1
         share = -(-len(self.train_data) // processes)  # DistributedSampler rounds up
@@ -104,7 +120,8 @@ class PictureData(LightningDataModule):
             # BatchNorm cannot take the variance of one value per channel; other short batches are kept
             drop_last=share > self.batch_size > 1 and share % self.batch_size == 1,
             num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            # A worker that lives on carries random state from epoch to epoch, which a resumed run cannot have.
+            persistent_workers=False,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )

@@ -35,10 +35,14 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A row of DATASETS: `load(**options)` reads what is on disk, `fetch(root)` downloads what is not."""
+    """A row of DATASETS: `load(**options)` reads what is on disk, `fetch(root)` downloads what is not.
+
+    root_names_data: does the root say which pictures these are, and not just where well-known ones lie?
+    """
 
     load: Callable[..., PictureSet]
     fetch: Callable[..., None] | None = None
+    root_names_data: bool = False
 
 
 def picture_set(train: Part, test: Part, classes: list[str]) -> PictureSet:

@@ -26,11 +26,44 @@ def timm_model(classes: int, channels: int, architecture: str, pretrained: bool 
         raise UserError(f"timm model {architecture!r} with {options}: {error}") from error
 
 
+def simple_vit(
+    classes: int,
+    channels: int,
+    size: int = 32,
+    patch_size: int = 4,
+    dim: int = 512,
+    depth: int = 6,
+    heads: int = 16,
+    mlp_dim: int = 1024,
+) -> nn.Module:
+    """SimpleViT (arXiv:2205.01580): sine positions, mean pooling. The folding study's small one: 18.93M parameters.
+
+    size: side of the pictures in pixels, a multiple of patch_size; dim: channels of the stream, a multiple of 4;
+    heads: of 64 channels each; mlp_dim: hidden channels of a block's MLP
+    """
+    from vit_pytorch import SimpleViT  # takes a moment, and most runs do not need it
+
+    for name, value, unit in (("size", size, patch_size), ("dim", dim, 4)):
+        if unit < 1 or value % unit:
+            raise UserError(f"model 'simple_vit': {name} {value} must be a multiple of {unit}")
+    return SimpleViT(
+        image_size=size,
+        patch_size=patch_size,
+        num_classes=classes,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        channels=channels,
+    )
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "preact_resnet18": preact_resnet18,
     "resnet20": resnet20,
     "resnet32": resnet32,
+    "simple_vit": simple_vit,
     "timm": timm_model,
 }
 

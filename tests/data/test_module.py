@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import RandomSampler, SequentialSampler
 
+from pipeline.data import DATASETS
 from pipeline.data.module import PictureData
 from pipeline.tables import UserError
 
@@ -47,7 +48,7 @@ def test_seed_chooses_the_validation_part_but_never_the_test_part():
 
 
 def test_only_training_pictures_are_augmented():
-    data = ready(augment="crop")
+    data = ready(augment=["crop"])
     assert data.train_data.augment is not None
     assert data.repair_data.augment is data.val_data.augment is data.test_data.augment is None
 
@@ -62,7 +63,7 @@ def test_train_size_keeps_validation_and_class_shares():
 
 def test_survives_pickling():
     """Strategies that spawn processes send the data module to them."""
-    data = pickle.loads(pickle.dumps(ready(augment="crop")))
+    data = pickle.loads(pickle.dumps(ready(augment=["crop"], mixup=0.2, cutmix=0.2)))
     assert len(data.train_data) == 1293
 
 
@@ -84,9 +85,9 @@ def test_loaders():
 
 
 def test_worker_processes_serve_the_training_pictures():
-    data = ready(workers=2, augment="crop", batch_size=500)
+    data = ready(workers=2, augment=["crop"], batch_size=500)
     loader = data.train_dataloader()
-    for _ in range(2):  # the second epoch uses the same processes
+    for _ in range(2):
         assert sum(len(labels) for _, labels in loader) == len(data.train_data)
 
 
@@ -127,7 +128,7 @@ class Linear(LightningModule):
 @pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
 @pytest.mark.parametrize("val_fraction", [0.0, 0.1])
 def test_trains_under_lightning(tmp_path, val_fraction):
-    data = PictureData("digits", augment="crop", val_fraction=val_fraction)
+    data = PictureData("digits", augment=["crop"], val_fraction=val_fraction)
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -141,6 +142,124 @@ def test_trains_under_lightning(tmp_path, val_fraction):
     assert trainer.test(model, datamodule=data, verbose=False)[0]["test_loss"] < 2.3
 
 
+class Stage:
+    """As much of a trainer as PictureData looks at."""
+
+    def __init__(self, training):
+        self.training, self.world_size = training, 1
+
+
+def training(**options):
+    data = ready(**options)
+    data.trainer = Stage(training=True)
+    return data
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_mixed_batches_hold_pictures_and_probabilities(options):
+    torch.manual_seed(0)
+    data = training(**options)
+    batch = next(iter(data.train_dataloader()))
+    images, labels = data.on_after_batch_transfer(batch, 0)
+    assert images.shape == batch[0].shape
+    assert images.dtype == labels.dtype == torch.float32
+    assert not torch.equal(images, batch[0])
+    assert labels.shape == (128, 10)
+    torch.testing.assert_close(labels.sum(1), torch.ones(128))
+    assert (labels.gather(1, batch[1][:, None]) > 0).all(), "a picture's own class is in the mixture"
+
+
+def test_mixup_is_the_formula_and_cutmix_pastes_pixels():
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    torch.manual_seed(0)
+    mixed, shares = training(mixup=1.0).on_after_batch_transfer((images, labels), 0)
+    share = shares[0, 0]
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+    torch.manual_seed(0)
+    mixed, shares = training(cutmix=1.0).on_after_batch_transfer((images, labels), 0)
+    kept = mixed == images
+    assert (kept | (mixed == images.roll(1, 0))).all()
+    assert kept[0].float().mean() == shares[0, 0]
+
+
+def test_both_on_is_one_of_them_per_batch():
+    torch.manual_seed(0)
+    data, images, labels = training(mixup=1.0, cutmix=1.0), torch.randn(6, 1, 8, 8), torch.arange(6)
+    pasted = 0
+    for _ in range(60):
+        mixed, _ = data.on_after_batch_transfer((images, labels), 0)
+        pasted += bool(((mixed == images) | (mixed == images.roll(1, 0))).all())
+    assert 15 < pasted < 45
+
+
+def test_nothing_is_mixed_outside_training_or_when_off():
+    batch = torch.randn(6, 1, 8, 8), torch.arange(6)
+    data = ready(mixup=1.0)
+    assert data.on_after_batch_transfer(batch, 0) is batch  # no trainer
+    data.trainer = Stage(training=False)
+    before = torch.get_rng_state()
+    assert data.on_after_batch_transfer(batch, 0) is batch
+    assert training().on_after_batch_transfer(batch, 0) is batch
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Watcher(Linear):
+    """Notes the shape of the labels that each stage is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def training_step(self, batch):
+        self.seen.add(("train", tuple(batch[1].shape)))
+        return super().training_step(batch)
+
+    def validation_step(self, batch):
+        self.seen.add(("sanity" if self.trainer.sanity_checking else "val", tuple(batch[1].shape)))
+
+    def test_step(self, batch):
+        self.seen.add(("test", tuple(batch[1].shape)))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
+def test_lightning_mixes_training_batches_alone(tmp_path):
+    data = PictureData("digits", mixup=0.2, train_size=100, batch_size=50, eval_batch_size=144)
+    model = Watcher()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model.seen == {
+        ("sanity", (144,)),
+        ("train", (50, 10)),
+        ("val", (144,)),
+        ("test", (144,)),
+        ("test", (72,)),
+    }
+
+
+def test_an_epoch_of_worker_processes_depends_on_the_seed_alone():
+    """What workers drew in one epoch must not decide the next: a resumed run has no such workers."""
+    options = {"workers": 2, "augment": ["crop"], "batch_size": 500}
+
+    def epoch(loader, seed):
+        torch.manual_seed(seed)
+        return torch.cat([images for images, _ in loader])
+
+    loader = ready(**options).train_dataloader()
+    epoch(loader, 1)
+    assert torch.equal(epoch(loader, 2), epoch(ready(**options).train_dataloader(), 2))
+
+
 def test_download_can_be_refused(tmp_path, monkeypatch):
     def forbid(*args, **kwargs):
         raise AssertionError("downloads")
@@ -148,6 +267,10 @@ def test_download_can_be_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", forbid)
     with pytest.raises(UserError, match="no CIFAR-10 in"):
         ready("cifar10", root=tmp_path, download=False)
+
+
+def test_only_a_folder_is_named_by_its_root():
+    assert {name for name, source in DATASETS.items() if source.root_names_data} == {"folder"}
 
 
 def test_options_reach_the_set(cifar_folder):
@@ -158,7 +281,16 @@ def test_options_reach_the_set(cifar_folder):
     ("options", "message"),
     [
         ({"name": "digit"}, r"unknown data set 'digit' \(did you mean 'digits'\?\)"),
-        ({"augment": "flop"}, "unknown augmentation 'flop'"),
+        (
+            {"augment": ["crop", "flop"]},
+            r"unknown augmentation 'flop' \(did you mean 'flip'\?\); choose from: crop, flip",
+        ),
+        ({"augment": "crop"}, r"augment must be a list of steps, such as \[crop, flip\] or \[\] for none, got 'crop'"),
+        ({"augment": None}, r"augment must be a list of steps, .*, got None"),
+        ({"augment": ["crop", "flip", "crop"]}, "augment names 'crop' twice; name every step once"),
+        ({"mixup": -0.1}, r"mixup -0.1 must be in 0 <= alpha <= 100: 0 for none, usually 0.2 to 1"),
+        ({"cutmix": float("inf")}, r"cutmix inf must be in 0 <= alpha <= 100"),
+        ({"mixup": float("nan")}, r"mixup nan must be in 0 <= alpha <= 100"),
         ({"sise": 3}, "data set 'digits' has no option 'sise'; it takes: none"),
         ({"name": "folder", "sise": 3}, "data set 'folder' has no option 'sise'; it takes: root, size"),
         ({"val_fraction": 1.0}, r"val_fraction 1.0 must be in 0 <= f < 1"),

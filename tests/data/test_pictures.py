@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, Subset
 
-from pipeline.data import AUGMENTATIONS, DATASETS, Pictures, collate, split
+from pipeline.data import DATASETS, Pictures, augmentation, collate, split
 from pipeline.data.augment import crop
 from pipeline.tables import UserError
 
@@ -48,7 +48,7 @@ def test_loaders_serve_every_picture_in_order(pictures, wrap, workers):
 
 
 def test_spawned_workers(pictures):
-    augmented = pictures.subset(range(4), augment=AUGMENTATIONS["crop_flip_rotate"](4))
+    augmented = pictures.subset(range(4), augment=augmentation(["crop", "flip", "rotate"], 4))
     loader = DataLoader(augmented, 2, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     assert torch.equal(fetched(loader)[1], torch.tensor([0, 1, 2, 0]))
 

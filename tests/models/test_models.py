@@ -3,10 +3,17 @@
 import pytest
 import torch
 
+from pipeline.compression import channel_groups, compress
 from pipeline.models import MODELS, build_model
 from pipeline.tables import UserError
 
-OPTIONS = {"resnet18": {"width": 4}, "preact_resnet18": {"width": 4}, "timm": {"architecture": "resnet10t"}}
+SMALL_VIT = {"dim": 16, "depth": 2, "heads": 2, "mlp_dim": 24}
+OPTIONS = {
+    "resnet18": {"width": 4},
+    "preact_resnet18": {"width": 4},
+    "simple_vit": SMALL_VIT,
+    "timm": {"architecture": "resnet10t"},
+}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -19,11 +26,45 @@ def test_every_model_gives_logits(name, channels):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("resnet18", 11_173_962), ("preact_resnet18", 11_172_170), ("resnet20", 269_722), ("resnet32", 464_154)],
+    [
+        ("resnet18", 11_173_962),
+        ("preact_resnet18", 11_172_170),
+        ("resnet20", 269_722),
+        ("resnet32", 464_154),
+        ("simple_vit", 18_928_234),
+    ],
 )
 def test_sizes_are_those_that_the_builders_state(name, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model(name, 10, 3).parameters()) == parameters
+
+
+def test_simple_vit_has_a_group_for_each_mlp_and_its_duplicates_fold_without_loss():
+    torch.manual_seed(0)
+    model = build_model("simple_vit", 7, 3, size=8, **SMALL_VIT).double().eval()
+    pictures = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    groups = channel_groups(model, pictures)
+    assert [(group.name, group.size) for group in groups] == [
+        ("transformer.layers.0.1.net.1", 24),
+        ("transformer.layers.1.1.net.1", 24),
+    ]
+    for layers in model.transformer.layers:
+        net = layers[1].net
+        with torch.no_grad():  # clusters of 13 and of 1 channels
+            net[1].weight[12:] = net[1].weight[0]
+            net[1].bias[12:] = net[1].bias[0]
+    smaller, report = compress(model, pictures, "fold", 0.5, features="writers")
+    assert [group.after for group in report.groups] == [12, 12]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(pictures), model(pictures))
+
+
+def test_simple_vit_of_the_study_has_18_29_million_parameters_at_ratio_0_1():
+    """The number that the study reports; 102 of 1024 hidden channels go, each with 512 + 1 + 512 weights."""
+    with torch.device("meta"):
+        model = build_model("simple_vit", 10, 3)
+    parameters = sum(p.numel() for p in model.parameters()) - 6 * 103 * 1025
+    assert round(parameters / 1e6, 2) == 18.29
 
 
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
@@ -38,6 +79,8 @@ def test_names_are_those_of_the_study_checkpoints(name):
     [
         ("resnet81", {}, r"unknown model 'resnet81' \(did you mean"),
         ("resnet18", {"depth": 3}, "model 'resnet18' has no option 'depth'; it takes: width"),
+        ("simple_vit", {"size": 30}, "model 'simple_vit': size 30 must be a multiple of 4"),
+        ("simple_vit", {"dim": 30}, "model 'simple_vit': dim 30 must be a multiple of 4"),
         ("timm", {"architecture": "vit_tiny_patch61"}, "unknown timm model 'vit_tiny_patch61'"),
         ("timm", {"architecture": "resnet10t", "widht": 3}, "widht"),
     ],
