@@ -1,49 +1,137 @@
 """OPTIMIZERS and SCHEDULES by name. Options are those of the class or function in the row; unknown ones are refused."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from pipeline.tables import call, pick
+from pipeline.tables import UserError, call, pick
 
+# Beside these, every optimizer of timm goes by its own name: see timm_optimizers.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
 
 
-def constant(optimizer: Optimizer, steps: int) -> LRScheduler:
-    return LambdaLR(optimizer, lambda step: 1.0)
-
-
-def cosine(optimizer: Optimizer, steps: int, end: float = 0.0) -> LRScheduler:
-    """From the optimizer's learning rate down to `end` over all steps (arXiv:1608.03983, without restarts)."""
-    return CosineAnnealingLR(optimizer, steps, end)
-
-
-def one_cycle(optimizer: Optimizer, steps: int, warmup: float = 0.3) -> LRScheduler:
-    """Up to the optimizer's learning rate over the first `warmup` fraction of the steps, then down to almost zero."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    # The momentum stays what the recipe says.
-    return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=warmup, cycle_momentum=False)
-
-
-# A schedule is stepped after every optimizer step; steps: their total number.
-SCHEDULES: dict[str, Callable[..., LRScheduler]] = {"constant": constant, "cosine": cosine, "one_cycle": one_cycle}
-
-
 def build_optimizer(parameters: Iterable[nn.Parameter], name: str, lr: float, **options: Any) -> Optimizer:
-    """The optimizer called `name` at learning rate `lr`."""
-    return call(f"optimizer {name!r}", pick("optimizer", OPTIMIZERS, name), parameters, lr=lr, **options)
+    """The optimizer called `name` at learning rate `lr`: a row of OPTIMIZERS, else timm's of that name."""
+    # timm takes a second or more to import: only who names one of its optimizers, or none at all, waits for it
+    table = OPTIMIZERS if name in OPTIMIZERS else timm_optimizers() | OPTIMIZERS
+    return call(f"optimizer {name!r}", pick("optimizer", table, name), parameters, lr=lr, **options)
+
+
+def timm_optimizers() -> dict[str, Callable[..., Optimizer]]:
+    """timm's optimizers that work by `step()` alone (lion, lamb, muon, adopt, ...), with the defaults timm gives them.
+
+    The classes themselves, not timm's factory, which drops options that an optimizer does not have without a word.
+    Left out: those of apex and bitsandbytes (packages of their own, CUDA), adahessian (wants a backward pass that keeps
+    its graph) and kron (wants opt_einsum and a compiler, and its random state does not resume).
+    """
+    from timm import optim
+
+    infos = {name: optim.get_optimizer_info(name) for name in optim.list_optimizers()}
+    return {
+        name: partial(info.opt_class, **({"momentum": 0.9} if info.has_momentum else {}), **(info.defaults or {}))
+        for name, info in infos.items()
+        if isinstance(info.opt_class, type) and not info.second_order and info.opt_class is not infos["kron"].opt_class
+    }
+
+
+# The learning rate before optimizer step `step` of `steps`, 0 <= step <= steps, as a fraction of the optimizer's own.
+# All schedules are such closed forms behind one LambdaLR: groups keep the ratio of their learning rates, a resumed run
+# goes on bit for bit, and a step past the last is harmless. torch's own fall short of one or the other: OneCycleLR
+# raises there, CosineAnnealingLR rises again, rounds from step to step, and ends all groups at one absolute value.
+Factor = Callable[[int, int], float]
+
+
+def constant() -> Factor:
+    return lambda step, steps: 1.0
+
+
+def cosine(end: float = 0.0, warmup: float = 0.0) -> Factor:
+    """Half a cosine down to the fraction `end` (arXiv:1608.03983, without restarts).
+
+    warmup: fraction of the steps over which the learning rate first rises in a line (arXiv:1706.02677)
+    """
+    check_fraction("end", end)
+    check_fraction("warmup", warmup, below=True)
+
+    def factor(step: int, steps: int) -> float:
+        rise = warmup * steps
+        if step < rise:
+            return min((step + 1) / rise, 1.0)  # no step is spent at 0
+        return half_cosine(1.0, end, (step - rise) / (steps - rise))
+
+    return factor
+
+
+def one_cycle(warmup: float = 0.3) -> Factor:
+    """From 1/25 up over the first `warmup` fraction of the steps, then down to 1/250,000 (arXiv:1708.07120).
+
+    The values of torch's OneCycleLR; the momentum stays what the recipe says.
+    """
+    check_fraction("warmup", warmup, below=True)
+    start, end = 1 / 25, 1 / 250_000
+
+    def factor(step: int, steps: int) -> float:
+        peak, last = warmup * steps - 1, steps - 1
+        if step < peak:
+            return half_cosine(start, 1.0, step / peak)
+        return half_cosine(1.0, end, min((step - max(peak, 0.0)) / max(last - peak, 1.0), 1.0))
+
+    return factor
+
+
+def cyclic(up: float = 0.4, low: float = 0.0, cycles: int = 1) -> Factor:
+    """Triangles (arXiv:1506.01186): in a line up from `low` over the first `up` fraction of a cycle, then down again.
+
+    One cycle with the peak at 0.4 is how "A modern look at the relationship between sharpness and generalization"
+    (arXiv:2302.07011) trained its networks. As there, a step takes the value at its end: none is at `low` but the last.
+    """
+    check_fraction("up", up)
+    check_fraction("low", low)
+    if not (cycles >= 1 and cycles % 1 == 0):
+        raise UserError(f"cycles {cycles} must be a whole number of at least 1")
+
+    def factor(step: int, steps: int) -> float:
+        ends = min(step + 1, steps) * int(cycles)
+        phase = ((ends - 1) % steps + 1) / steps  # 0 < phase <= 1
+        height = phase / up if phase <= up else (1 - phase) / (1 - up)
+        return low + (1 - low) * height
+
+    return factor
+
+
+def half_cosine(start: float, end: float, share: float) -> float:
+    """From `start` to `end` as `share` goes from 0 to 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def check_fraction(name: str, value: float, below: bool = False) -> None:
+    if not 0 <= value <= 1 or (below and value == 1):
+        raise UserError(f"{name} {value} must be in 0 <= f {'<' if below else '<='} 1")
+
+
+SCHEDULES: dict[str, Callable[..., Factor]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "cyclic": cyclic,
+    "one_cycle": one_cycle,
+    "warmup_cosine": partial(cosine, warmup=0.05),
+}
 
 
 def build_schedule(optimizer: Optimizer, steps: int, schedule: Mapping[str, Any]) -> LRScheduler:
-    """The schedule {"name": ..., its options} over `steps` optimizer steps."""
+    """The schedule {"name": ..., its options} over `steps` optimizer steps; step it after each of them."""
     name = schedule["name"]
     options = {key: value for key, value in schedule.items() if key != "name"}
-    return call(f"schedule {name!r}", pick("schedule", SCHEDULES, name), optimizer, steps, **options)
+    factor = call(f"schedule {name!r}", pick("schedule", SCHEDULES, name), **options)
+    return LambdaLR(optimizer, lambda step: factor(min(step, steps), steps))
