@@ -44,14 +44,20 @@ class GuardedWandbLogger(WandbLogger):
         self._guarded(self.experiment.finish)
 
 
-def wandb_logger(folder: Path, project: str, name: str, config: Mapping[str, Any], mode: str) -> WandbLogger | None:
-    """A logger into `folder`. mode: online, offline, disabled, or auto: online for those logged in, else offline."""
+def wandb_logger(
+    folder: Path, project: str, name: str, config: Mapping[str, Any], mode: str, group: str | None = None
+) -> WandbLogger | None:
+    """A logger into `folder`. mode: online, offline, disabled, or auto: online for those logged in, else offline.
+
+    The run's id is its name, so that a resumed run goes on where it was.
+    """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     if mode == "disabled":
         return None
     settings = wandb.Settings(silent=True, console="off", mode=mode, init_timeout=30)
-    make = {"project": project, "name": name, "save_dir": folder, "config": dict(config), "settings": settings}
+    make = {"project": project, "name": name, "id": name, "group": group, "resume": "allow"}
+    make |= {"save_dir": folder, "config": dict(config), "settings": settings}
     logger = GuardedWandbLogger(**make)
     try:
         run = logger.experiment

@@ -20,6 +20,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, with its type where the text alone would not say what happened."""
+    text = first_line(error)
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 def pick(kind: str, table: Mapping[str, T], name: str) -> T:
     """The entry of `table` called `name`, or a UserError that lists the names there are."""
     if name not in table:

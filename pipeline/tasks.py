@@ -1,21 +1,35 @@
 """The Lightning modules: what is trained, by which loss, and how it is measured."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.optim import build_optimizer, build_schedule
+from pipeline.optim.sam import Ascent, frozen_statistics
+from pipeline.tables import UserError, call, pick
+
+Batch = tuple[Tensor, Tensor]
+SECOND_PASS = {"freeze": frozen_statistics, "update": nullcontext}
 
 
 class Classification(LightningModule):
     """Cross-entropy training of `net`, (B, ...) inputs to (B, classes) logits. Logs {train,val,test}/{loss,acc}.
 
+    Labels are (B,) int64 or, mixed, (B, classes) probabilities.
+
     optim: {"name", "lr", options of the optimizer}; schedule: {"name", options}; see pipeline.optim.
-    label_smoothing: of the training loss alone.
+    label_smoothing: of the training loss alone
+    l1, l2: add l1 * sum|w| + l2 / 2 * sum w^2 over all parameters to the training loss (not to the one that is logged);
+        SGD's weight_decay is l2 outside of the loss, which SAM's ascent does not see
+    sam: {"rho" (0: none), "adaptive", "bn_second_pass": "freeze" BatchNorm's running statistics in SAM's second pass
+        or "update" them twice a batch}; see pipeline.optim.sam
     """
 
     def __init__(
@@ -25,36 +39,86 @@ class Classification(LightningModule):
         optim: Mapping[str, Any],
         schedule: Mapping[str, Any],
         label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        sam: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
-        self.optim, self.schedule, self.label_smoothing = dict(optim), dict(schedule), label_smoothing
+        self.optim, self.schedule = dict(optim), dict(schedule)
+        for name, value in {"label_smoothing": label_smoothing, "l1": l1, "l2": l2}.items():
+            if value < 0:
+                raise UserError(f"{name} {value} must not be negative")
+        if label_smoothing > 1:
+            raise UserError(f"label_smoothing {label_smoothing} must be in 0..1")
+        self.label_smoothing, self.l1, self.l2 = label_smoothing, l1, l2
+        self.ascent = call("optim.sam", self.build_ascent, **(sam or {}))
         self.accuracies = nn.ModuleDict(
             {f"{split}_acc": MulticlassAccuracy(classes, average="micro") for split in ("train", "val", "test")}
         )
 
+    def build_ascent(self, rho: float = 0.0, adaptive: bool = False, bn_second_pass: str = "freeze") -> Ascent | None:
+        self.second_pass = pick("optim.sam.bn_second_pass", SECOND_PASS, bn_second_pass)
+        return Ascent(self.net.parameters(), rho, adaptive) if rho else None
+
     def forward(self, inputs: Tensor) -> Tensor:
         return self.net(inputs)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self.step(batch, "train", self.label_smoothing)
+    def on_fit_start(self) -> None:
+        """Refuse where SAM would be silently off or wrong."""
+        if self.ascent is None:
+            return
+        strategy = type(self.trainer.strategy)
+        if issubclass(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise UserError(f"SAM needs whole weights, which {strategy.__name__} does not have; use strategy 'ddp'")
+        if self.trainer.precision.endswith("-true") and not self.trainer.precision.startswith(("32", "64")):
+            raise UserError(
+                f"SAM's step is lost in weights of precision {self.trainer.precision!r}; use 'bf16-mixed' or '32-true'"
+            )
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.ascent is None:
+            return self.objective(batch)
+        # Both passes draw the same dropout: it is one loss, looked at in two places.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            loss = self.objective(batch)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        # Gradients of fp16 vanish without their scale; the step uses their direction alone.
+        self.ascent.climb_(loss if scaler is None else scaler.scale(loss))
+        with self.second_pass(self.net):
+            return self.objective(batch, log=False)
+
+    def on_after_backward(self) -> None:
+        if self.ascent is not None:
+            self.ascent.restore_()
+
+    def objective(self, batch: Batch, log: bool = True) -> Tensor:
+        """The training loss with its penalties."""
+        loss = self.step(batch, "train", self.label_smoothing, log)
+        parameters = list(self.net.parameters())
+        if self.l1:
+            loss = loss + self.l1 * torch.stack([p.abs().sum() for p in parameters]).sum()
+        if self.l2:
+            loss = loss + self.l2 / 2 * torch.stack([p.square().sum() for p in parameters]).sum()
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.step(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.step(batch, "test")
 
-    def step(self, batch: tuple[Tensor, Tensor], split: str, label_smoothing: float = 0.0) -> Tensor:
+    def step(self, batch: Batch, split: str, label_smoothing: float = 0.0, log: bool = True) -> Tensor:
         inputs, labels = batch
         logits = self(inputs)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        accuracy = self.accuracies[f"{split}_acc"]
-        accuracy(logits, labels)
-        every = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
-        # Torchmetrics syncs itself; a plain number has to be told to.
-        self.log(f"{split}/loss", loss, sync_dist=split != "train", **every)
-        self.log(f"{split}/acc", accuracy, prog_bar=split != "train", **every)
+        if log:
+            accuracy = self.accuracies[f"{split}_acc"]
+            accuracy(logits, labels.argmax(1) if labels.ndim == 2 else labels)
+            every = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+            # Torchmetrics syncs itself; a plain number has to be told to.
+            self.log(f"{split}/loss", loss, sync_dist=split != "train", **every)
+            self.log(f"{split}/acc", accuracy, prog_bar=split != "train", **every)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -2,20 +2,26 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks import CompressionCallback
+from callbacks import CompressionCallback, EpochSeed
 from callbacks.progress import CompressionProgressBar
+from callbacks.resume import WholeCheckpointIO, latest_checkpoint
+from pipeline.cells import flat
+from pipeline.data import DATASETS
 from pipeline.data.module import PictureData
 from pipeline.loggers import wandb_logger
 from pipeline.models import build_model
+from pipeline.optim import build_optimizer
+from pipeline.results import ROWS
 from pipeline.tables import UserError, call
 from pipeline.tasks import Classification
 
@@ -32,11 +38,28 @@ def resolved(config: DictConfig) -> Config:
     return plain
 
 
+# Where and how a cell runs and what it shows: no part of what it is.
+WHERE = (
+    "paths wandb data.root data.workers data.download trainer.accelerator trainer.enable_progress_bar "
+    "trainer.enable_model_summary trainer.default_root_dir"
+).split()
+
+
 def cell_of(config: Config) -> str:
-    """Name of the run: a hash of what is run, not of where its files and logs go."""
-    what = {key: value for key, value in config.items() if key not in ("paths", "wandb")}
+    """Name of the run: a hash of what is run, not of where its files lie and its logs go."""
+    what = {key: value for key, value in flat(config).items() if not under(key, WHERE)}
+    source = DATASETS.get(config["data"]["name"])
+    if source and source.root_names_data:
+        what["data.root"] = Path(config["data"]["root"]).name
+    # 1 and 1.0 are the same learning rate
+    what = {key: float(value) if isinstance(value, int) else value for key, value in what.items()}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return f"{config['name']}-{digest[:10]}"
+
+
+def under(key: str, names: Iterable[str]) -> bool:
+    """Is the dotted `key` one of `names` or inside of one?"""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def without(config: Config, *keys: str) -> Config:
@@ -53,8 +76,19 @@ def build_data(config: Config) -> PictureData:
 def build_task(config: Config, data: PictureData) -> Classification:
     net = build_model(classes=data.num_classes, channels=data.channels, **config["model"])
     net = net.to(memory_format=torch.channels_last)  # convolutions train 1.7 times as fast on a CPU
-    optim = without(config["optim"], "schedule")
-    return Classification(net, data.num_classes, optim, config["optim"]["schedule"], config["label_smoothing"])
+    optim = config["optim"]
+    loss = {key: optim[key] for key in ("l1", "l2", "sam")} | {"label_smoothing": config["label_smoothing"]}
+    task = call(
+        "optim",
+        Classification,
+        net=net,
+        classes=data.num_classes,
+        optim=without(optim, "schedule", "l1", "l2", "sam", "ema"),
+        schedule=optim["schedule"],
+        **loss,
+    )
+    build_optimizer(net.parameters(), **task.optim)  # once to see whether it can be made, before anything is started
+    return task
 
 
 def build_compression(config: Config, cell: str, folder: Path) -> CompressionCallback:
@@ -69,29 +103,46 @@ def build_compression(config: Config, cell: str, folder: Path) -> CompressionCal
         "compression",
         CompressionCallback,
         **options,
-        rows=folder / "rows.parquet",
+        rows=folder / ROWS,
         save_to=folder / "compressed" if config["compression"]["save"] else None,
         context=context,
         seed=config["seed"],
     )
 
 
-def build_trainer(config: Config, cell: str, folder: Path, compression: CompressionCallback) -> Trainer:
-    callbacks: list[Callback] = [compression, ModelCheckpoint(folder, save_last=True, save_top_k=0)]
-    if config["trainer"].get("enable_progress_bar", True):
+def build_trainer(
+    config: Config, cell: str, folder: Path, compression: CompressionCallback, quiet: bool = False
+) -> Trainer:
+    """quiet: no progress bars, which many cells at once would write over each other's."""
+    options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
+    taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(options)
+    if taken:
+        raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
+    callbacks: list[Callback] = [
+        EpochSeed(config["seed"]),
+        compression,
+        latest_checkpoint(folder),
+    ]
+    if decay := config["optim"]["ema"]:
+        if not 0 < decay < 1:
+            raise UserError(f"optim.ema {decay} must be in 0 < decay < 1, or 0 for none")
+        callbacks.append(EMAWeightAveraging(decay=decay))
+    if options["enable_progress_bar"]:
         middle = min(compression.ratios, key=lambda ratio: abs(ratio - 0.5))
         callbacks.append(CompressionProgressBar(list(compression.methods), middle))
+    wandb = config["wandb"]
     loggers = [
-        CSVLogger(folder, name="metrics", version=""),
-        wandb_logger(folder, config["wandb"]["project"], cell, config, config["wandb"]["mode"]),
+        CSVLogger(folder, name="metrics"),  # version_0, and one more for each time that it was resumed
+        wandb_logger(folder, wandb["project"], cell, config, wandb["mode"], group=config["name"]),
     ]
     return call(
         "trainer",
         Trainer,
-        **config["trainer"],
+        **options,
         default_root_dir=folder,
         logger=[logger for logger in loggers if logger is not None],
         callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
         enable_model_summary=False,
         log_every_n_steps=50,
     )

@@ -33,7 +33,8 @@ class PictureData(LightningDataModule):
     val_fraction: share of the training pictures held out for validation, 0 <= f < 1
     seed: chooses what is held out, and the pictures of train_size; shuffling and augmentation follow torch's own seed
     workers: processes that fetch training batches; evaluation needs none, the pixels are in memory
-    train_size: use only so many training pictures, for quick runs; None: all
+    train_size, test_size: use only so many pictures, every class in proportion, for quick runs; None: all. The test
+        pictures are the same for every seed.
     download: fetch the set when it is not in root
     """
 
@@ -50,6 +51,7 @@ class PictureData(LightningDataModule):
         workers: int = 0,
         eval_batch_size: int = 512,
         train_size: int | None = None,
+        test_size: int | None = None,
         download: bool = True,
         **options: Any,
     ):
@@ -65,7 +67,8 @@ class PictureData(LightningDataModule):
                 raise UserError(f"{key} {value} must be at least 1")
         self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
         self.mixup, self.cutmix = mixup, cutmix
-        self.val_fraction, self.train_size, self.seed = val_fraction, train_size, seed
+        self.val_fraction, self.seed = val_fraction, seed
+        self.train_size, self.test_size = train_size, test_size
         self.workers, self.download = workers, download
         self.place = {} if root is None else {"root": root}
         self.options = options
@@ -87,28 +90,13 @@ class PictureData(LightningDataModule):
         normal = pictures.mean, pictures.std
         everything = Pictures(pictures.train.images, pictures.train.labels, *normal)
         train, val = split(everything.labels, self.val_fraction, self.seed)
-        train = train[self.first(everything.labels[train])]
+        train = train[part_of(everything.labels[train], "train_size", self.train_size, self.seed)]
         self.repair_data = everything.subset(train)
         self.train_data = everything.subset(train, augmentation(self.augment, self.size))
         self.val_data = everything.subset(val)
-        self.test_data = Pictures(pictures.test.images, pictures.test.labels, *normal)
+        test = Pictures(pictures.test.images, pictures.test.labels, *normal)
+        self.test_data = test.subset(part_of(test.labels, "test_size", self.test_size, seed=0))
         self.example = self.repair_data[0][0][None]
-
-    def first(self, labels: torch.Tensor) -> torch.Tensor:
-        """Indices of the `train_size` training pictures to use, every class in proportion."""
-        if self.train_size is None or self.train_size == len(labels):
-            return torch.arange(len(labels))
-        if not 0 < self.train_size < len(labels):
-            raise UserError(
-                f"train_size {self.train_size} must be in 1..{len(labels)}, the training pictures there are"
-            )
-        return split(labels, self.train_size, self.seed)[1]
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mix a training batch, on the device and once, however often a training step passes it through the network."""
-        if self.mixing is None or self.trainer is None or not self.trainer.training:
-            return batch
-        return self.mixing(*batch)
 
     def train_dataloader(self) -> DataLoader:
         processes = self.trainer.world_size if self.trainer else 1
@@ -141,3 +129,12 @@ class PictureData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
+
+
+def part_of(labels: torch.Tensor, option: str, size: int | None, seed: int) -> torch.Tensor:
+    """Indices of the `size` pictures to use, every class in proportion; None: all."""
+    if size is None or size == len(labels):
+        return torch.arange(len(labels))
+    if not 0 < size < len(labels):
+        raise UserError(f"{option} {size} must be in 1..{len(labels)}, the pictures there are")
+    return split(labels, size, seed)[1]

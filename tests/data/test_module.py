@@ -53,6 +53,12 @@ def test_only_training_pictures_are_augmented():
     assert data.repair_data.augment is data.val_data.augment is data.test_data.augment is None
 
 
+def test_test_size_is_the_same_part_for_every_seed():
+    parts = [ready(test_size=50, seed=seed).test_data for seed in (0, 1)]
+    assert torch.equal(parts[0].images, parts[1].images)
+    assert torch.bincount(parts[0].labels).tolist() == [5] * 10
+
+
 def test_train_size_keeps_validation_and_class_shares():
     data, small = ready(), ready(train_size=100)
     assert len(small.train_data) == len(small.repair_data) == 100
@@ -299,6 +305,7 @@ def test_options_reach_the_set(cifar_folder):
         ({"batch_size": 0}, "batch_size 0 must be at least 1"),
         ({"eval_batch_size": 0}, "eval_batch_size 0 must be at least 1"),
         ({"train_size": 2000}, r"train_size 2000 must be in 1..1293"),
+        ({"test_size": 1000}, r"test_size 1000 must be in 1..360"),
         ({"train_size": 0}, r"train_size 0 must be in 1..1293"),
         ({"train_size": 5}, "cannot split 1293 pictures by 5"),
     ],

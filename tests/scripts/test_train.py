@@ -9,70 +9,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
+from composing import TINY, composed, grid, options, shrunk
 
-import configs
 from pipeline.results import read
 from pipeline.tables import UserError
-from scripts.build import cell_of, resolved
+from scripts.build import cell_of
 from scripts.train import run
-
-CONFIGS = Path(configs.__file__).parent
-TINY = [
-    "trainer.max_epochs=1",
-    "+trainer.limit_train_batches=1",
-    "+trainer.limit_val_batches=1",
-    "trainer.enable_progress_bar=false",
-    "trainer.accelerator=cpu",
-    "compression.ratios=[0.5]",
-    "compression.methods=[fold,l1]",
-    "compression.repair_size=8",
-    "wandb.mode=disabled",
-]
-
-
-def composed(*overrides: str) -> dict:
-    GlobalHydra.instance().clear()
-    with initialize_config_module("configs", version_base="1.3"):
-        return resolved(compose("train", overrides=list(overrides)))
-
-
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-
 
 @pytest.fixture
 def roots(cifar_npz, cifar_folder, fashion):
     return {"cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion}
 
 
-def shrunk(config: dict, roots: dict) -> dict:
-    """The same config on tiny data and with a tiny network."""
-    data, model = config["data"], config["model"]
-    if data["name"] in roots:
-        data["root"] = str(roots[data["name"]])
-    data.update({"batch_size": 8, "val_fraction": 0.25})
-    if "width" in model:
-        model["width"] = 4
-    if model["name"] == "timm":
-        model.update({"img_size": model.get("img_size", 32), "embed_dim": 24, "depth": 1, "num_heads": 2})
-        model["patch_size"] = 8
-    return config
-
-
-EVERY = [("experiment", name) for name in options("experiment")] + [
-    (group, name) for group in ("model", "data", "optim", "compression", "trainer") for name in options(group)
+EVERY = [
+    (group, name)
+    for group in ("experiment", "sweep", "model", "data", "optim", "compression", "trainer")
+    for name in options(group)
 ]
 
 
 @pytest.mark.parametrize(("group", "name"), EVERY, ids=lambda value: str(value))
 def test_every_config_builds_and_runs_one_batch(group, name, roots, tmp_path):
-    data = [] if group in ("experiment", "data") else ["data=digits"]
-    if (group, name) == ("model", "timm"):
+    data = [] if group in ("experiment", "data", "sweep") else ["data=digits"]
+    if (group, name) in (("model", "timm"), ("model", "simple_vit")):
         data = ["data=cifar10", "compression.stages=[raw,norm_tuned]"]
-    if (group, name) == ("data", "folder"):
+    if (group, name) == ("optim", "timm"):
+        data += ["optim.name=lion", "optim.lr=1e-4"]
+    if name in ("folder", "vit_b32_imagenet"):
         data = ["data.root=set-below"]
+    if group == "sweep":  # its last cell, which has everything on
+        data += grid(name)[-1]
     config = composed(f"{group}={name}", *data, *TINY, f"paths.runs={tmp_path / 'runs'}")
     folder = run(shrunk(config, roots))
     rows = read(folder / "rows.parquet")

@@ -1,0 +1,90 @@
+"""Sharpness-aware minimization (SAM, arXiv:2010.01412; adaptive: ASAM, arXiv:2102.11600), two passes a batch.
+
+Both passes happen inside a training step, and the optimizer never hears of it:
+
+    loss = objective(batch)
+    ascent.climb_(loss)         # weights w -> w + e, where e = rho T^2 g / |T g|, g = dloss/dw, T = 1 or |w|
+    return objective(batch)     # whoever trains calls backward: the gradient at w + e
+    ...
+    ascent.restore_()           # after backward, before the optimizer's step
+
+so every optimizer, schedule, clipping, gradient scaler, accumulation and checkpoint works as it does without SAM. The
+alternative, an optimizer that calls a closure twice (`sam.SAM` itself), has no state to save, moves BatchNorm
+statistics twice and cannot work with fp16's gradient scaler or with accumulation.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from sam.utils import compute_sam
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pipeline.tables import UserError
+
+
+class Ascent:
+    """The way up to the sharpest point within `rho` of the weights, and back.
+
+    rho: radius of the neighbourhood, in the norm of all weights together, > 0
+    adaptive: measure each step in units of its weight's size (ASAM; wants a rho about ten times larger)
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], rho: float, adaptive: bool = False) -> None:
+        if not rho > 0:
+            raise UserError(f"sam.rho {rho} must be positive, or 0 for none")
+        self.parameters, self.rho, self.adaptive = list(parameters), rho, adaptive
+        self._home: list[Tensor] = []
+
+    def climb_(self, loss: Tensor) -> None:
+        """Move the weights to where the loss, to first order, is highest. Leaves every `.grad` alone.
+
+        Under data parallelism each process climbs by its own part of the batch (the m-sharpness of the paper), since
+        no gradient is exchanged here.
+        """
+        assert not self._home, "restore_ comes first"
+        weights = [p for p in self.parameters if p.requires_grad]
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+        with torch.no_grad():
+            sizes = torch._foreach_abs(weights) if self.adaptive else None
+            steps = perturbation(grads if sizes is None else torch._foreach_mul(grads, sizes), self.rho)
+            # Kept, not computed back: w + e - e is not w, and processes would drift apart.
+            self._home = [w.clone() for w in weights]
+            torch._foreach_add_(weights, steps if sizes is None else torch._foreach_mul(steps, sizes))
+        # Autocast keeps half-precision copies of the weights: with stale ones the second pass would be at w again.
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the weights back, bit for bit. Does nothing when they are at home."""
+        if self._home:
+            torch._foreach_copy_([p for p in self.parameters if p.requires_grad], self._home)
+            self._home = []
+
+
+def perturbation(grads: Iterable[Tensor], rho: float) -> list[Tensor]:
+    """rho g / |g| over all tensors together; zeros where the gradient vanishes or is not finite.
+
+    This is sam-pytorch's own step, taken from zero and noted down at its highest point.
+    """
+    points = [torch.zeros_like(grad) for grad in grads]
+    for point, grad in zip(points, grads, strict=True):
+        point.grad = grad
+    highest: list[Tensor] = []
+    compute_sam({"params": points, "rho": rho}, lambda: highest.extend(point.nan_to_num(0, 0, 0) for point in points))
+    return highest
+
+
+@contextmanager
+def frozen_statistics(net: nn.Module) -> Iterator[None]:
+    """Normalise by the batch as in training, without moving the running statistics."""
+    norms = [m for m in net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,283 @@
+"""Cells and sweeps: a cell is what it runs, it is run once, it goes on where it was cut off, and failures cost one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from composing import TINY, composed, grid, options, shrunk
+from lightning import LightningModule, Trainer
+
+from callbacks import CompressionCallback
+from pipeline.cells import Busy, held, read_record
+from pipeline.results import KEY, read
+from pipeline.tables import UserError
+from pipeline.tasks import Classification
+from scripts.build import cell_of
+from scripts.sweep import check_launcher, duration, line
+from scripts.train import run
+
+QUICK = ["experiment=quickstart", "model.width=4", "data.train_size=200", "data.test_size=50", *TINY[2:]]
+RECIPES = {
+    "adam with sam": ["optim=adam", "optim.sam.rho=0.05", "optim.schedule.name=cyclic", "~optim.schedule.warmup", "optim.l1=1e-5"],
+    "everything else": [
+        "optim.ema=0.9",
+        "data.mixup=0.2",
+        "data.cutmix=1.0",
+        "data.augment=[crop,rand_augment]",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.gradient_clip_val=1.0",
+        "label_smoothing=0.1",
+    ],
+    "workers": ["data.workers=2", "optim.ema=0.9", "optim=rmsprop"],
+}
+
+
+def same_results(first: Path, second: Path) -> None:
+    """The same rows in the same order, and the same weights, bit for bit."""
+    rows = [read(folder / "rows.parquet").drop("seconds") for folder in (first, second)]
+    assert rows[0].equals(rows[1])
+    states = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (first, second)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+class Crash(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("when", ["in the third epoch", "before the test"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_cut_off_cell_goes_on_bit_for_bit(recipe, when, tmp_path, monkeypatch):
+    def config(name: str) -> dict:
+        return composed(*QUICK, "trainer.max_epochs=4", *RECIPES[recipe], f"paths.runs={tmp_path / name}")
+
+    def crash(self, *args, **kwargs):
+        if when == "before the test" or (isinstance(self, LightningModule) and self.current_epoch == 2):
+            raise Crash("power cut")
+        return step(self, *args, **kwargs)
+
+    step = Classification.training_step
+    with monkeypatch.context() as patch:
+        if when == "before the test":
+            patch.setattr(Trainer, "test", crash)
+        else:
+            patch.setattr(Classification, "training_step", crash)
+        with pytest.raises(Crash):
+            run(config("cut"))
+    (folder,) = (tmp_path / "cut").glob("quickstart-*")
+    assert read_record(folder)["state"] == "failed"
+    assert read_record(folder)["reason"] == "Crash: power cut"
+    assert read(folder / "rows.parquet")["epoch"].max() == (2 if "epoch" in when else 4)
+    assert run(config("cut")) == folder
+    assert read_record(folder)["state"] == "done"
+    same_results(folder, run(config("whole")))
+    assert len(list((folder / "metrics").iterdir())) == 2, "the metrics of the first part were lost"
+
+
+def test_a_finished_cell_is_shown_and_not_run_again(tmp_path, capsys, monkeypatch):
+    config = composed(*QUICK, "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+    folder = run(config)
+    table = capsys.readouterr().out.split("Dense accuracy")[1]
+    monkeypatch.setattr(Trainer, "fit", None)
+    start = time.perf_counter()
+    assert run(config, sweeping=True) == folder
+    assert time.perf_counter() - start < 0.3
+    assert capsys.readouterr().out == ""
+    run(config)
+    shown = capsys.readouterr().out
+    assert "is done already" in shown
+    assert shown.split("Dense accuracy")[1] == table
+
+
+def test_a_cell_is_run_by_one_process_at_a_time(tmp_path):
+    config = composed(*QUICK, "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+    folder = tmp_path / cell_of(config)
+    with held(folder), pytest.raises(Busy, match="is being run by another process"):
+        run(config, sweeping=True)
+    assert read_record(folder) is None, "the record of the other process was overwritten"
+
+
+def test_a_damaged_checkpoint_costs_time_and_nothing_else(tmp_path, monkeypatch):
+    config = composed(*QUICK, "trainer.max_epochs=1", f"paths.runs={tmp_path / 'a'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionCallback, "on_test_epoch_end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config)
+    checkpoint = tmp_path / "a" / cell_of(config) / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.warns(RuntimeWarning, match="last.ckpt is damaged .*; the cell starts anew"):
+        folder = run(config)
+    same_results(folder, run(composed(*QUICK, "trainer.max_epochs=1", f"paths.runs={tmp_path / 'b'}")))
+
+
+def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path):
+    plain = composed("data=cifar10")
+    for elsewhere in (
+        ["data.root=/mnt/pictures"],
+        ["data.workers=8", "data.download=false"],
+        ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"],
+        ["wandb.mode=disabled", f"paths.runs={tmp_path}"],
+        ["optim.lr=1e-1"],
+        ["launcher=slurm"],
+    ):
+        assert cell_of(composed("data=cifar10", *elsewhere)) == cell_of(plain), elsewhere
+    for other in (["seed=1"], ["optim.lr=0.2"], ["trainer.precision=bf16-mixed"], ["data.augment=[]"]):
+        assert cell_of(composed("data=cifar10", *other)) != cell_of(plain), other
+    folders = [cell_of(composed("data=folder", f"data.root={root}")) for root in ("/a/flowers", "/b/flowers", "/a/cars")]
+    assert folders[0] == folders[1] != folders[2], "the folder says which pictures they are"
+    assert cell_of(composed("optim.lr=1")) == cell_of(composed("optim.lr=1.0"))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "cells"),
+    {
+        "resnet18_adam_cifar10": 216,
+        "resnet18_sgd_cifar10": 576,
+        "preact_resnet18_cifar10": 48,
+        "simple_vit_cifar10": 198,
+        "vit_b32_imagenet": 36,
+        "narrow_resnet18_adam_cifar10": 16,
+        "narrow_resnet18_sgd_cifar10": 16,
+    }.items(),
+)
+def test_presets_have_the_cells_of_the_study(sweep, cells):
+    overrides = grid(sweep)
+    assert len(overrides) == len(set(map(tuple, overrides))) == cells
+    names = {cell_of(composed(f"sweep={sweep}", "data.root=x", *cell)) for cell in overrides[:: cells // 8]}
+    assert len(names) == len(overrides[:: cells // 8])
+
+
+def test_every_preset_is_counted():
+    counted = test_presets_have_the_cells_of_the_study.pytestmark[0].args[1]
+    assert sorted(options("sweep")) == sorted(sweep for sweep, _ in counted)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.precision=bf16-true", "optim.sam.rho=0.1"], "SAM's step is lost in weights of precision 'bf16-true'"),
+        (["optim.sam.rho=-1"], r"sam\.rho -1 must be positive"),
+        (["+optim.sam.radius=1"], "optim.sam has no option 'radius'"),
+        (["optim.ema=2"], r"optim\.ema 2 must be in 0 < decay < 1"),
+        (["optim.l1=-1"], "l1 -1 must not be negative"),
+        (["label_smoothing=2"], r"label_smoothing 2 must be in 0\.\.1"),
+        (["+trainer.callbacks=[]"], r"trainer\.callbacks is set by the script"),
+        (["+trainer.logger=true"], r"trainer\.logger is set by the script"),
+        (["data.augment=[crop,flop]"], "unknown augmentation.*'flop'.*flip"),
+        (["data.mixup=-1"], "mixup -1"),
+        (["optim=timm", "optim.lr=1"], r"optim\.name is not set"),
+        (["optim.schedule.name=cosine", "+optim.schedule.ends=1"], "schedule 'cosine' has no option 'ends'"),
+    ],
+)
+def test_bad_recipes_get_one_clear_line(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        run(composed(*QUICK, *overrides, f"paths.runs={tmp_path}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_launcher_that_is_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"launcher 'ray' is not installed; pip install 'foldability\[ray\]'"):
+        check_launcher(["scripts.train", "sweep=x", "launcher=ray"])
+    check_launcher(["scripts.train", "launcher=local"])
+
+
+def test_the_progress_line():
+    def job(state: str, seconds: float = 0.0, skipped: bool = False) -> dict:
+        return {"state": state, "seconds": seconds, "skipped": skipped}
+
+    jobs = dict(enumerate([job("done", 60), job("done", 120), job("running"), job("running"), job("failed")]))
+    # 5 left and 2 half done, 90 s each, two at a time
+    assert line(jobs, 10) == "2 of 10 done, 2 running, 1 failed, 5 left; about 4 min 30 s to go"
+    assert line({0: job("done", 60, skipped=True)}, 2) == "1 of 2 done (1 before), 1 left"
+    assert [duration(seconds) for seconds in (5, 75, 7300)] == ["5 s", "1 min 15 s", "2 h 1 min"]
+
+
+def sweep(runs: Path, *overrides: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "scripts.train", "-m", *QUICK, *overrides, f"paths.runs={runs}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **{**pipes, **options})
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path):
+    overrides = ["trainer.max_epochs=1", "optim.lr=0.1,-1,0.2"]
+    process = sweep(tmp_path, *overrides)
+    shown, _ = process.communicate(timeout=180)
+    assert process.returncode == 1
+    assert "Traceback" not in shown
+    assert shown.startswith("3 cells; their folders are in")
+    assert "2 of 3 done, 1 failed." in shown
+    (reason,) = [text for text in shown.splitlines() if text.startswith("failed:")]
+    assert "optimizer 'sgd': Invalid learning rate: -1" in reason
+    states = {folder.name: read_record(folder)["state"] for folder in tmp_path.glob("quickstart-*")}
+    assert sorted(states.values()) == ["done", "done", "failed"]
+    assert all(name in shown for name in states)
+
+
+def rows_of(runs: Path) -> dict[str, list[dict]]:
+    files = sorted(runs.glob("quickstart-*/rows.parquet"))
+    return {path.parent.name: read(path).drop("seconds").to_dicts() for path in files}
+
+
+GRID = ["trainer.max_epochs=4", "optim.lr=0.05,0.1,0.2", "optim.sam.rho=0.0,0.05", "seed=0,1", "+trainer.log_every_n_steps=1"]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    process = sweep(tmp_path / "whole", *GRID)
+    assert process.wait(timeout=600) == 0, process.stdout.read()
+    whole = rows_of(tmp_path / "whole")
+    assert len(whole) == 12
+
+    moments, runs, kills = random.Random(0), tmp_path / "killed", 0
+    while kills < 20:
+        before = newest(runs)
+        process = sweep(runs, *GRID, stdout=subprocess.DEVNULL)
+        while process.poll() is None and newest(runs) == before:  # until it works on a cell
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 2))
+        assert process.poll() is None, f"the sweep ended after {kills} kills; make its cells longer"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        for cell, rows in rows_of(runs).items():
+            keys = [tuple(row[key] for key in KEY) for row in rows]
+            assert len(set(keys)) == len(keys), f"{cell} has a row twice"
+            assert all(row in whole[cell] for row in rows), f"{cell} has a row that an undisturbed sweep has not"
+    process = sweep(runs, *GRID)
+    assert process.wait(timeout=600) == 0, process.stdout.read()
+    assert rows_of(runs) == whole
+    for cell in whole:
+        same_results(runs / cell, tmp_path / "whole" / cell)
+        assert json.loads((runs / cell / "cell.json").read_text())["state"] == "done"
+
+
+def newest(runs: Path) -> float:
+    """When a cell was last written to."""
+    return max((path.stat().st_mtime for path in runs.glob("quickstart-*/*")), default=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "launcher"),
+    [
+        ("hydra_joblib_launcher", ["launcher=joblib"]),
+        ("hydra_ray_launcher", ["launcher=ray"]),
+        ("hydra_submitit_launcher", ["launcher=slurm", "hydra/launcher=submitit_local", "~hydra.launcher.array_parallelism"]),
+    ],
+)
+def test_every_launcher_gives_the_same_rows(plugin, launcher, tmp_path):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    few = ["trainer.max_epochs=1", "optim.lr=0.05,0.1", "optim.sam.rho=0.0,0.05"]
+    for name, options_ in (("local", []), ("other", launcher)):
+        process = sweep(tmp_path / name, *few, *options_)
+        shown, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, shown
+    assert len(rows_of(tmp_path / "local")) == 4
+    assert rows_of(tmp_path / "local") == rows_of(tmp_path / "other")
