@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: run test test-slow check bench clean
 
@@ -11,7 +12,7 @@ run: $(READY) ## the quickstart
 test: $(READY) ## the default tests: minutes on two cores
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(READY) ## the long ones
+test-slow: .venv/.launchers ## the long ones, with joblib, Ray and submitit: half an hour
 	$(BIN)/python -m pytest -m slow
 
 check: $(READY) ## lint, format, types
@@ -24,8 +25,12 @@ bench: $(READY) ## the measurements behind the numbers in the README
 
 $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	touch $(READY)
+
+.venv/.launchers: $(READY)
+	$(PIP) --editable '.[dev,joblib,ray,slurm]'
+	touch $@
 
 clean:
 	rm -rf .venv

@@ -21,7 +21,7 @@ class EpochSeed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed, self._drawn = seed, 0
 
-    # The first epoch's iterator, which draws, is made long before the epoch is announced: as soon as a schedule asks for
+    # The first epoch's iterator, which draws, is made long before the epoch is announced: when a schedule asks for
     # the number of steps. So its seed is set here, and again when a checkpoint says that it is another epoch.
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -56,8 +56,9 @@ def wandb_logger(
     if mode == "disabled":
         return None
     settings = wandb.Settings(silent=True, console="off", mode=mode, init_timeout=30)
-    make = {"project": project, "name": name, "id": name, "group": group, "resume": "allow"}
-    make |= {"save_dir": folder, "config": dict(config), "settings": settings}
+    make = {"name": name, "save_dir": folder, "config": dict(config), "settings": settings}
+    if "WANDB_SWEEP_ID" not in os.environ:  # an agent of a W&B sweep gives its runs their id and project itself
+        make |= {"project": project, "id": name, "group": group, "resume": "allow"}
     logger = GuardedWandbLogger(**make)
     try:
         run = logger.experiment

@@ -70,7 +70,9 @@ class Progress(Callback):
         if self._thread is not None:
             self._thread.join()
         jobs = self._look()
-        failed = {job["cell"] or f"job {number}": job["reason"] for number, job in jobs.items() if job["state"] == "failed"}
+        failed = {
+            job["cell"] or f"job {number}": job["reason"] for number, job in jobs.items() if job["state"] == "failed"
+        }
         self._say(f"{line(jobs, self.total)}.  python -m scripts.report {self.runs}")
         for cell, reason in failed.items():
             print(f"failed: {cell}: {reason}")

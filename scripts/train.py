@@ -15,7 +15,6 @@ from pathlib import Path
 
 import hydra
 import lightning
-import polars as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -118,7 +117,9 @@ def resumable(checkpoint: Path) -> Path | None:
     try:
         torch.load(checkpoint, map_location="meta", weights_only=True)
     except Exception as error:
-        warnings.warn(f"{checkpoint} is damaged ({one_line(error)}); the cell starts anew", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{checkpoint} is damaged ({one_line(error)}); the cell starts anew", RuntimeWarning, stacklevel=2
+        )
         return None
     return checkpoint
 

@@ -1,12 +1,17 @@
 """SAM inside a training step equals SAM by hand, whatever else a recipe has."""
 
 import copy
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -246,3 +251,23 @@ def test_l1_pulls_weights_to_zero():
         nets.append(fitted.net)
     sizes = [sum(p.abs().sum() for p in model.parameters()) for model in nets]
     assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_fp16_with_a_gradient_scaler_equals_sam_by_hand():
+    """fp16 on a GPU; here the scaler of the CPU, with weights and passes in full precision."""
+
+    class Scaled(MixedPrecision):
+        def autocast_context_manager(self):
+            return nullcontext()
+
+    fitted = task(BASES["sgd"], {"rho": 0.05})
+    plugin = Scaled("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    trainer(plugins=[plugin]).fit(fitted, loader())
+    same(fitted.net, by_hand(BASES["sgd"], 0.05), rtol=0, atol=1e-6)
+
+
+def test_two_processes_keep_the_same_weights():
+    script = Path(__file__).with_name("sam_on_two_processes.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same weights" in done.stdout

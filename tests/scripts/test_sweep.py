@@ -1,5 +1,6 @@
 """Cells and sweeps: a cell is what it runs, it is run once, it goes on where it was cut off, and failures cost one."""
 
+import importlib.util
 import json
 import os
 import random
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import TINY, composed, grid, options, shrunk
+from composing import CONFIGS, TINY, composed, grid, options
 from lightning import LightningModule, Trainer
+from omegaconf import OmegaConf
 
 from callbacks import CompressionCallback
-from pipeline.cells import Busy, held, read_record
+from pipeline.cells import Busy, flat, held, read_record
 from pipeline.results import KEY, read
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
@@ -25,7 +27,13 @@ from scripts.train import run
 
 QUICK = ["experiment=quickstart", "model.width=4", "data.train_size=200", "data.test_size=50", *TINY[2:]]
 RECIPES = {
-    "adam with sam": ["optim=adam", "optim.sam.rho=0.05", "optim.schedule.name=cyclic", "~optim.schedule.warmup", "optim.l1=1e-5"],
+    "adam with sam": [
+        "optim=adam",
+        "optim.sam.rho=0.05",
+        "optim.schedule.name=cyclic",
+        "~optim.schedule.warmup",
+        "optim.l1=1e-5",
+    ],
     "everything else": [
         "optim.ema=0.9",
         "data.mixup=0.2",
@@ -129,7 +137,9 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path):
         assert cell_of(composed("data=cifar10", *elsewhere)) == cell_of(plain), elsewhere
     for other in (["seed=1"], ["optim.lr=0.2"], ["trainer.precision=bf16-mixed"], ["data.augment=[]"]):
         assert cell_of(composed("data=cifar10", *other)) != cell_of(plain), other
-    folders = [cell_of(composed("data=folder", f"data.root={root}")) for root in ("/a/flowers", "/b/flowers", "/a/cars")]
+    folders = [
+        cell_of(composed("data=folder", f"data.root={root}")) for root in ("/a/flowers", "/b/flowers", "/a/cars")
+    ]
     assert folders[0] == folders[1] != folders[2], "the folder says which pictures they are"
     assert cell_of(composed("optim.lr=1")) == cell_of(composed("optim.lr=1.0"))
 
@@ -161,7 +171,10 @@ def test_every_preset_is_counted():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.precision=bf16-true", "optim.sam.rho=0.1"], "SAM's step is lost in weights of precision 'bf16-true'"),
+        (
+            ["trainer.precision=bf16-true", "optim.sam.rho=0.1"],
+            "SAM's step is lost in weights of precision 'bf16-true'",
+        ),
         (["optim.sam.rho=-1"], r"sam\.rho -1 must be positive"),
         (["+optim.sam.radius=1"], "optim.sam has no option 'radius'"),
         (["optim.ema=2"], r"optim\.ema 2 must be in 0 < decay < 1"),
@@ -179,6 +192,23 @@ def test_bad_recipes_get_one_clear_line(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         run(composed(*QUICK, *overrides, f"paths.runs={tmp_path}"))
     assert "\n" not in str(caught.value)
+
+
+def test_the_wandb_sweep_calls_the_same_script():
+    search = OmegaConf.to_container(OmegaConf.load(CONFIGS / "wandb_sweep.yaml"), resolve=False)
+    module = search["command"][search["command"].index("-m") + 1]
+    assert Path(importlib.util.find_spec(module).origin).samefile(CONFIGS.parent / search["program"])
+    fixed = [word for word in search["command"] if "=" in word]
+    for end in (0, -1):
+        choice = {name: p["values"][end] if "values" in p else p["max"] for name, p in search["parameters"].items()}
+        config = composed(*fixed, *(f"{name}={value}" for name, value in choice.items()))
+        assert {name: flat(config)[name] for name in ("optim.lr", "optim.sam.rho")} == {
+            name: choice[name] for name in ("optim.lr", "optim.sam.rho")
+        }
+        assert isinstance(config["data"]["augment"], list)
+    stage = search["metric"]["name"].removeprefix("foldability/fold_")
+    assert stage in config["compression"]["stages"]
+    assert search["early_terminate"]["min_iter"] >= config["compression"]["every_n_epochs"]
 
 
 def test_a_launcher_that_is_missing_says_how_to_get_it(monkeypatch):
@@ -225,7 +255,13 @@ def rows_of(runs: Path) -> dict[str, list[dict]]:
     return {path.parent.name: read(path).drop("seconds").to_dicts() for path in files}
 
 
-GRID = ["trainer.max_epochs=4", "optim.lr=0.05,0.1,0.2", "optim.sam.rho=0.0,0.05", "seed=0,1", "+trainer.log_every_n_steps=1"]
+GRID = [
+    "trainer.max_epochs=4",
+    "optim.lr=0.05,0.1,0.2",
+    "optim.sam.rho=0.0,0.05",
+    "seed=0,1",
+    "+trainer.log_every_n_steps=1",
+]
 
 
 @pytest.mark.slow
@@ -269,7 +305,10 @@ def newest(runs: Path) -> float:
     [
         ("hydra_joblib_launcher", ["launcher=joblib"]),
         ("hydra_ray_launcher", ["launcher=ray"]),
-        ("hydra_submitit_launcher", ["launcher=slurm", "hydra/launcher=submitit_local", "~hydra.launcher.array_parallelism"]),
+        (
+            "hydra_submitit_launcher",
+            ["launcher=slurm", "hydra/launcher=submitit_local", "~hydra.launcher.array_parallelism"],
+        ),
     ],
 )
 def test_every_launcher_gives_the_same_rows(plugin, launcher, tmp_path):

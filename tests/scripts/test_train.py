@@ -16,6 +16,7 @@ from pipeline.tables import UserError
 from scripts.build import cell_of
 from scripts.train import run
 
+
 @pytest.fixture
 def roots(cifar_npz, cifar_folder, fashion):
     return {"cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion}
