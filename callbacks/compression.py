@@ -13,12 +13,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -27,16 +29,35 @@ from tqdm.auto import tqdm
 
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.compress import check_finite, check_ratios, macs, parameters
+from pipeline.compression.compress import Counted, check_finite, check_ratios, macs, parameters
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.methods import FOLDING, METHODS
 from pipeline.compression.projection import named_tensors
-from pipeline.compression.repair import repair_, tune_norms_
+from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
 from pipeline.evaluate import Metrics, evaluate
 from pipeline.results import DENSE, STAGES, Row, RowStore, code_version, foldability
-from pipeline.tables import UserError, first_line, pick
+from pipeline.tables import UserError, one_line, pick
 
 CACHE_BYTES = 2**31  # evaluation batches are kept on the device for one measurement if they take no more than this
+
+
+class Entry(NamedTuple):
+    """What one row is about; of the uncompressed network: DENSE, 0.0, "raw"."""
+
+    method: str
+    ratio: float
+    stage: str
+
+    def __str__(self) -> str:
+        return f"{self.method} at ratio {self.ratio:g} ({self.stage})"
+
+
+@dataclass
+class Found:
+    """What is known about an entry: values of its row, and this process's share of the sums if it was measured."""
+
+    values: dict[str, Any]
+    metrics: Metrics | None = None
 
 
 class CompressionCallback(Callback):
@@ -59,7 +80,8 @@ class CompressionCallback(Callback):
     Logs `compress/{method}/r{ratio}/acc_{stage}`, `compress/dense/acc`, `foldability/{method}_{stage}` (area under the
     accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning). A test run
     (`trainer.test`) measures on the test set in the same way, under `compress_test/` and `foldability_test/`.
-    What fails becomes a failed row and a NaN; training goes on.
+    What fails becomes a failed row and a NaN; training goes on. Beside a Lightning WeightAveraging callback (EMA) it is
+    the averaged network that is measured.
     """
 
     def __init__(
@@ -91,7 +113,7 @@ class CompressionCallback(Callback):
             raise UserError("compression needs at least one method, one ratio and one stage")
         if every_n_epochs < 1:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1")
-        self.ratios, self.stages = sorted(map(float, ratios)), tuple(s for s in STAGES if s in stages)
+        self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
         self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed
         self.eval_data, self.repair_data = eval_data, repair_data
         self.repair_size, self.batch_size = repair_size, batch_size
@@ -99,6 +121,7 @@ class CompressionCallback(Callback):
         self.context = {"cell": "", "model": "", "data": "", "seed": seed, **(context or {})}
         self.store = RowStore(rows)
         self._groups: ChannelGroups | None = None
+        self._counted: Counted = {}
         self._warned: set[str] = set()
 
     @property
@@ -153,11 +176,10 @@ class CompressionCallback(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Row]:
         """All rows of this epoch. Every process compresses everything and evaluates its share of the pictures."""
-        net = bare_copy(self._net(pl_module)).eval()
+        live = self._measured_net(trainer, pl_module, split)
         loader = self._eval_loader(trainer, split)
+        unmoved = self._repair_batches(trainer) if set(self.stages) - {"raw"} else []
         move = self._mover(trainer, pl_module)
-        batches = _kept(loader, move)
-        mending = list(map(move, self._repair_batches(trainer))) if set(self.stages) - {"raw"} else []
         fixed = {
             **self.context,
             "epoch": trainer.current_epoch + (split == "val"),
@@ -165,36 +187,36 @@ class CompressionCallback(Callback):
             "split": split,
             "version": code_version(),
         }
-        found: list[tuple[dict[str, Any], Metrics | None]] = []
-        forward = trainer.precision_plugin.forward_context
+        # What is measured is settled before anything can fail, so that all processes add up the same entries.
+        plan = self._plan(live)
+        found: dict[Entry, Found] = {}
+        with self._or_fail(found, plan, "measurement"):
+            net = bare_copy(live).eval().to(trainer.strategy.root_device)
+            example, batches, mending = self._example(loader, move), _kept(loader, move), list(map(move, unmoved))
+            values: dict[str, Any] = {"error": 0.0, "params": parameters(net)}
+            with self._or_fail(found, plan[:1], str(plan[0]), values):
+                values["macs"] = macs(net, example, self._counted)
+                self._evaluate(trainer, net, batches, plan[0], values, found)
+            with self._bar(trainer, split) as bar:
+                for entries, compressed, values in self._compressed(net, example, plan[1:], found):
+                    bar.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
+                    for entry in entries:
+                        with self._or_fail(found, [entry], str(entry), values):
+                            self._mend(trainer, compressed.model, entry.stage, mending, values)
+                            self._evaluate(trainer, compressed.model, batches, entry, values, found)
+                            self._save(trainer, compressed, fixed, entry)
+                    bar.update()
+        return self._rows(trainer, fixed, plan, found)
 
-        def measure(model: nn.Module, **values: Any) -> None:
-            start = time.perf_counter()
-            with self._or_fail(found, values), forward():
-                check_finite(named_tensors(model))
-                metrics = evaluate(model, batches)
-                values["seconds"] = values.get("seconds", 0.0) + time.perf_counter() - start
-                found.append((values, metrics))
+    def _plan(self, net: nn.Module) -> list[Entry]:
+        """All entries in the order of the rows; stages that the network has nothing for are left out.
 
-        example = self._example(loader, move)
-        measure(net, method=DENSE, ratio=0.0, stage="raw", error=0.0, params=parameters(net), macs=macs(net, example))
-        bar = self._bar(trainer, split)
-        for label, options in self.methods.items():
-            for ratio, compressed, values in self._compressed(net, example, label, options, found):
-                bar.set_postfix_str(f"{label} {ratio:g}")
-                for stage, mend in self._mends(mending).items():
-                    values = {**values, "method": label, "ratio": ratio, "stage": stage}
-                    start = time.perf_counter()
-                    with self._or_fail(found, values):
-                        with forward(), torch.enable_grad():
-                            applies = mend(compressed.model)
-                        values["seconds"] += time.perf_counter() - start
-                        if applies:
-                            measure(compressed.model, **values)
-                            self._save(trainer, compressed, fixed, values)
-                bar.update()
-        bar.close()
-        return self._rows(trainer, fixed, found)
+        The order of the stages matters: repair resets statistics, and norm tuning starts from repaired ones.
+        """
+        applies = {"raw": True, "repaired": bool(tracked_norms(net)), "norm_tuned": bool(norm_parameters(net))}
+        stages = [stage for stage in self.stages if applies[stage]]
+        smaller = [Entry(label, ratio, stage) for label in self.methods for ratio in self.ratios for stage in stages]
+        return [Entry(DENSE, 0.0, "raw"), *smaller]
 
     def _bar(self, trainer: Trainer, split: str) -> tqdm:
         """Of smaller networks measured; shown where the Trainer shows its own."""
@@ -204,60 +226,68 @@ class CompressionCallback(Callback):
         return tqdm(desc=f"Compressing ({split})", total=count, leave=False, disable=hidden, dynamic_ncols=True)
 
     def _compressed(
-        self,
-        net: nn.Module,
-        example: Tensor,
-        label: str,
-        options: Mapping[str, Any],
-        found: list,
-    ) -> Iterator[tuple[float, Compressed, dict[str, Any]]]:
-        """(ratio, compressed, row values) for every ratio; what fails is put into `found` for the ratios left."""
-        left = list(self.ratios)
-        try:
-            if self._groups is None:
-                self._groups = channel_groups(net, example)
-            start = time.perf_counter()
-            arguments = {"seed": self.seed, **options}
-            smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
-            for compressed in smaller:
-                report = compressed.report
-                seconds = time.perf_counter() - start
-                values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
-                yield left.pop(0), compressed, {**values, "seconds": seconds}
+        self, net: nn.Module, example: Tensor, plan: Sequence[Entry], found: dict[Entry, Found]
+    ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
+        """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
+        for label in dict.fromkeys(entry.method for entry in plan):
+            options, own = self.methods[label], [entry for entry in plan if entry.method == label]
+            with self._or_fail(found, own, label):
+                if self._groups is None:
+                    self._groups = channel_groups(net, example)
+                arguments = {"seed": self.seed, "counted": self._counted, **options}
                 start = time.perf_counter()
-        except Exception as error:
-            for ratio in left:
-                for stage in self.stages:
-                    found.append(({"method": label, "ratio": ratio, "stage": stage, "reason": one_line(error)}, None))
-            self._warn(f"{label}: {one_line(error)}")
+                smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
+                for ratio, compressed in zip(self.ratios, smaller, strict=True):
+                    report = compressed.report
+                    values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
+                    values["seconds"] = time.perf_counter() - start
+                    yield [entry for entry in own if entry.ratio == ratio], compressed, values
+                    start = time.perf_counter()
 
-    def _mends(self, mending: list) -> dict[str, Callable[[nn.Module], bool]]:
-        """Stage -> what makes a raw network one of that stage, in place; False where the network has nothing for it.
+    def _mend(self, trainer: Trainer, model: nn.Module, stage: str, batches: list, values: dict[str, Any]) -> None:
+        """Make the network of the stage before into one of this stage, in place, and add the time to its values."""
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context(), torch.enable_grad():
+            if stage == "repaired":
+                repair_(model, (inputs for inputs, _ in batches))
+            elif stage == "norm_tuned":
+                tune_norms_(model, batches)
+        values["seconds"] += time.perf_counter() - start
 
-        The order matters: repair resets statistics, and norm tuning starts from repaired ones.
-        """
-        everything: dict[str, Callable[[nn.Module], bool]] = {
-            "raw": lambda model: True,
-            "repaired": lambda model: repair_(model, (inputs for inputs, _ in mending)),
-            "norm_tuned": lambda model: tune_norms_(model, mending),
-        }
-        return {stage: everything[stage] for stage in self.stages}
+    def _evaluate(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        entry: Entry,
+        values: dict[str, Any],
+        found: dict[Entry, Found],
+    ) -> None:
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            check_finite(named_tensors(model))
+            metrics = evaluate(model, batches)
+        seconds = values.get("seconds", 0.0) + time.perf_counter() - start
+        found[entry] = Found({**values, "seconds": seconds}, metrics)
 
-    def _rows(self, trainer: Trainer, fixed: dict[str, Any], found: list[tuple[dict, Metrics | None]]) -> list[Row]:
+    def _rows(
+        self, trainer: Trainer, fixed: dict[str, Any], plan: Sequence[Entry], found: Mapping[Entry, Found]
+    ) -> list[Row]:
         """Add up the shares of all processes, in one collective, and make the rows."""
         none = Metrics(math.nan, math.nan, math.nan)
-        sums = torch.tensor([[m.correct, m.loss_sum, m.n] for m in (m or none for _, m in found)], dtype=torch.float64)
+        parts = [found[entry].metrics or none for entry in plan]
+        sums = torch.tensor([[m.correct, m.loss_sum, m.n] for m in parts], dtype=torch.float64)
         device = trainer.strategy.root_device
         sums = sums.to(device) if device.type != "mps" else sums.float().to(device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum").cpu()
         rows = []
-        for (values, _), parts in zip(found, sums.tolist(), strict=True):
-            total = Metrics(*parts)
+        for entry, share in zip(plan, sums.tolist(), strict=True):
+            total, values = Metrics(*share), {**fixed, **found[entry].values, **entry._asdict()}
             if total.n > 0:  # NaN where any process failed
-                rows.append(Row(**fixed, **values, n=int(total.n), acc=total.acc, loss=total.loss))
+                rows.append(Row(**values, n=int(total.n), acc=total.acc, loss=total.loss))
             else:
                 reason = values.get("reason") or "failed on another process, or there were no pictures"
-                rows.append(Row(**{**fixed, **values, "reason": reason}, status="failed"))
+                rows.append(Row(**{**values, "reason": reason}, status="failed"))
         return rows
 
     # --- pictures
@@ -337,6 +367,17 @@ class CompressionCallback(Callback):
             )
         return net
 
+    def _measured_net(self, trainer: Trainer, pl_module: LightningModule, split: str) -> nn.Module:
+        """The network whose accuracy counts: during training with WeightAveraging (EMA, SWA) the averaged one.
+
+        It is what Lightning validates and saves; the live weights are swapped back before epochs end. By a test run
+        Lightning has copied the average into the module, or the module was loaded from the checkpoint under test.
+        """
+        for averaging in trainer.callbacks if split == "val" else ():
+            if isinstance(averaging, WeightAveraging) and averaging._average_model is not None:
+                return self._net(averaging._average_model.module)
+        return self._net(pl_module)
+
     def _trace(self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader) -> None:
         example = self._example(loader, self._mover(trainer, pl_module))
         self._groups = channel_groups(self._net(pl_module), example)
@@ -346,24 +387,27 @@ class CompressionCallback(Callback):
                 + "; ".join(map(str, self._groups.frozen[:3]))
             )
 
-    def _save(self, trainer: Trainer, compressed: Compressed, fixed: Mapping, values: Mapping) -> None:
+    def _save(self, trainer: Trainer, compressed: Compressed, fixed: Mapping, entry: Entry) -> None:
         if self.save_to is None or not trainer.is_global_zero:
             return
-        name = f"{values['method']}-r{values['ratio']:g}-{values['stage']}.safetensors"
+        name = f"{entry.method}-r{entry.ratio:g}-{entry.stage}.safetensors"
         path = self.save_to / f"epoch{fixed['epoch']:03d}" / name
         with self._or_warn(f"{path} cannot be written"):
-            save_compressed(compressed, path, {**self.context, "epoch": fixed["epoch"], "stage": values["stage"]})
+            save_compressed(compressed, path, {**self.context, "epoch": fixed["epoch"], "stage": entry.stage})
 
     # --- what may fail
 
     @contextmanager
-    def _or_fail(self, found: list, values: dict[str, Any]) -> Iterator[None]:
-        """An exception becomes a failed row."""
+    def _or_fail(
+        self, found: dict[Entry, Found], entries: Sequence[Entry], what: str, values: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
+        """An exception makes those of these entries fail that are not measured yet."""
         try:
             yield
         except Exception as error:
-            found.append(({**values, "reason": one_line(error)}, None))
-            self._warn(f"{values['method']} at ratio {values['ratio']:g} ({values['stage']}): {one_line(error)}")
+            for entry in entries:
+                found.setdefault(entry, Found({**(values or {}), "reason": one_line(error)}))
+            self._warn(f"{what}: {one_line(error)}")
 
     @contextmanager
     def _or_warn(self, text: str) -> Iterator[None]:
@@ -405,12 +449,6 @@ def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
         if folded and pruned:
             logged[f"foldability/gap_{stage}"] = max(folded) - max(pruned)
     return logged
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error, with its type where the text alone would not say what happened."""
-    text = first_line(error)
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 class _Moved:

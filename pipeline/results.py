@@ -5,17 +5,23 @@ Knows neither Lightning nor W&B. A file holds the rows of one cell.
 
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import polars as pl
 
+from pipeline.tables import first_line
+
 STAGES = ("raw", "repaired", "norm_tuned")
 DENSE = "dense"
+BATCH = 250  # files parsed at a time
+ROWS = "rows.parquet"  # of a cell, in its folder
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,74 @@ class RowStore:
 
 
 def read(*paths: str | Path) -> pl.DataFrame:
-    """All rows of these files as one table."""
-    return pl.concat([pl.read_parquet(path, schema=SCHEMA) for path in paths]) if paths else table([])
+    """All rows of these files as one table. A file that is absent or damaged raises."""
+    return _parsed([Path(path).read_bytes() for path in paths], list(SCHEMA)) if paths else table([])
 
 
-def pivot(rows: pl.DataFrame, value: str = "acc") -> pl.DataFrame:
-    """One line per (stage, method), one column per ratio, mean over what else differs; failed rows are left out."""
-    return (
-        rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE))
-        .sort("ratio")
-        .pivot("ratio", index=["stage", "method"], values=value, aggregate_function="mean", maintain_order=True)
-        .sort(pl.col("stage").map_elements(STAGES.index, return_dtype=pl.Int64), maintain_order=True)
-    )
+def read_present(
+    paths: Iterable[str | Path], columns: Sequence[str] = tuple(SCHEMA), warn: Callable[[str], None] = warnings.warn
+) -> pl.DataFrame:
+    """These columns of the files there are; `warn` is told of every file that is damaged, and the others are read.
+
+    Each file is read whole before it is parsed, so one that is replaced meanwhile is seen as it was or as it is. Files
+    are parsed by the hundred (their footers are what costs) on a thread of their own, while `paths` goes on.
+    """
+    paths, futures = iter(paths), []
+    with ThreadPoolExecutor(1) as parser:
+        while batch := list(islice(paths, BATCH)):
+            found = {path: blob for path in batch if (blob := _blob(path, warn)) is not None}
+            futures.append(parser.submit(_parsed_whole, found, list(columns), warn))
+    # One chunk per file would make every later step ten times as slow.
+    return pl.concat([table([]).select(columns), *(part for f in futures for part in f.result())], rechunk=True)
+
+
+def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:  # nothing was measured yet
+        return None
+    except OSError as error:
+        warn(f"{path} cannot be read ({first_line(error)})")
+        return None
+
+
+def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
+    # The in-memory engine: the streaming one takes half as long again on many small files.
+    return pl.scan_parquet(blobs, schema=SCHEMA).select(columns).collect(engine="in-memory")
+
+
+def _parsed_whole(
+    blobs: dict[str | Path, bytes], columns: list[str], warn: Callable[[str], None]
+) -> list[pl.DataFrame]:
+    """The files of `blobs` together; where that fails, one by one without those that are damaged."""
+    if not blobs:
+        return []
+    try:
+        return [_parsed(list(blobs.values()), columns)]
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        if len(blobs) == 1:
+            warn(f"{next(iter(blobs))} is damaged or of another version ({first_line(error)})")
+            return []
+    return [part for path, blob in blobs.items() for part in _parsed_whole({path: blob}, columns, warn)]
+
+
+def measured(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of compressed networks that have an accuracy: what failed and what is NaN is left out."""
+    has_accuracy = pl.col("acc").is_not_null() & pl.col("acc").is_not_nan()
+    return rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE) & has_accuracy)
+
+
+def means(rows: pl.DataFrame) -> pl.DataFrame:
+    """One line per (stage, method, ratio): acc, the mean over what else differs, and n, how many measurements it is of.
+
+    By stage as in STAGES, then methods as they come in `rows`, then ratio. See `measured` for what is left out.
+    """
+    keys = ["stage", "method"]
+    mean = measured(rows).group_by(*keys, "ratio", maintain_order=True).agg(pl.col("acc").mean(), n=pl.len())
+    order = mean.select(keys).unique(maintain_order=True).with_row_index("order")
+    stage = pl.col("stage").replace_strict({s: i for i, s in enumerate(STAGES)}, return_dtype=pl.Int64)
+    return mean.join(order, on=keys).sort(stage, "order", "ratio").select(*keys, "ratio", "acc", "n")
 
 
 def foldability(dense_acc: float, curve: dict[float, float]) -> float:

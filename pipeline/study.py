@@ -1,69 +1,166 @@
-"""Tables and pictures over rows."""
+"""Tables and pictures over rows: of one run, or the mean over the cells of a sweep."""
 
 from pathlib import Path
 
 import polars as pl
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from scipy.special import stdtrit
 
-from pipeline.results import DENSE, STAGES
+from pipeline.compression.methods import FOLDING
+from pipeline.results import DENSE, means, measured
 
 TITLES = {"raw": "raw (no data seen)", "repaired": "repaired (statistics re-estimated)", "norm_tuned": "norms tuned"}
+HEADLINE_STAGES = ("repaired", "raw", "norm_tuned")  # the first of them that a cell has is its headline
+HEADLINE_RATIO = 0.5
+PER_CELL = ["cell", "stage", "ratio"]
 
 
 def last_measurement(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the test set if there are any, else those of validation, at the last epoch measured."""
-    split = "test" if "test" in rows["split"] else "val"
-    rows = rows.filter(pl.col("split") == split)
-    return rows.filter(pl.col("epoch") == rows["epoch"].max())
+    """Of each cell the rows of the test set if there are any, else those of validation, at the last epoch measured."""
+    epochs = [pl.col("epoch").filter(pl.col("split") == split).max().alias(split) for split in ("test", "val")]
+    last = rows.group_by("cell").agg(epochs)
+    last = last.select(
+        "cell",
+        split=pl.when(pl.col("test").is_not_null()).then(pl.lit("test")).otherwise(pl.lit("val")),
+        epoch=pl.coalesce("test", "val"),
+    )
+    return rows.join(last, on=["cell", "split", "epoch"], how="semi", maintain_order="left")
 
 
 def curves(rows: pl.DataFrame) -> dict[tuple[str, str], pl.DataFrame]:
-    """(stage, method) -> ratio, acc (mean over what else differs), sorted by ratio; in the order of the rows."""
-    ok = rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE))
-    mean = ok.group_by("stage", "method", "ratio", maintain_order=True).agg(pl.col("acc").mean())
-    found = {key: part.sort("ratio") for key, part in mean.partition_by("stage", "method", as_dict=True).items()}
-    return dict(sorted(found.items(), key=lambda item: STAGES.index(item[0][0])))
+    """(stage, method) -> its lines of `means`, by stage, then in the order of the rows."""
+    return means(rows).partition_by("stage", "method", as_dict=True, maintain_order=True)
+
+
+def dense_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of uncompressed networks that have an accuracy."""
+    ok = (pl.col("status") == "ok") & pl.col("acc").is_not_null() & pl.col("acc").is_not_nan()
+    return rows.filter(ok & (pl.col("method") == DENSE))
 
 
 def dense_accuracy(rows: pl.DataFrame) -> float | None:
     """Mean accuracy of the uncompressed network, 0 ... 1."""
-    return rows.filter((pl.col("method") == DENSE) & (pl.col("status") == "ok"))["acc"].mean()
+    return dense_rows(rows)["acc"].mean()
 
 
-def result_table(rows: pl.DataFrame, title: str) -> Table:
-    """Methods x ratios, accuracy in %, the best method of each stage and ratio in bold; failed cells are marked."""
+def is_folding(labels: pl.Expr) -> pl.Expr:
+    """Do these method labels name folding? Rows hold the label alone, so "fold" and "fold-writers" do, "mine" not."""
+    return pl.any_horizontal(labels.str.starts_with(name) for name in sorted(FOLDING))
+
+
+def duels(rows: pl.DataFrame) -> pl.DataFrame:
+    """One line per cell, stage and ratio: fold and prune, the best accuracies of each kind, and gap = fold - prune.
+
+    0 ... 1; null where there is none of a kind. Give it the last measurement.
+    """
+    folding = is_folding(pl.col("method"))
+    best = [pl.col("acc").filter(kind).max().alias(name) for name, kind in (("fold", folding), ("prune", ~folding))]
+    found = measured(rows).group_by(PER_CELL, maintain_order=True).agg(best)
+    return found.with_columns(gap=pl.col("fold") - pl.col("prune"))
+
+
+def gaps(rows: pl.DataFrame) -> pl.DataFrame:
+    """One line per stage and ratio: n cells that have both kinds, the mean gap over them, its margin, and wins.
+
+    gap: best folding minus best pruning, 0 ... 1; margin: half of its 95% interval (Student's t over cells), null when
+    n < 3; wins: fraction of the cells in which folding is strictly better
+    """
+    gap = pl.col("gap")
+    found = duels(rows).drop_nulls("gap").group_by("stage", "ratio", maintain_order=True)
+    found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
+    t = pl.Series([stdtrit(n - 1, 0.975) if n >= 3 else None for n in found["n"]], dtype=pl.Float64)
+    return found.with_columns(margin=t * pl.col("std") / pl.col("n").sqrt()).drop("std")
+
+
+def headlines(rows: pl.DataFrame) -> pl.DataFrame:
+    """One line per cell: split and epoch of its last measurement, dense accuracy, and a duel: stage, ratio, fold, ...
+
+    The duel is that of the repaired stage (else raw) at the ratio that was measured nearest 0.5. Null where unknown.
+    """
+    last = last_measurement(rows)
+    rank = pl.col("stage").replace_strict({s: i for i, s in enumerate(HEADLINE_STAGES)}, return_dtype=pl.Int64)
+    # rounded: 0.4 and 0.6 are equally near, whatever their last bits
+    nearness = (pl.col("ratio") - HEADLINE_RATIO).abs().round(9)
+    duel = duels(last).sort(rank, nearness, "ratio").unique("cell", keep="first", maintain_order=True)
+    dense = dense_rows(last).group_by("cell").agg(dense=pl.col("acc").mean())
+    lines = last.group_by("cell", maintain_order=True).agg(pl.col("split", "epoch").first())
+    return lines.join(dense, on="cell", how="left").join(duel, on="cell", how="left")
+
+
+def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
+    """ratio -> fraction of the parameters that stay, mean over what was measured."""
+    dense = rows.filter(pl.col("method") == DENSE).group_by("cell").agg(dense=pl.col("params").max())
+    kept = measured(rows).join(dense, on="cell").with_columns(kept=pl.col("params") / pl.col("dense"))
+    kept = kept.group_by("ratio").agg(pl.col("kept").drop_nans().mean())
+    return {ratio: left for ratio, left in kept.iter_rows() if left is not None}
+
+
+def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
+    """Methods x ratios, mean accuracy in %, the best method of each stage and ratio in bold; failed ones are marked.
+
+    duel: below each stage, the gap of folding to pruning over the cells (`gaps`), in points
+    """
     ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("ratio removed")
+    table = Table()
+    table.add_column("ratio removed", no_wrap=True)
     for ratio in ratios:
         table.add_column(f"{ratio:g}", justify="right")
-    first = rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE)).group_by("ratio").agg("params")
-    params = {ratio: counts[0] for ratio, counts in first.iter_rows()}
-    dense = rows.filter(pl.col("method") == DENSE)["params"].first()
-    if dense:
-        table.add_row("parameters left", *(f"{params[r] / dense:.0%}" if r in params else "-" for r in ratios))
-    by_curve = {key: dict(part.select("ratio", "acc").iter_rows()) for key, part in curves(rows).items()}
-    for stage in dict.fromkeys(stage for stage, _ in by_curve):
+    left = parameters_left(rows)
+    if left:
+        table.add_row("parameters left", *(f"{left[r]:.0%}" if r in left else "-" for r in ratios))
+    found = curves(rows)
+    compared = gaps(rows) if duel else None
+    for stage in dict.fromkeys(stage for stage, _ in found):
         table.add_section()
         table.add_row(f"[dim]{TITLES[stage]}[/]")
-        lines = {method: line for (s, method), line in by_curve.items() if s == stage}
-        best = {r: max(line.get(r, -1.0) for line in lines.values()) for r in ratios}
-        for method, line in lines.items():
-            cells = [f"{100 * line[r]:.1f}" if r in line else "failed" for r in ratios]
-            marked = [f"[bold]{c}[/]" if line.get(r) == best[r] else c for r, c in zip(ratios, cells, strict=True)]
-            table.add_row(f"  {method}", *marked)
+        lines = {method: line for (s, method), line in found.items() if s == stage}
+        for method, cells in _accuracies(lines, ratios, rows["cell"].n_unique()).items():
+            table.add_row(f"  {escape(method)}", *cells)
+        if compared is not None:
+            at = {line["ratio"]: line for line in compared.filter(pl.col("stage") == stage).iter_rows(named=True)}
+            for name, show in DUEL_LINES.items():
+                table.add_row(f"  [dim]{name}[/]", *(show(at[r]) if r in at else "-" for r in ratios))
     return table
 
 
-def print_table(rows: pl.DataFrame, title: str) -> None:
-    """The table of one run on the terminal, and a line for each reason why something failed."""
-    # A pipe has no width of its own, and eleven columns do not fit into 80.
-    console = Console(highlight=False, width=None if Console().is_terminal else 120)
-    console.print(result_table(rows, title))
+def _accuracies(lines: dict[str, pl.DataFrame], ratios: list[float], cells: int) -> dict[str, list[str]]:
+    """Label -> its accuracies as text; a method that fewer than all cells have says of how many the mean is."""
+    by_ratio = {method: dict(line.select("ratio", "acc").iter_rows()) for method, line in lines.items()}
+    best = {r: max(line.get(r, -1.0) for line in by_ratio.values()) for r in ratios}
+    found = {}
+    for method, line in by_ratio.items():
+        texts = [f"{100 * line[r]:.1f}" if r in line else "failed" for r in ratios]
+        low, high = lines[method]["n"].min(), lines[method]["n"].max()
+        label = method if low >= cells else f"{method} (n {low}{f'-{high}' if high > low else ''})"
+        found[label] = [f"[bold]{t}[/]" if line.get(r) == best[r] else t for r, t in zip(ratios, texts, strict=True)]
+    return found
+
+
+DUEL_LINES = {
+    "gap, points": lambda at: f"{100 * at['gap']:+.1f}",
+    "95% interval": lambda at: "-" if at["margin"] is None else f"±{100 * at['margin']:.1f}",
+    "win rate": lambda at: f"{at['wins']:.0%}",
+    "n cells": lambda at: f"{at['n']}",
+}
+
+
+def terminal() -> Console:
+    """Where tables are printed. A pipe has no width of its own, and eleven columns do not fit into 80."""
+    return Console(highlight=False, width=None if Console().is_terminal else 120)
+
+
+def print_table(rows: pl.DataFrame, title: str, duel: bool = False) -> None:
+    """The table of a run, or of several, on the terminal, and a line for each reason why something failed."""
+    console = terminal()
+    console.print(
+        title, style="bold", markup=False, soft_wrap=True
+    )  # of a table's own title, narrow tables make pieces
+    console.print(result_table(rows, duel))
     failed = rows.filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
-        console.print(f"{count} measurements failed: {reason}", markup=False)
+        console.print(f"{count} measurements failed: {reason}", markup=False, soft_wrap=True)
 
 
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
@@ -92,6 +189,7 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
         panel.set_ylim(0, 100)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
-    panels[0].legend(frameon=False)
+    if found or dense is not None:
+        panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)

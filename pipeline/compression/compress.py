@@ -58,6 +58,9 @@ class Report:
         return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
 
 
+Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
+
+
 class Compressed(NamedTuple):
     """A smaller model and the report of how it came about."""
 
@@ -100,6 +103,7 @@ def compressions(
     norm: bool = False,
     norm_scale: bool = True,
     seed: int = 0,
+    counted: Counted | None = None,
     **options,
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
@@ -108,7 +112,9 @@ def compressions(
     features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
     norm_scale: merge a weight and its norm as one affine map (see projection.apply).
     seed: of methods that draw.
+    counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
+    counted = {} if counted is None else counted
     chosen = pick("method", METHODS, method)
     check_ratios(ratios)
     model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
@@ -123,7 +129,7 @@ def compressions(
     plans = [
         call(f"method {method!r}", chosen, w, sorted(set(s)), **options) for w, s in zip(weights, sizes, strict=True)
     ]
-    before = parameters(model), macs(model, example)
+    before = parameters(model), macs(model, example, counted)
     for i, ratio in enumerate(ratios):
         projections = [plan[size[i]] for plan, size in zip(plans, sizes, strict=True)]
         smaller = apply(model, groups, projections, norm_scale)
@@ -131,7 +137,7 @@ def compressions(
             GroupReport(w.group.name, w.group.size, len(p.counts), w.error(p))
             for w, p in zip(weights, projections, strict=True)
         )
-        after = parameters(smaller), macs(smaller, example)
+        after = parameters(smaller), macs(smaller, example, counted)
         yield Compressed(
             smaller, Report(method, float(ratio), rows, groups.frozen, before[0], after[0], before[1], after[1])
         )
@@ -162,15 +168,29 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def macs(model: nn.Module, example: Example) -> int:
+def macs(model: nn.Module, example: Example, counted: Counted | None = None) -> int:
     """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention).
 
     Counted on shapes alone, with nothing computed, or by a real pass where the forward looks at values.
+    counted: what was found on shapes for networks of one architecture, looked up and added to. On a small network a
+        count takes as long as a forward pass of some hundred pictures.
     """
+    counted = {} if counted is None else counted
+    shapes = _shapes(model, example)
     try:
-        return _macs(model, example, "meta")
+        if shapes not in counted:
+            counted[shapes] = _macs(model, example, "meta")
+        return counted[shapes]
     except Exception:  # a forward may do anything; what is wrong with the model itself raises again
         return _macs(model, example, None)
+
+
+def _shapes(model: nn.Module, example: Example) -> tuple[Any, ...]:
+    """Of all tensors that a forward pass sees, and those of its arguments that are none."""
+    args, kwargs = call_arguments(example)
+    given = torch.utils._pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
+    shaped = [tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in given]
+    return (*shaped, *(tuple(t.shape) for t in named_tensors(model).values()))
 
 
 def _macs(model: nn.Module, example: Example, device: str | None) -> int:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.compression.group import Axis, ChannelGroup
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions of a weight
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -131,8 +133,9 @@ def resized(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     state = named_tensors(model)
     # deepcopy puts the new tensors in the place of the old ones, tied ones under all their names.
     memo: dict[int, Any] = {}
-    for name, new in tensors.items():
+    for name, given in tensors.items():
         old = state[name]
+        new = laid_out_as(old, given)
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     changed = {id(new) for new in memo.values()}
     smaller = copy.deepcopy(model, memo)
@@ -140,6 +143,14 @@ def resized(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         if any(id(t) in changed for t in module.parameters(recurse=False)):
             _follow_shape_(module)
     return smaller
+
+
+def laid_out_as(old: Tensor, new: Tensor) -> Tensor:
+    """`new`, channels-last where `old` is: by the layout of its weight a convolution chooses its kernel."""
+    layout = CHANNELS_LAST.get(old.dim())
+    if layout is None or old.is_contiguous() or not old.is_contiguous(memory_format=layout):
+        return new
+    return new.contiguous(memory_format=layout)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,11 @@ def tracked_norms(model: nn.Module) -> list[_NormBase]:
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
 
 
+def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The gains and shifts of all norms of a model."""
+    return {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+
+
 @torch.no_grad()
 def repair_(model: nn.Module, batches: Iterable[Tensor]) -> bool:
     """In place: re-estimate all BatchNorm statistics on unlabelled pictures (REPAIR, arXiv:2211.08403, section 4).
@@ -65,7 +70,7 @@ def tune_norms_(
 
     Returns False, and does nothing, for a model without such parameters.
     """
-    tuned = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    tuned = norm_parameters(model)
     if not tuned:
         return False
     needed_grad = {p: p.requires_grad for p in model.parameters()}

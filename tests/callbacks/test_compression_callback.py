@@ -3,17 +3,19 @@
 import copy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import CompressionCallback
+from pipeline.evaluate import evaluate
 from pipeline.results import RowStore, foldability, read
 from pipeline.tables import UserError
 
@@ -180,6 +182,42 @@ def test_test_run_measures_on_the_test_set(tmp_path):
     assert logged["compress_test/fold/r0.5/acc_raw"] == pytest.approx(raw)
 
 
+def dense(measured: CompressionCallback, split: str) -> dict:
+    rows = measured.rows.filter((measured.rows["method"] == "dense") & (measured.rows["split"] == split))
+    return rows.to_dicts()[-1]
+
+
+def test_the_averaged_network_is_measured_and_not_the_live_one(tmp_path):
+    losses: dict[str, float] = {}
+
+    class Spy(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            losses["live"] = evaluate(module.backbone, [VAL.tensors]).loss
+            losses["average"] = evaluate(average._average_model.module.backbone, [VAL.tensors]).loss
+
+    measured, average = callback(methods=["fold"], stages=["raw"], ratios=[0.0]), EMAWeightAveraging(decay=0.9)
+    module, trainer = fit(tmp_path, [measured, average, Spy()])
+    assert abs(losses["live"] - losses["average"]) > 0.01
+    assert set(measured.rows["status"]) == {"ok"}
+    assert dense(measured, "val")["loss"] == pytest.approx(losses["average"])
+    folded = measured.rows.filter((measured.rows["method"] == "fold") & (measured.rows["epoch"] == 2))
+    assert folded["loss"].item() == pytest.approx(losses["average"])
+
+    # Lightning left the average in the module: what a test is given is what it measures, other weights too.
+    for _ in range(2):
+        trainer.test(module, DataLoader(TEST, 16), verbose=False)
+        assert dense(measured, "test")["loss"] == pytest.approx(evaluate(module.backbone, [TEST.tensors]).loss)
+        with torch.no_grad():
+            module.backbone[-1].bias += torch.tensor([1.0, 0.0, -1.0])
+
+
+def test_training_with_an_average_is_bit_identical_with_and_without(tmp_path):
+    without, _ = fit(tmp_path, [EMAWeightAveraging(decay=0.9)])
+    module, _ = fit(tmp_path, [EMAWeightAveraging(decay=0.9), callback()])
+    for (name, a), b in zip(without.state_dict().items(), module.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_label_can_carry_options(tmp_path):
     measured = callback(methods={"l2": {}, "grouped": {"method": "l2", "score": "group"}}, stages=["raw"])
     fit(tmp_path, [measured], epochs=1)
@@ -223,6 +261,67 @@ def test_a_failing_method_costs_its_rows_only(tmp_path, monkeypatch):
     assert set(measured.rows.filter(measured.rows["method"] == "l1")["status"]) == {"failed"}
     assert set(measured.rows.filter(measured.rows["method"] == "l2")["status"]) == {"ok"}
     assert status
+
+
+def fails_on_call(work, count: int):
+    """`work`, but its call number `count`, from 0, raises."""
+    calls = iter(range(1000))
+
+    def maybe(*args, **kwargs):
+        if next(calls) == count:
+            raise RuntimeError("no luck")
+        return work(*args, **kwargs)
+
+    return maybe
+
+
+@pytest.mark.parametrize(
+    ("what", "call", "failed"),
+    [
+        # 3 methods x 2 ratios; the error of one ratio costs those of its method that are left
+        ("pipeline.compression.compress.apply", 2, [("l1", r, s) for r in (0.25, 0.5) for s in ("raw", "repaired")]),
+        ("pipeline.compression.compress.apply", 3, [("l1", 0.5, "raw"), ("l1", 0.5, "repaired")]),
+        ("callbacks.compression.repair_", 1, [("fold", 0.5, "repaired")]),
+        ("callbacks.compression.evaluate", 0, [("dense", 0.0, "raw")]),
+        ("callbacks.compression.evaluate", 3, [("fold", 0.5, "raw")]),
+        ("callbacks.compression._kept", 0, "all"),
+    ],
+)
+def test_an_error_on_one_process_leaves_it_with_the_rows_of_the_others(tmp_path, monkeypatch, what, call, failed):
+    """Their sums are added up by position in one collective."""
+
+    def keys() -> list[tuple]:
+        return measured.rows.select("method", "ratio", "stage").rows()
+
+    measured = callback()
+    fit(tmp_path, [measured], epochs=1)
+    others = keys()
+    assert set(measured.rows["status"]) == {"ok"}
+
+    module, name = what.rsplit(".", 1)
+    module = import_module(module)
+    monkeypatch.setattr(module, name, fails_on_call(getattr(module, name), call))
+    measured = callback()
+    with pytest.warns(RuntimeWarning, match="RuntimeError: no luck"):
+        fit(tmp_path, [measured], epochs=1)
+    assert keys() == others
+    found = measured.rows.filter(measured.rows["status"] == "failed")
+    assert found.select("method", "ratio", "stage").rows() == (others if failed == "all" else failed)
+    assert set(found["reason"]) == {"RuntimeError: no luck"}
+
+
+def test_a_stage_that_a_network_has_nothing_for_gives_no_rows(tmp_path):
+    class Bare(Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    for stages, rows in ((["raw", "repaired", "norm_tuned"], 1 + 3 * 2), (["repaired"], 1)):
+        measured = callback(stages=stages)
+        fit(tmp_path, [measured], Bare(), epochs=1)
+        assert len(measured.rows) == rows
+        assert set(measured.rows["stage"]) == {"raw"}
+        assert set(measured.rows["status"]) == {"ok"}
 
 
 def test_a_full_disk_keeps_rows_in_memory_and_writes_them_later(tmp_path, monkeypatch):

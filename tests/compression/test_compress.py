@@ -1,6 +1,7 @@
 """compress(): what it promises about the model it takes and the model it gives."""
 
 import copy
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -235,3 +236,37 @@ def test_resnet18_of_the_study_halves_to_2_80_million():
     assert report.params_after == sum(p.numel() for p in smaller.parameters())
     assert f"{report.params_after / 1e6:.2f}" == "2.80"
     assert macs(smaller, example) == report.macs_after < 0.27 * report.macs_before
+
+
+def test_channels_last_stays_channels_last():
+    """Convolutions of a network that trains channels-last are slower by a third in the other layout."""
+    net = build_model("resnet18", classes=3, channels=3, width=4).to(memory_format=torch.channels_last).eval()
+    smaller, _ = compress(net, torch.zeros(1, 3, 32, 32), "fold", 0.5)
+    weights = {name: p for name, p in smaller.named_parameters() if p.dim() == 4}
+    assert weights["layer1.0.conv1.weight"].shape[:2] == (2, 2)
+    for name, weight in weights.items():
+        assert weight.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_macs_are_counted_once_for_all_methods(monkeypatch):
+    module = import_module("pipeline.compression.compress")  # the package exports the function of this name
+    net, example, ratios = (
+        build_model("resnet18", classes=3, channels=3, width=4).eval(),
+        torch.zeros(1, 3, 32, 32),
+        [0.25, 0.5],
+    )
+    count, calls = module._macs, []
+    monkeypatch.setattr(module, "_macs", lambda *args: calls.append(1) or count(*args))
+    counted: dict = {}
+    found = {
+        method: [c.report.macs_after for c in module.compressions(net, example, method, ratios, counted=counted)]
+        for method in ("fold", "l1", "l2")
+    }
+    assert len(calls) == 1 + len(ratios)  # the network itself, and once each ratio
+    assert (
+        found["fold"]
+        == found["l1"]
+        == found["l2"]
+        == [macs(c.model, example) for c in compress(net, example, "l1", ratios)]
+    )
+    assert macs(net, torch.zeros(2, 3, 32, 32), counted) == 2 * macs(net, example, counted)
