@@ -1,7 +1,3 @@
-"""Side-by-side measurements that back the numbers we state."""
+"""Side-by-side measurements that back every number the project states. Each runs with `python -m benchmarks.<name>`."""
 
-import os
-
-# Before anything imports torch: OpenMP threads that spin while they wait take the cores from each other as soon as
-# another process runs, and then time the scheduler instead of the code (seen: 4 s against 12 to 37 s).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import scripts  # noqa: F401 (the same settings of the process as in training)

@@ -65,7 +65,7 @@ class CompressionCallback(Callback):
 
     methods: names in METHODS, or {label: {"method": name, options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
-    every_n_epochs: measure after every n-th epoch (and after the last one)
+    every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
     stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
         network has nothing for (repair without BatchNorm) gives no rows
     network: attribute of the LightningModule that holds the network, dots allowed
@@ -111,8 +111,8 @@ class CompressionCallback(Callback):
             pick("stage", dict.fromkeys(STAGES), stage)
         if not self.methods or not ratios or not stages:
             raise UserError("compression needs at least one method, one ratio and one stage")
-        if every_n_epochs < 1:
-            raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1")
+        if every_n_epochs < 0:
+            raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
         self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed
         self.eval_data, self.repair_data = eval_data, repair_data
@@ -147,8 +147,8 @@ class CompressionCallback(Callback):
             self._trace(trainer, pl_module, self._eval_loader(trainer, "val"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs == 0 or trainer.should_stop or epoch == trainer.max_epochs:
+        epoch, every = trainer.current_epoch + 1, self.every_n_epochs
+        if every and (epoch % every == 0 or trainer.should_stop or epoch == trainer.max_epochs):
             self._run(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

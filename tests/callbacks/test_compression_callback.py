@@ -378,7 +378,7 @@ def test_compressed_networks_are_saved_and_load_again(tmp_path):
         ({"ratios": [-0.1]}, r"ratio -0\.1 is out of range"),
         ({"stages": ["rwa"]}, "unknown stage 'rwa'.*raw"),
         ({"ratios": []}, "at least one method, one ratio and one stage"),
-        ({"every_n_epochs": 0}, "every_n_epochs 0 must be at least 1"),
+        ({"every_n_epochs": -1}, "every_n_epochs -1 must be at least 1, or 0 for test runs"),
         ({"methods": {"dense": {"method": "l1"}}}, "label 'dense' is taken"),
     ],
 )
