@@ -41,7 +41,7 @@ def resolved(config: DictConfig) -> Config:
 # Where and how a cell runs and what it shows: no part of what it is.
 WHERE = (
     "paths wandb data.root data.workers data.download trainer.accelerator trainer.enable_progress_bar "
-    "trainer.enable_model_summary trainer.default_root_dir"
+    "trainer.enable_model_summary trainer.log_every_n_steps"
 ).split()
 
 
@@ -143,6 +143,4 @@ def build_trainer(
         logger=[logger for logger in loggers if logger is not None],
         callbacks=callbacks,
         plugins=[WholeCheckpointIO()],
-        enable_model_summary=False,
-        log_every_n_steps=50,
     )

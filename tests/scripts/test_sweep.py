@@ -260,7 +260,6 @@ GRID = [
     "optim.lr=0.05,0.1,0.2",
     "optim.sam.rho=0.0,0.05",
     "seed=0,1",
-    "+trainer.log_every_n_steps=1",
 ]
 
 

@@ -1,0 +1,187 @@
+"""The report as users type it: states, settings, means, splits, files, and one clear line for what is wrong."""
+
+import re
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+
+from pipeline.cells import held, write_record
+from pipeline.results import DENSE, Row, RowStore
+from scripts.report import load, main, parsed, short, shown
+
+
+def add(runs, cell, /, state="done", fold=0.7, l1=0.5, epoch=2, split="test", reason="", measured=True, **optim):
+    """A cell with two ratios, the second .1 worse, in two stages, the second .1 better."""
+    folder = runs / cell
+    folder.mkdir(parents=True)
+    optim = {"name": "sgd", "lr": 0.1, "sam": {"rho": 0.0}, "schedule": {"name": "cosine"}, **optim}
+    config = {"seed": 0, "model": {"name": "resnet18"}, "optim": optim, "data": {"augment": ["crop", "flip"]}}
+    write_record(folder, {**config, "paths": {"runs": cell}, "wandb": {"mode": cell}}, state, reason, 1.0)
+    if not measured:
+        return folder
+    fixed = {"cell": cell, "model": "m", "data": "d", "seed": 0, "step": 5, "n": 8, "epoch": epoch, "split": split}
+    rows = [Row(**fixed, method=DENSE, ratio=0.0, stage="raw", acc=0.9, params=100)]
+    for method, acc in (("fold", fold), ("l1", l1)):
+        for ratio, loss in ((0.5, 0.0), (0.75, 0.1)):
+            for stage, lift in (("raw", 0.0), ("repaired", 0.1)):
+                what = {"method": method, "ratio": ratio, "stage": stage, "params": 25}
+                rows.append(Row(**fixed, **what, acc=acc - loss + lift))
+    store = RowStore(folder / "rows.parquet")
+    store.add(rows)
+    store.write()
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three done cells, one held by this process, one failed, one broken."""
+    runs = tmp_path / "runs"
+    add(runs, "a-1", fold=0.7, l1=0.5)
+    add(runs, "b-2", fold=0.4, l1=0.5, lr=0.01)
+    add(runs, "c-3", fold=0.6, l1=0.3, name="adam", lr=0.001, sam=None)
+    add(runs, "e-5", "failed", fold=0.0, l1=0.0, lr=5, epoch=1, split="val", reason="loss is [nan]")
+    add(runs, "f-6", "running", measured=False, lr=0.01)
+    with held(add(runs, "d-4", "running", epoch=1, split="val", lr=0.3)):
+        yield runs
+
+
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """The command in this process: its lines, single-spaced, without rules."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+        main()
+        return [" ".join(re.sub("[│┃─]", " ", line).split()) for line in capsys.readouterr().out.splitlines()]
+
+    return call
+
+
+def test_the_command_shows_cells_states_and_means(runs):
+    command = [sys.executable, "-m", "scripts.report", str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    lines = [" ".join(re.sub("[│┃─]", " ", line).split()) for line in done.stdout.splitlines()]
+    assert "Cells, repaired, ratio 0.5" in lines
+    assert "cell state optim lr rho epoch split dense fold prune gap" in lines
+    cells = [line for line in lines if re.match(r"[a-f]-\d [a-z]", line)]
+    assert cells == [
+        "c-3 done adam 0.001 - 2 test 90.0 70.0 40.0 +30.0",
+        "b-2 done sgd 0.01 0 2 test 90.0 50.0 60.0 -10.0",
+        "a-1 done sgd 0.1 0 2 test 90.0 80.0 60.0 +20.0",
+        "d-4 running sgd 0.3 0 1 val 90.0 80.0 60.0 +20.0",
+        "e-5 failed sgd 5 0 1 val 90.0 10.0 10.0 +0.0",
+        "f-6 broken sgd 0.01 0 - - - - - -",
+    ]
+    assert "e-5: loss is [nan]" in lines
+    assert "3 done, 1 running, 1 failed, 1 broken" in lines
+    assert "Mean accuracy (%) over 3 done cells, test pictures; dense 90.0%" in lines
+    raw = lines[lines.index("raw (no data seen)") :]
+    assert raw[1:7] == [
+        "fold 56.7 46.7",
+        "l1 43.3 33.3",
+        "gap, points +13.3 +13.3",
+        "95% interval ±51.7 ±51.7",  # 4.303 * sd(20, -10, 30) / sqrt(3)
+        "win rate 67% 67%",
+        "n cells 3 3",
+    ]
+
+
+def test_where_keeps_the_cells_that_meet_all_conditions(runs, report):
+    lines = report(runs, "--where", "optim=sgd", "--where", "optim.sam.rho=0", "--where", "lr=1e-1")
+    assert "1 done, 0 running, 0 failed, 0 broken" in lines
+    assert report(runs, "--where", "augment=[crop, flip]")[-1] == report(runs)[-1]
+    assert "1 done, 0 running, 0 failed, 0 broken" in report(runs, "--where", "rho=null")
+
+
+def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
+    lines = report(runs, "--by", "optim.name", "--by", "rho", "--plot", tmp_path / "plot.png")
+    titles = [line.split(";")[0] for line in lines if line.startswith("Mean")]
+    assert titles == [
+        "Mean accuracy (%) over 1 done cell with optim=adam, rho=-, test pictures",
+        "Mean accuracy (%) over 2 done cells with optim=sgd, rho=0, test pictures",
+    ]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "plot-optim=adam_rho=-.png",
+        "plot-optim=sgd_rho=0.png",
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "read"), [("csv", pl.read_csv), ("parquet", pl.read_parquet)])
+def test_out_joins_rows_and_settings(runs, report, tmp_path, suffix, read):
+    path = tmp_path / f"all.{suffix}"
+    assert f"wrote {path}" in report(runs, "--out", path, "--where", "lr=0.001")
+    table = read(path)
+    assert len(table) == 9
+    assert set(table["optim.name"]) == {"adam"}
+    assert set(table["state"]) == {"done"}
+    assert table.columns.count("seed") == 1
+    assert {"acc", "loss", "cell.seed", "cell.reason", "cell.seconds", "data.augment"} <= set(table.columns)
+
+
+def test_a_damaged_file_does_not_hide_the_other_cells(runs, monkeypatch, capsys):
+    (runs / "a-1" / "rows.parquet").write_bytes(b"PAR1 damaged PAR1")
+    monkeypatch.setattr(sys, "argv", ["report", str(runs)])
+    main()
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"warning: \S+a-1/rows.parquet is damaged or of another version \(.*\)\n", err)
+    assert "over 2 done cells, test pictures; dense 90.0%; 1 more have no rows" in out
+
+
+def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
+    add(tmp_path, "a-1", "running", measured=False)
+    lines = report(tmp_path)
+    assert "cell state epoch dense fold prune gap" in lines
+    assert lines[-1] == "no cell that is done has rows yet"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not a folder of runs"),
+        (["runs/a-1"], "no cells in .*a-1; give the folder"),
+        (["runs", "--where", "optim.nam=sgd"], r"unknown setting 'optim.nam' \(did you mean 'optim.name'\?\)"),
+        (["runs", "--where", "optim.name=lion"], "no cell has optim.name=lion; there are: adam, sgd"),
+        (["runs", "--where", "optim.name"], "give SETTING=VALUE"),
+        (["runs", "--where", "lr=[1"], "--where lr="),
+        (["runs", "--by", "name"], "setting 'name' could be any of: model.name, optim.name, optim.schedule.name"),
+        (["runs", "--out", "table.xlsx"], "unknown kind of --out '.xlsx'.*choose from: .csv, .parquet"),
+        (["runs", "--out", "no/such/folder.csv"], "folder.csv cannot be written"),
+        (["runs", "--plot", "picture.nothing"], "picture.nothing cannot be written"),
+    ],
+)
+def test_bad_input_gets_one_line(runs, report, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
+        report(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_that_ends_meanwhile_is_not_missed(tmp_path, monkeypatch):
+    """The record is read before the rows, so that what reads as done has all its rows."""
+    add(tmp_path, "a-1", "running")
+    order = []
+    monkeypatch.setattr("scripts.report.line", lambda folder: order.append("record") or {"cell": folder.name})
+    monkeypatch.setattr("pipeline.results._blob", lambda path, warn: order.append("rows"))
+    load(tmp_path)
+    assert order == ["record", "rows"]
+
+
+def test_names_are_as_short_as_they_can_be():
+    names = ["optim.name", "optim.lr", "optim.schedule.name", "model.name", "seed", "data.size", "model.size"]
+    assert list(short(names).values()) == ["optim", "lr", "schedule", "model", "seed", "data.size", "model.size"]
+
+
+def test_values_are_read_and_shown_as_on_the_command_line():
+    assert parsed("optim.lr=1e-3") == ("optim.lr", 0.001)
+    assert parsed("augment=[crop,flip]") == ("augment", '["crop", "flip"]')
+    assert [shown(v) for v in (None, 0.001, '["crop", "flip"]', True, "sgd")] == [
+        "-",
+        "0.001",
+        "[crop,flip]",
+        "True",
+        "sgd",
+    ]
