@@ -12,6 +12,7 @@ import traceback
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning
@@ -47,8 +48,11 @@ def run_in_sweep(config: DictConfig) -> None:
     os.chdir(HydraConfig.get().runtime.cwd)  # workers of a cluster start elsewhere
     try:
         plain = resolved(config)
-        write_job(cell_of(plain), skipped=is_done(folder_of(plain)))
+        record = read_record(folder_of(plain))
+        write_job(cell_of(plain), skipped=record is not None and record["state"] == "done")
         run(plain, sweeping=True)
+    except Busy:
+        pass  # of another sweep, which sees to it
     except Exception as error:
         write_job("", reason=one_line(error))
 
@@ -61,12 +65,13 @@ def run(config: Config, sweeping: bool = False) -> Path:
     """
     quiet()
     folder = folder_of(config)
-    if is_done(folder):
+    record = read_record(folder)
+    if record and record["state"] == "done":
         if not sweeping:
             print(f"{folder.name} is done already; delete its folder to run it again")
             report(folder)
         return folder
-    start = time.perf_counter()
+    start = time.perf_counter() - (record["seconds"] if record else 0.0)
     try:
         lightning.seed_everything(config["seed"], verbose=False)
         data = build_data(config)
@@ -74,8 +79,7 @@ def run(config: Config, sweeping: bool = False) -> Path:
         compression = build_compression(config, folder.name, folder)
         # Whatever the config can get wrong has been refused by now.
         with held(folder) if rank_zero_only.rank == 0 else nullcontext():
-            before = record["seconds"] if (record := read_record(folder)) else 0.0
-            write_record(folder, config, "running", seconds=before)
+            write_record(folder, config, "running", seconds=time.perf_counter() - start)
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
             trainer = build_trainer(config, folder.name, folder, compression, quiet=sweeping)
             try:
@@ -85,11 +89,13 @@ def run(config: Config, sweeping: bool = False) -> Path:
                     print(f"{folder.name}: {counts}" + (", going on from the last epoch" if checkpoint else ""))
                 trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
                 # From the file, which with EMA holds the averaged weights, also where there was no epoch left to train.
-                trainer.test(task, data, ckpt_path=folder / CHECKPOINT, weights_only=True, verbose=False)
+                # Not by ckpt_path: Lightning's averaging would put the live weights back.
+                task.load_state_dict(load(folder / CHECKPOINT)["state_dict"])
+                trainer.test(task, data, verbose=False)
             finally:
                 close(trainer.loggers)
             if trainer.is_global_zero:
-                write_record(folder, config, "done", seconds=before + time.perf_counter() - start)
+                write_record(folder, config, "done", seconds=time.perf_counter() - start)
                 if not sweeping:
                     report(folder)
     except Exception as error:
@@ -105,23 +111,22 @@ def folder_of(config: Config) -> Path:
     return Path(config["paths"]["runs"]).absolute() / cell_of(config)
 
 
-def is_done(folder: Path) -> bool:
-    record = read_record(folder)
-    return record is not None and record["state"] == "done"
-
-
 def resumable(checkpoint: Path) -> Path | None:
     """The checkpoint if there is a whole one."""
     if not checkpoint.exists():
         return None
     try:
-        torch.load(checkpoint, map_location="meta", weights_only=True)
+        load(checkpoint)
     except Exception as error:
         warnings.warn(
             f"{checkpoint} is damaged ({one_line(error)}); the cell starts anew", RuntimeWarning, stacklevel=2
         )
         return None
     return checkpoint
+
+
+def load(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
 
 
 def report(folder: Path) -> None:

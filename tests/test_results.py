@@ -1,11 +1,12 @@
 """Rows are typed, whole, and add up."""
 
 import math
+import threading
 
 import polars as pl
 import pytest
 
-from pipeline.results import KEY, SCHEMA, Row, RowStore, foldability, pivot, read, table
+from pipeline.results import KEY, SCHEMA, Row, RowStore, foldability, means, read, read_present, table
 
 
 def row(epoch: int = 1, method: str = "fold", ratio: float = 0.5, acc: float | None = 0.75, **more) -> Row:
@@ -62,9 +63,65 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert read(path)["epoch"].to_list() == [1, 2]
 
 
-def test_pivot_has_a_column_per_ratio_and_leaves_failures_out():
-    rows = table([row(), row(ratio=0.25, acc=0.9), row(method="l1", status="failed"), row(method="dense", ratio=0.0)])
-    assert pivot(rows).to_dicts() == [{"stage": "raw", "method": "fold", "0.25": 0.9, "0.5": 0.75}]
+def test_means_are_over_cells_by_stage_method_and_ratio_without_what_failed():
+    lines = [
+        row(method="l1", stage="repaired", acc=0.3),
+        row(ratio=0.75, acc=0.5),
+        row(ratio=0.25, acc=0.9),
+        row(ratio=0.25, acc=0.5, cell="d"),
+        row(ratio=0.25, acc=math.nan, cell="e"),
+        row(method="l2", status="failed", acc=None),
+        row(method="dense", ratio=0.0),
+    ]
+    assert means(table(lines)).rows() == [
+        ("raw", "fold", 0.25, pytest.approx(0.7), 2),
+        ("raw", "fold", 0.75, 0.5, 1),
+        ("repaired", "l1", 0.5, 0.3, 1),
+    ]
+
+
+def test_many_files_are_read_as_one_without_those_that_are_absent_or_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.results.BATCH", 2)
+    paths = [tmp_path / f"{i}.parquet" for i in range(7)]
+    for i, path in enumerate(paths):
+        store = RowStore(path)
+        store.add([row(cell=f"c{i}"), row(cell=f"c{i}", ratio=0.25)])
+        store.write()
+    paths[1].unlink()
+    paths[3].write_bytes(paths[3].read_bytes()[:-20])
+    paths[4].write_bytes(b"")
+    pl.DataFrame({"other": [1]}).write_parquet(paths[5])
+    warned = []
+    rows = read_present(paths, ["cell", "acc"], warned.append)
+    assert rows.columns == ["cell", "acc"]
+    assert rows["cell"].to_list() == ["c0", "c0", "c2", "c2", "c6", "c6"]
+    assert [message.split(" ")[0] for message in warned] == [str(paths[i]) for i in (3, 4, 5)]
+    assert read(paths[0], paths[2]).equals(read_present([paths[0], paths[2]]))
+    assert read_present([]).equals(table([]))
+
+
+def test_files_that_are_replaced_meanwhile_are_read_whole(tmp_path):
+    stores = [RowStore(tmp_path / f"{i}" / "rows.parquet") for i in range(4)]
+    stop = threading.Event()
+
+    def write():
+        epoch = 0
+        while not stop.is_set():
+            epoch += 1
+            for store in stores:
+                store.add([row(cell=store.path.parent.name, epoch=epoch)])
+                store.write()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(50):
+            rows = read_present([store.path for store in stores], warn=pytest.fail)
+            for _, part in rows.group_by("cell"):
+                assert part["epoch"].to_list() == list(range(1, len(part) + 1))
+    finally:
+        stop.set()
+        writer.join()
 
 
 @pytest.mark.parametrize(

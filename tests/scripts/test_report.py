@@ -170,6 +170,16 @@ def test_a_record_that_ends_meanwhile_is_not_missed(tmp_path, monkeypatch):
     assert order == ["record", "rows"]
 
 
+def test_the_name_that_all_cells_share_is_in_the_title(tmp_path, report):
+    add(tmp_path, "my-run-1f")
+    add(tmp_path, "my-run-2e")
+    lines = report(tmp_path)
+    assert lines[0] == "Cells my-run-*, test pictures, repaired, ratio 0.5"
+    assert "1f done 2 90.0 80.0 60.0 +20.0" in lines
+    add(tmp_path, "other")
+    assert "my-run-1f done 2 90.0 80.0 60.0 +20.0" in report(tmp_path)
+
+
 def test_names_are_as_short_as_they_can_be():
     names = ["optim.name", "optim.lr", "optim.schedule.name", "model.name", "seed", "data.size", "model.size"]
     assert list(short(names).values()) == ["optim", "lr", "schedule", "model", "seed", "data.size", "model.size"]

@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 
 from callbacks import CompressionCallback
 from pipeline.cells import Busy, flat, held, read_record
+from pipeline.evaluate import evaluate
 from pipeline.results import KEY, read
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
-from scripts.build import cell_of
+from scripts.build import build_data, build_task, cell_of
 from scripts.sweep import check_launcher, duration, line
 from scripts.train import run
 
@@ -86,6 +87,23 @@ def test_a_cut_off_cell_goes_on_bit_for_bit(recipe, when, tmp_path, monkeypatch)
     assert read_record(folder)["state"] == "done"
     same_results(folder, run(config("whole")))
     assert len(list((folder / "metrics").iterdir())) == 2, "the metrics of the first part were lost"
+
+
+def test_the_averaged_weights_are_what_is_measured_and_kept(tmp_path):
+    config = composed(*QUICK, "trainer.max_epochs=3", "optim.ema=0.99", f"paths.runs={tmp_path}")
+    folder = run(config)
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    data = build_data(config)
+    rows = read(folder / "rows.parquet").filter(method="dense").sort("epoch", "split")
+    for split, pictures in (("test", data.test_data), ("val", data.val_data)):
+        (measured,) = rows.filter(epoch=3, split=split)["loss"]
+        losses = {}
+        for name in ("state_dict", "current_model_state"):
+            task = build_task(config, data)
+            task.load_state_dict(saved[name])
+            losses[name] = evaluate(task.net, [pictures.__getitems__(range(len(pictures)))]).loss
+        assert measured == pytest.approx(losses["state_dict"], rel=1e-4), split
+        assert measured != pytest.approx(losses["current_model_state"], rel=1e-2), split
 
 
 def test_a_finished_cell_is_shown_and_not_run_again(tmp_path, capsys, monkeypatch):
