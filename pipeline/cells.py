@@ -90,17 +90,10 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found.update(flat(value, f"{prefix}{key}."))
         elif isinstance(value, list):
-            found[prefix + key] = _text(repr(value), value)
+            found[prefix + key] = json.dumps(value)
         else:
             found[prefix + key] = value
     return found
-
-
-def _text(key: str, value: list[Any], known: dict[str, str] = {}) -> str:  # noqa: B006
-    """The list as JSON; made once, because a grid of thousands of cells has a handful of lists."""
-    if key not in known:
-        known[key] = json.dumps(value)
-    return known[key]
 
 
 def cells(runs: Path) -> list[Path]:
