@@ -17,7 +17,7 @@ from pathlib import Path
 import polars as pl
 from scipy.stats import spearmanr, t
 
-from pipeline.results import DENSE
+from pipeline.results import DENSE, means
 from pipeline.study import dense_rows, duels, gaps, plot_curves
 
 ROWS = Path("benchmarks/results/narrow_sweep.parquet")
@@ -44,7 +44,9 @@ def main() -> None:
         sides["study"] = study(pl.read_csv(args.study))
     for name, rows in sides.items():
         cells = rows.select("cell", *RECIPE).unique()
-        assert len(cells) == 32 == cells.select(RECIPE).n_unique(), f"{name}: {len(cells)} cells, not one of each recipe"
+        assert len(cells) == 32 == cells.select(RECIPE).n_unique(), (
+            f"{name}: {len(cells)} cells, not one of each recipe"
+        )
     PAGE.write_text(page(sides))
     for optimizer in TITLES:
         title = f"16 ResNet18 of width 16 under {TITLES[optimizer]}, CIFAR-10, 4 x 16,000 pictures"
@@ -66,14 +68,16 @@ def ours(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def study(figures: pl.DataFrame) -> pl.DataFrame:
-    """The study's ResNet18 of our recipes: weight decay 5e-4, cosine, momentum 0.9, two learning rates, no or little SAM."""
+    """The study's ResNet18 of our recipes: weight decay 5e-4, cosine, momentum 0.9, the same learning rates and rho."""
     name = pl.col("checkpoint")
 
     def setting(key: str) -> pl.Expr:
         return name.str.extract(rf"_{key}=([^_]+?)(?:_|\.pth)")
 
     methods = {"fold": "fold", "l1": "mag-l1", "l2": "mag-l2"}
-    logs = {f"{start}-{log}{end}": m for m, log in methods.items() for start, end in (("adam", ""), ("sgd", "-sharpness"))}
+    logs = {
+        f"{start}-{log}{end}": m for m, log in methods.items() for start, end in (("adam", ""), ("sgd", "-sharpness"))
+    }
     events = {"BASE": "raw", "PRUNE": "raw", "REPAIR": "repaired"}
     rows = figures.filter(
         pl.col("log").is_in(logs) & pl.col("event").is_in(events) & (pl.col("family") == "resnet18")
@@ -112,7 +116,9 @@ def outcomes(rows: pl.DataFrame) -> pl.DataFrame:
     found = duels(rows).filter(pl.col("stage") == "repaired")
     for ratio in RATIOS:
         at = found.filter((pl.col("ratio") - ratio).abs() < 1e-9)
-        at = at.select("cell", (100 * pl.col("fold")).alias(f"fold {ratio}"), (100 * pl.col("gap")).alias(f"gap {ratio}"))
+        at = at.select(
+            "cell", (100 * pl.col("fold")).alias(f"fold {ratio}"), (100 * pl.col("gap")).alias(f"gap {ratio}")
+        )
         lines = lines.join(at, on="cell", how="left")
     return lines.sort(RECIPE)
 
@@ -121,11 +127,9 @@ def effect(lines: pl.DataFrame, factor: str, outcome: str) -> tuple[float, float
     """Mean change of the outcome between recipes that differ in `factor` alone, and half its 95% interval."""
     rest = [name for name in RECIPE if name != factor]
     on = pl.col(factor) == ("adam" if factor == "optimizer" else True)
-    pairs = lines.group_by(rest).agg(
-        (pl.col(outcome).filter(on).first() - pl.col(outcome).filter(~on).first()).alias("change")
-    )
-    n = len(pairs)
-    return pairs["change"].mean(), t.ppf(0.975, n - 1) * pairs["change"].std() / n**0.5
+    first = {name: pl.col(outcome).filter(which).first() for name, which in (("on", on), ("off", ~on))}
+    pairs = lines.group_by(rest).agg(**first).select(pl.col("on") - pl.col("off")).drop_nulls()["on"]
+    return pairs.mean(), t.ppf(0.975, len(pairs) - 1) * pairs.std() / len(pairs) ** 0.5
 
 
 # --- the page
@@ -135,11 +139,14 @@ def page(sides: dict[str, pl.DataFrame]) -> str:
     lines = {name: outcomes(rows) for name, rows in sides.items()}
     parts = [PAGE.read_text().split(MARK)[0].rstrip(), "", MARK, ""] if PAGE.exists() else [MARK, ""]
     for optimizer, title in TITLES.items():
-        parts += [f"## Means over the 16 recipes of {title}", ""]
+        count = of(lines["ours"], optimizer)["cell"].n_unique()
+        parts += [f"## Means over the {count} recipes of {title}", ""]
         for name, rows in sides.items():
             mine = of(rows, optimizer)
             dense = dense_rows(mine).group_by("cell").agg(pl.col("acc").first())["acc"]
-            header = f"{OWNERS[name]}: dense {100 * dense.mean():.1f}% ({100 * dense.min():.1f} to {100 * dense.max():.1f})"
+            header = (
+                f"{OWNERS[name]}: dense {100 * dense.mean():.1f}% ({100 * dense.min():.1f} to {100 * dense.max():.1f})"
+            )
             parts += [header, "", *means_table(mine), ""]
         parts += [f"![curves](narrow_sweep_{optimizer}.png)", ""]
     parts += ["## Gap of folding to the better of l1 and l2", "", "![gap over ratio](narrow_sweep_gap.png)", ""]
@@ -159,7 +166,9 @@ def means_table(rows: pl.DataFrame) -> list[str]:
     ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
     table = [row("ratio removed", [f"{r:g}" for r in ratios]), "|---|" + "---|" * len(ratios)]
     smaller = rows.filter(pl.col("method") != DENSE)
-    found = {key: part["acc"].mean() for key, part in smaller.partition_by("stage", "method", "ratio", as_dict=True).items()}
+    found = {
+        key: part["acc"].mean() for key, part in smaller.partition_by("stage", "method", "ratio", as_dict=True).items()
+    }
     compared = {(line["stage"], line["ratio"]): line for line in gaps(rows).iter_rows(named=True)}
     for stage in ("raw", "repaired"):
         for method in ("fold", "l1", "l2"):
@@ -185,9 +194,9 @@ def agreement(lines: dict[str, pl.DataFrame]) -> list[str]:
     both = lines["ours"].join(lines["study"], on=RECIPE, suffix=" of study")
     names = ["dense", *(f"{what} {ratio}" for what in ("fold", "gap") for ratio in RATIOS)]
     table = [row("Spearman's rho", names), "|---|" + "---|" * len(names)]
-    for title, cells in {"all 32": both, **{f"16 of {TITLES[o]}": of(both, o) for o in TITLES}}.items():
+    for title, cells in {"all": both, **{TITLES[o]: of(both, o) for o in TITLES}}.items():
         values = [spearmanr(cells[name], cells[f"{name} of study"]).statistic for name in names]
-        table.append(row(title, [f"{value:+.2f}" for value in values]))
+        table.append(row(f"{title}, n = {len(cells)}", [f"{value:+.2f}" for value in values]))
     return table
 
 
@@ -218,14 +227,16 @@ def plot_gaps(sides: dict[str, pl.DataFrame], path: Path) -> None:
             ratio, gap, margin = (at[column].to_numpy() for column in ("ratio", "gap", "margin"))
             style = {"color": f"C{index}", "linestyle": "-" if name == "ours" else "--"}
             panel.plot(ratio, 100 * gap, marker="o", markersize=4, label=f"{TITLES[optimizer]}, {name}", **style)
-            panel.fill_between(ratio, 100 * (gap - margin), 100 * (gap + margin), color=style["color"], alpha=0.12, lw=0)
+            panel.fill_between(
+                ratio, 100 * (gap - margin), 100 * (gap + margin), color=style["color"], alpha=0.12, lw=0
+            )
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set_title(stage, fontsize=10)
         panel.set_xlabel("fraction of channels removed")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("folding minus best pruning, points")
     panels[0].legend(frameon=False)
-    figure.suptitle("Gap of folding, mean over 16 recipes each and 95% interval", fontsize=11)
+    figure.suptitle("Gap of folding, mean over the same recipes and 95% interval", fontsize=11)
     figure.savefig(path, dpi=130)
 
 

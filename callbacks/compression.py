@@ -100,6 +100,9 @@ class CompressionCallback(Callback):
         save_to: str | Path | None = None,
         seed: int = 0,
     ) -> None:
+        for name, values in {"methods": methods, "ratios": ratios, "stages": stages}.items():
+            if isinstance(values, str | float | int):
+                raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
         named = methods if isinstance(methods, Mapping) else {name: {"method": name} for name in methods}
         self.methods = {label: {"method": label, **(options or {})} for label, options in named.items()}
         for options in self.methods.values():

@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from pipeline.tables import first_line
 
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
 
 class GuardedWandbLogger(WandbLogger):
     """A WandbLogger whose failures (server gone, disk full) are one warning: the run's folder holds its rows."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks import CompressionCallback, EpochSeed
@@ -18,11 +20,11 @@ from callbacks.resume import WholeCheckpointIO, latest_checkpoint
 from pipeline.cells import flat
 from pipeline.data import DATASETS
 from pipeline.data.module import PictureData
-from pipeline.loggers import wandb_logger
+from pipeline.loggers import WANDB_MODES, wandb_logger
 from pipeline.models import build_model
 from pipeline.optim import build_optimizer
 from pipeline.results import ROWS
-from pipeline.tables import UserError, call
+from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import Classification
 
 Config = dict[str, Any]
@@ -36,6 +38,17 @@ def resolved(config: DictConfig) -> Config:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return plain
+
+
+def check(config: Config) -> None:
+    """Refuse what the parts would find out too late, or would not say in one line."""
+    for key, least in {"seed": 0, "trainer.max_epochs": 1, "trainer.accumulate_grad_batches": 1}.items():
+        value = flat(config)[key]
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"{key} {value} must be a whole number of at least {least}")
+    if not re.fullmatch(r"[\w.-]+", str(config["name"])):
+        raise UserError(f"name {config['name']!r} names folders; use letters, digits, '.', '_' and '-'")
+    pick("wandb.mode", dict.fromkeys(WANDB_MODES), config["wandb"]["mode"])
 
 
 # Where and how a cell runs and what it shows: no part of what it is.
@@ -123,10 +136,7 @@ def build_trainer(
         compression,
         latest_checkpoint(folder),
     ]
-    if decay := config["optim"]["ema"]:
-        if not 0 < decay < 1:
-            raise UserError(f"optim.ema {decay} must be in 0 < decay < 1, or 0 for none")
-        callbacks.append(EMAWeightAveraging(decay=decay))
+    callbacks += call("optim", averaging, ema=config["optim"]["ema"])
     if options["enable_progress_bar"]:
         middle = min(compression.ratios, key=lambda ratio: abs(ratio - 0.5))
         callbacks.append(CompressionProgressBar(list(compression.methods), middle))
@@ -135,12 +145,21 @@ def build_trainer(
         CSVLogger(folder, name="metrics"),  # version_0, and one more for each time that it was resumed
         wandb_logger(folder, wandb["project"], cell, config, wandb["mode"], group=config["name"]),
     ]
-    return call(
-        "trainer",
-        Trainer,
-        **options,
-        default_root_dir=folder,
-        logger=[logger for logger in loggers if logger is not None],
-        callbacks=callbacks,
-        plugins=[WholeCheckpointIO()],
-    )
+    try:
+        return call(
+            "trainer",
+            Trainer,
+            **options,
+            default_root_dir=folder,
+            logger=[logger for logger in loggers if logger is not None],
+            callbacks=callbacks,
+            plugins=[WholeCheckpointIO()],
+        )
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {first_line(error)}") from error
+
+
+def averaging(ema: float) -> list[Callback]:
+    if not 0 <= ema < 1:
+        raise UserError(f"optim.ema {ema} must be in 0 < decay < 1, or 0 for none")
+    return [EMAWeightAveraging(decay=ema)] if ema else []

@@ -27,7 +27,7 @@ from pipeline.loggers import close
 from pipeline.results import ROWS, read
 from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_table
 from pipeline.tables import UserError, one_line
-from scripts.build import Config, build_compression, build_data, build_task, build_trainer, cell_of, resolved
+from scripts.build import Config, build_compression, build_data, build_task, build_trainer, cell_of, check, resolved
 from scripts.sweep import check_launcher, write_job
 
 CHECKPOINT = "last.ckpt"
@@ -64,6 +64,7 @@ def run(config: Config, sweeping: bool = False) -> Path:
     sweeping: one cell of many: no bars, no tables, and a failure is recorded even if nothing was started
     """
     quiet()
+    check(config)
     folder = folder_of(config)
     record = read_record(folder)
     if record and record["state"] == "done":

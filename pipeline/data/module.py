@@ -65,6 +65,8 @@ class PictureData(LightningDataModule):
         for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise UserError(f"{key} {value} must be at least 1")
+        if workers < 0:
+            raise UserError(f"workers {workers} must be at least 0")
         self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
         self.mixup, self.cutmix = mixup, cutmix
         self.val_fraction, self.seed = val_fraction, seed

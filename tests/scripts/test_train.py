@@ -122,7 +122,7 @@ def wandb_read(path: Path, *flags: str) -> str:
         (["data=cifar10", "data.root=/nowhere/at/all", "data.download=false"], "/nowhere/at/all"),
         (["optim.lr=abc"], "optimizer 'sgd': lr must be a number, got 'abc'"),
         (["optim.lr=-1"], "optimizer 'sgd': Invalid learning rate: -1"),
-        (["trainer.max_epochs=two"], "trainer: max_epochs must be a number, got 'two'"),
+        (["trainer.max_epochs=two"], r"trainer\.max_epochs two must be a whole number of at least 1"),
         (["model.width=wide"], "model 'resnet18': width must be a number, got 'wide'"),
         (["data=folder"], r"data\.root is not set; give it on the command line"),
         (["model=timm", "model.architecture=vit_tinny_patch16_224"], "unknown timm model 'vit_tinny_patch16_224'"),
