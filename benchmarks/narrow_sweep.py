@@ -165,10 +165,7 @@ def means_table(rows: pl.DataFrame) -> list[str]:
     """Stage and method x ratio, mean accuracy in %; gap with its 95% interval in points; win rate."""
     ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
     table = [row("ratio removed", [f"{r:g}" for r in ratios]), "|---|" + "---|" * len(ratios)]
-    smaller = rows.filter(pl.col("method") != DENSE)
-    found = {
-        key: part["acc"].mean() for key, part in smaller.partition_by("stage", "method", "ratio", as_dict=True).items()
-    }
+    found = {tuple(keys): acc for *keys, acc in means(rows).drop("n").iter_rows()}
     compared = {(line["stage"], line["ratio"]): line for line in gaps(rows).iter_rows(named=True)}
     for stage in ("raw", "repaired"):
         for method in ("fold", "l1", "l2"):

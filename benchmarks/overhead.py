@@ -30,10 +30,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from benchmarks.speed import THREADS, machine, rounded, timed
-from callbacks.compression import CompressionCallback, evaluate, repair_
+from callbacks.compression import CompressionCallback
 from pipeline.data import DATASETS, DataSource
 from pipeline.data.module import PictureData
 from pipeline.data.picture_set import Part, PictureSet, picture_set
+from pipeline.measure import evaluate, repair_
 from pipeline.models import build_model
 from pipeline.tasks import Classification
 
@@ -111,7 +112,7 @@ def measured(train: int, val: int, test: int, every: int, repeats: int) -> tuple
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(
-            "callbacks.compression",
+            "pipeline.measure",
             evaluate=bare.beside("evaluation", evaluate, training=False),
             repair_=bare.beside("repair", repair_, training=True),
         ),

@@ -9,13 +9,9 @@ optimizer, the metrics and the global step are left as they are.
 
 import math
 import operator
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 import torch
@@ -25,39 +21,15 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
-from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
+from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.compress import Counted, check_finite, check_ratios, macs, parameters
-from pipeline.compression.copies import bare_copy
-from pipeline.compression.methods import FOLDING, METHODS
-from pipeline.compression.projection import named_tensors
-from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
-from pipeline.evaluate import Metrics, evaluate
-from pipeline.results import DENSE, STAGES, Row, RowStore, code_version, foldability
-from pipeline.tables import UserError, one_line, pick
+from pipeline.compression.methods import FOLDING
+from pipeline.measure import Entry, Inputs, Measurement
+from pipeline.results import DENSE, Row, RowStore, code_version, foldability
+from pipeline.tables import UserError
 
 CACHE_BYTES = 2**31  # evaluation batches are kept on the device for one measurement if they take no more than this
-
-
-class Entry(NamedTuple):
-    """What one row is about; of the uncompressed network: DENSE, 0.0, "raw"."""
-
-    method: str
-    ratio: float
-    stage: str
-
-    def __str__(self) -> str:
-        return f"{self.method} at ratio {self.ratio:g} ({self.stage})"
-
-
-@dataclass
-class Found:
-    """What is known about an entry: values of its row, and this process's share of the sums if it was measured."""
-
-    values: dict[str, Any]
-    metrics: Metrics | None = None
 
 
 class CompressionCallback(Callback):
@@ -100,32 +72,15 @@ class CompressionCallback(Callback):
         save_to: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        for name, values in {"methods": methods, "ratios": ratios, "stages": stages}.items():
-            if isinstance(values, str | float | int):
-                raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
-        named = methods if isinstance(methods, Mapping) else {name: {"method": name} for name in methods}
-        self.methods = {label: {"method": label, **(options or {})} for label, options in named.items()}
-        for options in self.methods.values():
-            pick("method", METHODS, options["method"])
-        if DENSE in self.methods:
-            raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
-        check_ratios(ratios)
-        for stage in stages:
-            pick("stage", dict.fromkeys(STAGES), stage)
-        if not self.methods or not ratios or not stages:
-            raise UserError("compression needs at least one method, one ratio and one stage")
+        self.measurement = Measurement(methods, ratios, stages, seed, who=type(self).__name__)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
-        self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
         self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed
         self.eval_data, self.repair_data = eval_data, repair_data
         self.repair_size, self.batch_size = repair_size, batch_size
         self.save_to = None if save_to is None else Path(save_to)
         self.context = {"cell": "", "model": "", "data": "", "seed": seed, **(context or {})}
         self.store = RowStore(rows)
-        self._groups: ChannelGroups | None = None
-        self._counted: Counted = {}
-        self._warned: set[str] = set()
 
     @property
     def rows(self) -> pl.DataFrame:
@@ -147,7 +102,8 @@ class CompressionCallback(Callback):
         self.store.truncate(trainer.current_epoch)
         self._repair_set(trainer)
         with isolate_rng():
-            self._trace(trainer, pl_module, self._eval_loader(trainer, "val"))
+            example = self._example(self._eval_loader(trainer, "val"), self._mover(trainer, pl_module))
+            self.measurement.trace(self._net(pl_module), example)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, every = trainer.current_epoch + 1, self.every_n_epochs
@@ -171,127 +127,37 @@ class CompressionCallback(Callback):
             rows = self._measure(trainer, pl_module, split)
         self.store.add(rows)
         if trainer.is_global_zero:
-            with self._or_warn(f"rows stay in memory: {self.store.path} cannot be written"):
+            with self.measurement.or_warn(f"rows stay in memory: {self.store.path} cannot be written"):
                 self.store.write()
         suffix = "" if split == "val" else f"_{split}"
-        for name, value in summary(rows, {m: o["method"] in FOLDING for m, o in self.methods.items()}).items():
+        folds = {label: options["method"] in FOLDING for label, options in self.measurement.methods.items()}
+        for name, value in summary(rows, folds).items():
             pl_module.log(name.replace("/", f"{suffix}/", 1), value, rank_zero_only=False, sync_dist=False)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Row]:
         """All rows of this epoch. Every process compresses everything and evaluates its share of the pictures."""
-        live = self._measured_net(trainer, pl_module, split)
-        loader = self._eval_loader(trainer, split)
-        unmoved = self._repair_batches(trainer) if set(self.stages) - {"raw"} else []
-        move = self._mover(trainer, pl_module)
-        fixed = {
-            **self.context,
-            "epoch": trainer.current_epoch + (split == "val"),
-            "step": trainer.global_step,
-            "split": split,
-            "version": code_version(),
-        }
-        # What is measured is settled before anything can fail, so that all processes add up the same entries.
-        plan = self._plan(live)
-        found: dict[Entry, Found] = {}
-        with self._or_fail(found, plan, "measurement"):
-            net = bare_copy(live).eval().to(trainer.strategy.root_device)
-            example, batches, mending = self._example(loader, move), _kept(loader, move), list(map(move, unmoved))
-            values: dict[str, Any] = {"error": 0.0, "params": parameters(net)}
-            with self._or_fail(found, plan[:1], str(plan[0]), values):
-                values["macs"] = macs(net, example, self._counted)
-                self._evaluate(trainer, net, batches, plan[0], values, found)
-            with self._bar(trainer, split) as bar:
-                for entries, compressed, values in self._compressed(net, example, plan[1:], found):
-                    bar.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
-                    for entry in entries:
-                        with self._or_fail(found, [entry], str(entry), values):
-                            self._mend(trainer, compressed.model, entry.stage, mending, values)
-                            self._evaluate(trainer, compressed.model, batches, entry, values, found)
-                            self._save(trainer, compressed, fixed, entry)
-                    bar.update()
-        return self._rows(trainer, fixed, plan, found)
+        loader, move = self._eval_loader(trainer, split), self._mover(trainer, pl_module)
+        mending = self._repair_batches(trainer) if self.measurement.mends else []
+        epoch = trainer.current_epoch + (split == "val")
+        fixed = {"epoch": epoch, "step": trainer.global_step, "split": split, "version": code_version()}
 
-    def _plan(self, net: nn.Module) -> list[Entry]:
-        """All entries in the order of the rows; stages that the network has nothing for are left out.
+        def total(sums: Tensor) -> Tensor:
+            device = trainer.strategy.root_device
+            sums = sums.to(device) if device.type != "mps" else sums.float().to(device)
+            return trainer.strategy.reduce(sums, reduce_op="sum").cpu()
 
-        The order of the stages matters: repair resets statistics, and norm tuning starts from repaired ones.
-        """
-        applies = {"raw": True, "repaired": bool(tracked_norms(net)), "norm_tuned": bool(norm_parameters(net))}
-        stages = [stage for stage in self.stages if applies[stage]]
-        smaller = [Entry(label, ratio, stage) for label in self.methods for ratio in self.ratios for stage in stages]
-        return [Entry(DENSE, 0.0, "raw"), *smaller]
-
-    def _bar(self, trainer: Trainer, split: str) -> tqdm:
-        """Of smaller networks measured; shown where the Trainer shows its own."""
         own = trainer.progress_bar_callback
         hidden = own is None or own.is_disabled or not trainer.is_global_zero
-        count = len(self.methods) * len(self.ratios)
-        return tqdm(desc=f"Compressing ({split})", total=count, leave=False, disable=hidden, dynamic_ncols=True)
-
-    def _compressed(
-        self, net: nn.Module, example: Tensor, plan: Sequence[Entry], found: dict[Entry, Found]
-    ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
-        """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
-        for label in dict.fromkeys(entry.method for entry in plan):
-            options, own = self.methods[label], [entry for entry in plan if entry.method == label]
-            with self._or_fail(found, own, label):
-                if self._groups is None:
-                    self._groups = channel_groups(net, example)
-                arguments = {"seed": self.seed, "counted": self._counted, **options}
-                start = time.perf_counter()
-                smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
-                for ratio, compressed in zip(self.ratios, smaller, strict=True):
-                    report = compressed.report
-                    values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
-                    values["seconds"] = time.perf_counter() - start
-                    yield [entry for entry in own if entry.ratio == ratio], compressed, values
-                    start = time.perf_counter()
-
-    def _mend(self, trainer: Trainer, model: nn.Module, stage: str, batches: list, values: dict[str, Any]) -> None:
-        """Make the network of the stage before into one of this stage, in place, and add the time to its values."""
-        start = time.perf_counter()
-        with trainer.precision_plugin.forward_context(), torch.enable_grad():
-            if stage == "repaired":
-                repair_(model, (inputs for inputs, _ in batches))
-            elif stage == "norm_tuned":
-                tune_norms_(model, batches)
-        values["seconds"] += time.perf_counter() - start
-
-    def _evaluate(
-        self,
-        trainer: Trainer,
-        model: nn.Module,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        entry: Entry,
-        values: dict[str, Any],
-        found: dict[Entry, Found],
-    ) -> None:
-        start = time.perf_counter()
-        with trainer.precision_plugin.forward_context():
-            check_finite(named_tensors(model))
-            metrics = evaluate(model, batches)
-        seconds = values.get("seconds", 0.0) + time.perf_counter() - start
-        found[entry] = Found({**values, "seconds": seconds}, metrics)
-
-    def _rows(
-        self, trainer: Trainer, fixed: dict[str, Any], plan: Sequence[Entry], found: Mapping[Entry, Found]
-    ) -> list[Row]:
-        """Add up the shares of all processes, in one collective, and make the rows."""
-        none = Metrics(math.nan, math.nan, math.nan)
-        parts = [found[entry].metrics or none for entry in plan]
-        sums = torch.tensor([[m.correct, m.loss_sum, m.n] for m in parts], dtype=torch.float64)
-        device = trainer.strategy.root_device
-        sums = sums.to(device) if device.type != "mps" else sums.float().to(device)
-        sums = trainer.strategy.reduce(sums, reduce_op="sum").cpu()
-        rows = []
-        for entry, share in zip(plan, sums.tolist(), strict=True):
-            total, values = Metrics(*share), {**fixed, **found[entry].values, **entry._asdict()}
-            if total.n > 0:  # NaN where any process failed
-                rows.append(Row(**values, n=int(total.n), acc=total.acc, loss=total.loss))
-            else:
-                reason = values.get("reason") or "failed on another process, or there were no pictures"
-                rows.append(Row(**{**values, "reason": reason}, status="failed"))
-        return rows
+        return self.measurement.rows(
+            self._measured_net(trainer, pl_module, split),
+            lambda: Inputs(self._example(loader, move), _kept(loader, move), list(map(move, mending))),
+            {**self.context, **fixed},
+            device=trainer.strategy.root_device,
+            forward=trainer.precision_plugin.forward_context,
+            total=total,
+            done=lambda entry, compressed: self._save(trainer, compressed, epoch, entry),
+            bar={"desc": f"Compressing ({split})", "disable": hidden},
+        )
 
     # --- pictures
 
@@ -312,7 +178,7 @@ class CompressionCallback(Callback):
         return self._own_loader(given, slice(trainer.global_rank, None, trainer.world_size), size)
 
     def _repair_set(self, trainer: Trainer) -> Dataset | DataLoader | None:
-        if not set(self.stages) - {"raw"}:
+        if not self.measurement.mends:
             return None
         data = self.repair_data
         if data is None:
@@ -381,55 +247,19 @@ class CompressionCallback(Callback):
                 return self._net(averaging._average_model.module)
         return self._net(pl_module)
 
-    def _trace(self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader) -> None:
-        example = self._example(loader, self._mover(trainer, pl_module))
-        self._groups = channel_groups(self._net(pl_module), example)
-        if not len(self._groups):
-            raise UserError(
-                f"{type(self._net(pl_module)).__name__} has no channels that can be compressed: "
-                + "; ".join(map(str, self._groups.frozen[:3]))
-            )
-
-    def _save(self, trainer: Trainer, compressed: Compressed, fixed: Mapping, entry: Entry) -> None:
+    def _save(self, trainer: Trainer, compressed: Compressed, epoch: int, entry: Entry) -> None:
         if self.save_to is None or not trainer.is_global_zero:
             return
         name = f"{entry.method}-r{entry.ratio:g}-{entry.stage}.safetensors"
-        path = self.save_to / f"epoch{fixed['epoch']:03d}" / name
-        with self._or_warn(f"{path} cannot be written"):
-            save_compressed(compressed, path, {**self.context, "epoch": fixed["epoch"], "stage": entry.stage})
-
-    # --- what may fail
-
-    @contextmanager
-    def _or_fail(
-        self, found: dict[Entry, Found], entries: Sequence[Entry], what: str, values: Mapping[str, Any] | None = None
-    ) -> Iterator[None]:
-        """An exception makes those of these entries fail that are not measured yet."""
-        try:
-            yield
-        except Exception as error:
-            for entry in entries:
-                found.setdefault(entry, Found({**(values or {}), "reason": one_line(error)}))
-            self._warn(f"{what}: {one_line(error)}")
-
-    @contextmanager
-    def _or_warn(self, text: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._warn(f"{text}: {one_line(error)}")
-
-    def _warn(self, text: str) -> None:
-        """Say a thing once."""
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(f"CompressionCallback: {text}", RuntimeWarning, stacklevel=2)
+        path = self.save_to / f"epoch{epoch:03d}" / name
+        with self.measurement.or_warn(f"{path} cannot be written"):
+            save_compressed(compressed, path, {**self.context, "epoch": epoch, "stage": entry.stage})
 
     def _log_table(self, trainer: Trainer) -> None:
         data = [list(row) for row in self.rows.iter_rows()]
         for logger in trainer.loggers:
             if data and trainer.is_global_zero and hasattr(logger, "log_table"):
-                with self._or_warn(f"{type(logger).__name__} did not take the table of rows"):
+                with self.measurement.or_warn(f"{type(logger).__name__} did not take the table of rows"):
                     logger.log_table("compress/rows", columns=self.rows.columns, data=data)
 
 

@@ -281,9 +281,9 @@ def fails_on_call(work, count: int):
         # 3 methods x 2 ratios; the error of one ratio costs those of its method that are left
         ("pipeline.compression.compress.apply", 2, [("l1", r, s) for r in (0.25, 0.5) for s in ("raw", "repaired")]),
         ("pipeline.compression.compress.apply", 3, [("l1", 0.5, "raw"), ("l1", 0.5, "repaired")]),
-        ("callbacks.compression.repair_", 1, [("fold", 0.5, "repaired")]),
-        ("callbacks.compression.evaluate", 0, [("dense", 0.0, "raw")]),
-        ("callbacks.compression.evaluate", 3, [("fold", 0.5, "raw")]),
+        ("pipeline.measure.repair_", 1, [("fold", 0.5, "repaired")]),
+        ("pipeline.measure.evaluate", 0, [("dense", 0.0, "raw")]),
+        ("pipeline.measure.evaluate", 3, [("fold", 0.5, "raw")]),
         ("callbacks.compression._kept", 0, "all"),
     ],
 )

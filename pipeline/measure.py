@@ -1,0 +1,250 @@
+"""What compression leaves of one network: the rows of a training epoch, or of a checkpoint, are all measured here."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
+from pipeline.compression.compress import Counted, check_finite, check_ratios, macs, parameters
+from pipeline.compression.copies import bare_copy
+from pipeline.compression.methods import METHODS
+from pipeline.compression.projection import named_tensors
+from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
+from pipeline.evaluate import Metrics, evaluate
+from pipeline.results import DENSE, STAGES, Row
+from pipeline.tables import UserError, one_line, pick
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Entry(NamedTuple):
+    """What one row is about; of the uncompressed network: DENSE, 0.0, "raw"."""
+
+    method: str
+    ratio: float
+    stage: str
+
+    def __str__(self) -> str:
+        return f"{self.method} at ratio {self.ratio:g} ({self.stage})"
+
+
+@dataclass
+class Found:
+    """What is known about an entry: values of its row, and this process's share of the sums if it was measured."""
+
+    values: dict[str, Any]
+    metrics: Metrics | None = None
+
+
+class Inputs(NamedTuple):
+    """All on the network's device: example, a batch of one; what to evaluate on; training samples for repair."""
+
+    example: Tensor
+    batches: Iterable[Batch]
+    mending: Sequence[Batch]
+
+
+class Measurement:
+    """Compress copies of a network by every method and ratio, evaluate each at every stage.
+
+    methods: names in METHODS, or {label: {"method": name, options of `compressions` and of the method}}
+    ratios: fractions of channels to remove, 0 <= r < 1
+    stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
+    seed: of methods that draw
+    who: whom warnings name
+
+    Keeps the trace and the MAC counts, so one Measurement serves all networks of one architecture.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
+        ratios: Sequence[float],
+        stages: Sequence[str],
+        seed: int = 0,
+        who: str = "compression",
+    ) -> None:
+        for name, values in {"methods": methods, "ratios": ratios, "stages": stages}.items():
+            if isinstance(values, str | float | int):
+                raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
+        named = methods if isinstance(methods, Mapping) else {name: {"method": name} for name in methods}
+        self.methods = {label: {"method": label, **(options or {})} for label, options in named.items()}
+        for options in self.methods.values():
+            pick("method", METHODS, options["method"])
+        if DENSE in self.methods:
+            raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
+        check_ratios(ratios)
+        for stage in stages:
+            pick("stage", dict.fromkeys(STAGES), stage)
+        if not self.methods or not ratios or not stages:
+            raise UserError("compression needs at least one method, one ratio and one stage")
+        self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
+        self.seed, self.who = seed, who
+        self._groups: ChannelGroups | None = None
+        self._counted: Counted = {}
+        self._warned: set[str] = set()
+
+    @property
+    def mends(self) -> bool:
+        """Are training samples needed?"""
+        return bool(set(self.stages) - {"raw"})
+
+    def trace(self, net: nn.Module, example: Tensor) -> None:
+        """Find the channel groups now. UserError when there are none."""
+        self._groups = channel_groups(net, example)
+        if not len(self._groups):
+            frozen = "; ".join(map(str, self._groups.frozen[:3]))
+            raise UserError(f"{type(net).__name__} has no channels that can be compressed: {frozen}")
+
+    def rows(
+        self,
+        live: nn.Module,
+        inputs: Callable[[], Inputs],
+        context: Mapping[str, Any],
+        *,
+        device: torch.device | str = "cpu",
+        forward: Callable[[], AbstractContextManager] = nullcontext,
+        total: Callable[[Tensor], Tensor] = lambda sums: sums,
+        done: Callable[[Entry, Compressed], None] = lambda entry, compressed: None,
+        bar: Mapping[str, Any] | None = None,
+    ) -> list[Row]:
+        """The rows of this network, which stays as it is; what fails becomes failed rows.
+
+        inputs: makes what to measure on; what goes wrong there costs rows too
+        context: values of the other fields of Row
+        forward: context of every forward pass (autocast); bar: options of tqdm, shown when given
+        total: adds up (rows, 3) sums over processes, called once; every process must call `rows` alike
+        done: told of every network that was measured
+        """
+        # What is measured is settled before anything can fail, so that all processes add up the same entries.
+        plan = self.plan(live)
+        found: dict[Entry, Found] = {}
+        with self._or_fail(found, plan, "measurement"):
+            net = bare_copy(live).eval().to(device)
+            example, batches, mending = inputs()
+            values: dict[str, Any] = {"error": 0.0, "params": parameters(net)}
+            with self._or_fail(found, plan[:1], str(plan[0]), values):
+                values["macs"] = macs(net, example, self._counted)
+                found[plan[0]] = evaluated(net, batches, values, forward)
+            count = len(self.methods) * len(self.ratios)
+            with tqdm(total=count, leave=False, dynamic_ncols=True, **(bar or {"disable": True})) as shown:
+                for entries, compressed, values in self._compressed(net, example, plan[1:], found):
+                    shown.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
+                    for entry in entries:
+                        with self._or_fail(found, [entry], str(entry), values):
+                            mend_(compressed.model, entry.stage, mending, values, forward)
+                            found[entry] = evaluated(compressed.model, batches, values, forward)
+                            done(entry, compressed)
+                    shown.update()
+        return as_rows(plan, found, context, total)
+
+    def plan(self, net: nn.Module) -> list[Entry]:
+        """All entries in the order of the rows; stages that the network has nothing for are left out.
+
+        The order of the stages matters: repair resets statistics, and norm tuning starts from repaired ones.
+        """
+        applies = {"raw": True, "repaired": bool(tracked_norms(net)), "norm_tuned": bool(norm_parameters(net))}
+        stages = [stage for stage in self.stages if applies[stage]]
+        smaller = [Entry(label, ratio, stage) for label in self.methods for ratio in self.ratios for stage in stages]
+        return [Entry(DENSE, 0.0, "raw"), *smaller]
+
+    def _compressed(
+        self, net: nn.Module, example: Tensor, plan: Sequence[Entry], found: dict[Entry, Found]
+    ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
+        """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
+        for label in dict.fromkeys(entry.method for entry in plan):
+            options, own = self.methods[label], [entry for entry in plan if entry.method == label]
+            with self._or_fail(found, own, label):
+                if self._groups is None:
+                    self._groups = channel_groups(net, example)
+                arguments = {"seed": self.seed, "counted": self._counted, **options}
+                start = time.perf_counter()
+                smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
+                for ratio, compressed in zip(self.ratios, smaller, strict=True):
+                    report = compressed.report
+                    values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
+                    values["seconds"] = time.perf_counter() - start
+                    yield [entry for entry in own if entry.ratio == ratio], compressed, values
+                    start = time.perf_counter()
+
+    @contextmanager
+    def _or_fail(
+        self, found: dict[Entry, Found], entries: Sequence[Entry], what: str, values: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
+        """An exception makes those of these entries fail that are not measured yet."""
+        try:
+            yield
+        except Exception as error:
+            for entry in entries:
+                found.setdefault(entry, Found({**(values or {}), "reason": one_line(error)}))
+            self.warn(f"{what}: {one_line(error)}")
+
+    @contextmanager
+    def or_warn(self, text: str) -> Iterator[None]:
+        """An exception becomes a warning."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{text}: {one_line(error)}")
+
+    def warn(self, text: str) -> None:
+        """Say a thing once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"{self.who}: {text}", RuntimeWarning, stacklevel=2)
+
+
+def mend_(
+    model: nn.Module,
+    stage: str,
+    batches: Sequence[Batch],
+    values: dict[str, Any],
+    forward: Callable[[], AbstractContextManager],
+) -> None:
+    """Make the network of the stage before into one of this stage, and add the time to its values."""
+    start = time.perf_counter()
+    with forward(), torch.enable_grad():
+        if stage == "repaired":
+            repair_(model, (inputs for inputs, _ in batches))
+        elif stage == "norm_tuned":
+            tune_norms_(model, batches)
+    values["seconds"] += time.perf_counter() - start
+
+
+def evaluated(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    values: Mapping[str, Any],
+    forward: Callable[[], AbstractContextManager],
+) -> Found:
+    start = time.perf_counter()
+    with forward():
+        check_finite(named_tensors(model))
+        metrics = evaluate(model, batches)
+    return Found({**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}, metrics)
+
+
+def as_rows(
+    plan: Sequence[Entry], found: Mapping[Entry, Found], context: Mapping[str, Any], total: Callable[[Tensor], Tensor]
+) -> list[Row]:
+    """Add up the shares of all processes, and make the rows."""
+    none = Metrics(math.nan, math.nan, math.nan)
+    parts = [found[entry].metrics or none for entry in plan]
+    sums = total(torch.tensor([[m.correct, m.loss_sum, m.n] for m in parts], dtype=torch.float64))
+    rows = []
+    for entry, share in zip(plan, sums.tolist(), strict=True):
+        metrics, values = Metrics(*share), {**context, **found[entry].values, **entry._asdict()}
+        if metrics.n > 0:  # NaN where any process failed
+            rows.append(Row(**values, n=int(metrics.n), acc=metrics.acc, loss=metrics.loss))
+        else:
+            reason = values.get("reason") or "failed on another process, or there were no pictures"
+            rows.append(Row(**{**values, "reason": reason}, status="failed"))
+    return rows
