@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.methods import FOLDING
-from pipeline.measure import Entry, Inputs, Measurement
+from pipeline.measure import Entry, Inputs, Measurement, sample
 from pipeline.results import DENSE, Row, RowStore, code_version, foldability
 from pipeline.tables import UserError
 
@@ -193,11 +193,9 @@ class CompressionCallback(Callback):
     def _repair_batches(self, trainer: Trainer) -> DataLoader:
         """The same batches on every process, so that all get the same statistics."""
         data = self._repair_set(trainer)
-        size = len(getattr(data, "dataset", data))
-        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[: self.repair_size]
-        # Every batch counts the same in the statistics, so all are of one size.
-        size = min(self.batch_size or 256, len(drawn))
-        return self._own_loader(data, drawn[: len(drawn) // size * size].tolist(), size)
+        size = self.batch_size or 256
+        drawn = sample(len(getattr(data, "dataset", data)), self.repair_size, self.seed, size)
+        return self._own_loader(data, drawn, min(size, len(drawn)))
 
     def _own_loader(self, data: Dataset | DataLoader, which: slice | list[int], batch_size: int | None) -> DataLoader:
         dataset = data.dataset if isinstance(data, DataLoader) else data

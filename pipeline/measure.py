@@ -202,6 +202,13 @@ class Measurement:
             warnings.warn(f"{self.who}: {text}", RuntimeWarning, stacklevel=2)
 
 
+def sample(size: int, count: int, seed: int, batch_size: int = 256) -> list[int]:
+    """Which `count` of `size` training samples to repair with, in whole batches: each batch counts the same."""
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+    batch_size = min(batch_size, len(drawn))
+    return drawn[: len(drawn) // batch_size * batch_size].tolist()
+
+
 def mend_(
     model: nn.Module,
     stage: str,

@@ -42,18 +42,19 @@ def resolved(config: DictConfig) -> Config:
 
 def check(config: Config) -> None:
     """Refuse what the parts would find out too late, or would not say in one line."""
+    values = flat(config)
     for key, least in {"seed": 0, "trainer.max_epochs": 1, "trainer.accumulate_grad_batches": 1}.items():
-        value = flat(config)[key]
+        value = values.get(key, least)
         if not isinstance(value, int) or value < least:
             raise UserError(f"{key} {value} must be a whole number of at least {least}")
     if not re.fullmatch(r"[\w.-]+", str(config["name"])):
         raise UserError(f"name {config['name']!r} names folders; use letters, digits, '.', '_' and '-'")
-    pick("wandb.mode", dict.fromkeys(WANDB_MODES), config["wandb"]["mode"])
+    pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
 
 
 # Where and how a cell runs and what it shows: no part of what it is.
 WHERE = (
-    "paths wandb data.root data.workers data.download trainer.accelerator trainer.enable_progress_bar "
+    "paths wandb device named data.root data.workers data.download trainer.accelerator trainer.enable_progress_bar "
     "trainer.enable_model_summary trainer.log_every_n_steps"
 ).split()
 
@@ -64,10 +65,21 @@ def cell_of(config: Config) -> str:
     source = DATASETS.get(config["data"]["name"])
     if source and source.root_names_data:
         what["data.root"] = Path(config["data"]["root"]).name
+    if "checkpoint" in config:
+        what["checkpoint"] = file_hash(config["checkpoint"])
     # 1 and 1.0 are the same learning rate
     what = {key: float(value) if isinstance(value, int) else value for key, value in what.items()}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return f"{config['name']}-{digest[:10]}"
+
+
+def file_hash(path: str) -> str:
+    """Of what is in the file: a checkpoint is what it holds, wherever it lies."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"no checkpoint {path} ({error.strerror})") from error
 
 
 def under(key: str, names: Iterable[str]) -> bool:
@@ -105,12 +117,6 @@ def build_task(config: Config, data: PictureData) -> Classification:
 
 
 def build_compression(config: Config, cell: str, folder: Path) -> CompressionCallback:
-    context = {
-        "cell": cell,
-        "model": config["model"].get("architecture", config["model"]["name"]),
-        "data": config["data"]["name"],
-        "seed": config["seed"],
-    }
     options = without(config["compression"], "save")
     return call(
         "compression",
@@ -118,9 +124,16 @@ def build_compression(config: Config, cell: str, folder: Path) -> CompressionCal
         **options,
         rows=folder / ROWS,
         save_to=folder / "compressed" if config["compression"]["save"] else None,
-        context=context,
+        context=row_context(config, cell),
         seed=config["seed"],
     )
+
+
+def row_context(config: Config, cell: str) -> dict[str, Any]:
+    """The fields of a Row that the config says."""
+    model = config["model"]
+    name = model.get("architecture", model["name"])
+    return {"cell": cell, "model": name, "data": config["data"]["name"], "seed": config["seed"]}
 
 
 def build_trainer(

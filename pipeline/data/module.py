@@ -35,6 +35,7 @@ class PictureData(LightningDataModule):
     workers: processes that fetch training batches; evaluation needs none, the pixels are in memory
     train_size, test_size: use only so many pictures, every class in proportion, for quick runs; None: all. The test
         pictures are the same for every seed.
+    mean, std: of the channels scaled to 0..1, to normalise by; None: those of the training pictures
     download: fetch the set when it is not in root
     """
 
@@ -52,6 +53,8 @@ class PictureData(LightningDataModule):
         eval_batch_size: int = 512,
         train_size: int | None = None,
         test_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         download: bool = True,
         **options: Any,
     ):
@@ -70,7 +73,7 @@ class PictureData(LightningDataModule):
         self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
         self.mixup, self.cutmix = mixup, cutmix
         self.val_fraction, self.seed = val_fraction, seed
-        self.train_size, self.test_size = train_size, test_size
+        self.train_size, self.test_size, self.mean, self.std = train_size, test_size, mean, std
         self.workers, self.download = workers, download
         self.place = {} if root is None else {"root": root}
         self.options = options
@@ -89,7 +92,10 @@ class PictureData(LightningDataModule):
         self.mixing = mixing(self.mixup, self.cutmix, self.num_classes)
         self.channels, self.size = pictures.train.images.shape[1:3]
 
-        normal = pictures.mean, pictures.std
+        normal = self.mean or pictures.mean, self.std or pictures.std
+        for key, values in {"mean": normal[0], "std": normal[1]}.items():
+            if len(values) != self.channels:
+                raise UserError(f"{key} {list(values)} must have one value for each of {self.channels} channels")
         everything = Pictures(pictures.train.images, pictures.train.labels, *normal)
         train, val = split(everything.labels, self.val_fraction, self.seed)
         train = train[part_of(everything.labels[train], "train_size", self.train_size, self.seed)]
@@ -99,6 +105,12 @@ class PictureData(LightningDataModule):
         test = Pictures(pictures.test.images, pictures.test.labels, *normal)
         self.test_data = test.subset(part_of(test.labels, "test_size", self.test_size, seed=0))
         self.example = self.repair_data[0][0][None]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mix a training batch, on the device and once, however often a training step passes it through the network."""
+        if self.mixing is None or self.trainer is None or not self.trainer.training:
+            return batch
+        return self.mixing(*batch)
 
     def train_dataloader(self) -> DataLoader:
         processes = self.trainer.world_size if self.trainer else 1

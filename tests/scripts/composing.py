@@ -25,10 +25,10 @@ TINY = [
 ]
 
 
-def composed(*overrides: str) -> dict:
+def composed(*overrides: str, script: str = "train") -> dict:
     GlobalHydra.instance().clear()
     with initialize_config_module("configs", version_base="1.3"):
-        return resolved(compose("train", overrides=list(overrides)))
+        return resolved(compose(script, overrides=list(overrides)))
 
 
 def grid(sweep: str) -> list[list[str]]:
