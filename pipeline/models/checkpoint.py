@@ -56,15 +56,17 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     wanted = model.state_dict()
     prefix = prefix_of(state, wanted)
     found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    # Files of before 2018 have no batch counts, which matter to nobody.
+    found = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | found
     missing = [name for name in wanted if name not in found]
     odd = [name for name in found if name not in wanted]
     wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
     kind = type(model).__name__
     if missing or odd:
-        names = [f"lacks {missing[0]}" * bool(missing), f"has {odd[0]}" * bool(odd)]
+        names = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("has", odd)) if names]
         raise UserError(
             f"{path} is no {kind}: of its {len(wanted)} tensors it has {len(wanted) - len(missing)}; it"
-            f" {' and '.join(filter(None, names))}; choose the architecture with model="
+            f" {' and '.join(names)}; choose the architecture with model="
         )
     if wrong:
         shapes = tuple(found[wrong[0]].shape), tuple(wanted[wrong[0]].shape)
@@ -74,7 +76,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
 
 def prefix_of(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """The prefix, of several wrappers if need be, under which most of the wanted names are."""
-    found, best = [""], ""
+    found = [""]
     for prefix in found:
         inner = {name for name in state if name.startswith(prefix)}
         found += [prefix + more for more in PREFIXES if any(name.startswith(prefix + more) for name in inner)]
@@ -82,8 +84,7 @@ def prefix_of(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     def fits(prefix: str) -> int:
         return sum(prefix + name in state for name in wanted)
 
-    best = max(found, key=fits)
-    return best
+    return max(found, key=fits)
 
 
 def settings_in(name: str) -> dict[str, str]:

@@ -67,7 +67,7 @@ def test_a_checkpoint_of_ours_keeps_its_accuracy_and_gets_smaller(trained, tmp_p
     assert metrics.loss == pytest.approx(row["loss"].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["plain", "data parallel", "compiled", "nested", "safetensors"])
+@pytest.mark.parametrize("form", ["plain", "data parallel", "compiled", "nested", "safetensors", "of 2017"])
 def test_every_form_of_file_loads_the_same_weights(form, trained, tmp_path):
     weights = {
         name.removeprefix("net."): tensor
@@ -78,6 +78,9 @@ def test_every_form_of_file_loads_the_same_weights(form, trained, tmp_path):
     if form == "safetensors":
         path = tmp_path / "net.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    elif form == "of 2017":
+        torch.save({name: t for name, t in weights.items() if "num_batches_tracked" not in name}, path)
+        weights = {name: 0 * t if "num_batches_tracked" in name else t for name, t in weights.items()}
     elif form == "nested":
         torch.save({"epoch": 3, "model": {"module": weights}, "optimizer": {"state": {}}}, path)
     else:
@@ -99,9 +102,10 @@ class Anything:
         ({"weights": Anything()}, r"holds more than weights, and loading it would run code.*state_dict\(\)"),
         ({"epoch": 3}, "holds no weights: it has epoch"),
         ({"conv.weight": torch.zeros(2)}, "is no ResNet: of its .* lacks .* choose the architecture with model="),
+        ({**build_model("resnet18", 10, 1, width=4).state_dict(), "aux.weight": torch.zeros(2)}, "it has aux.weight"),
         ("width", r"is another ResNet: conv1.weight is \(8, 1, 3, 3\), not \(4, 1, 3, 3\)"),
     ],
-    ids=["bytes", "code", "no weights", "another network", "another width"],
+    ids=["bytes", "code", "no weights", "another network", "one tensor more", "another width"],
 )
 def test_what_is_no_checkpoint_gets_one_clear_line(content, message, tmp_path):
     path = tmp_path / "net.pt"
