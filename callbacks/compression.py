@@ -40,6 +40,7 @@ class CompressionCallback(Callback):
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
     stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
         network has nothing for (repair without BatchNorm) gives no rows
+    round_to: leave multiples of so many channels (8 or 16 are faster on some hardware)
     network: attribute of the LightningModule that holds the network, dots allowed
     eval_data: Dataset or DataLoader to measure on; None: the validation set that the Trainer uses
     repair_data: Dataset or DataLoader of training samples without augmentation, for repair and norm tuning; None: the
@@ -62,6 +63,7 @@ class CompressionCallback(Callback):
         ratios: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         every_n_epochs: int = 1,
         stages: Sequence[str] = ("raw", "repaired"),
+        round_to: int = 1,
         network: str = "net",
         eval_data: Dataset | DataLoader | None = None,
         repair_data: Dataset | DataLoader | None = None,
@@ -72,7 +74,7 @@ class CompressionCallback(Callback):
         save_to: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        self.measurement = Measurement(methods, ratios, stages, seed, who=type(self).__name__)
+        self.measurement = Measurement(methods, ratios, stages, round_to, seed, who=type(self).__name__)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
         self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed

@@ -58,7 +58,7 @@ class Measurement:
     methods: names in METHODS, or {label: {"method": name, options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
-    seed: of methods that draw
+    round_to: leave multiples of so many channels; seed: of methods that draw
     who: whom warnings name
 
     Keeps the trace and the MAC counts, so one Measurement serves all networks of one architecture.
@@ -69,6 +69,7 @@ class Measurement:
         methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
         ratios: Sequence[float],
         stages: Sequence[str],
+        round_to: int = 1,
         seed: int = 0,
         who: str = "compression",
     ) -> None:
@@ -87,7 +88,10 @@ class Measurement:
         if not self.methods or not ratios or not stages:
             raise UserError("compression needs at least one method, one ratio and one stage")
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
-        self.seed, self.who = seed, who
+        if round_to < 1:
+            raise UserError(f"round_to {round_to} must be at least 1 channel")
+        self.shared = {"seed": seed, "round_to": round_to}
+        self.who = who
         self._groups: ChannelGroups | None = None
         self._counted: Counted = {}
         self._warned: set[str] = set()
@@ -165,7 +169,7 @@ class Measurement:
             with self._or_fail(found, own, label):
                 if self._groups is None:
                     self._groups = channel_groups(net, example)
-                arguments = {"seed": self.seed, "counted": self._counted, **options}
+                arguments = {**self.shared, "counted": self._counted, **options}
                 start = time.perf_counter()
                 smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
                 for ratio, compressed in zip(self.ratios, smaller, strict=True):

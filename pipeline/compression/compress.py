@@ -102,6 +102,7 @@ def compressions(
     scale: str = "tensor",
     norm: bool = False,
     norm_scale: bool = True,
+    round_to: int = 1,
     seed: int = 0,
     counted: Counted | None = None,
     **options,
@@ -111,12 +112,15 @@ def compressions(
     groups: what `channel_groups(model, example)` gave for this architecture; traced anew when None.
     features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
     norm_scale: merge a weight and its norm as one affine map (see projection.apply).
+    round_to: leave a multiple of so many channels, the nearest to what the ratio says; some hardware is faster on those.
     seed: of methods that draw.
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
     chosen = pick("method", METHODS, method)
     check_ratios(ratios)
+    if round_to < 1:
+        raise UserError(f"round_to {round_to} must be at least 1 channel")
     model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example) if groups is None else groups
     if not len(groups):
@@ -125,7 +129,7 @@ def compressions(
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
     weights = [GroupWeights(group, tensors, features, scale, norm, seed) for group in groups]
-    sizes = [[channels_left(group.size, ratio) for ratio in ratios] for group in groups]
+    sizes = [[channels_left(group.size, ratio, round_to) for ratio in ratios] for group in groups]
     plans = [
         call(f"method {method!r}", chosen, w, sorted(set(s)), **options) for w, s in zip(weights, sizes, strict=True)
     ]
@@ -143,9 +147,15 @@ def compressions(
         )
 
 
-def channels_left(size: int, ratio: float) -> int:
-    """Channels that remain of `size`: rounded down, as the study does, but at least one."""
-    return max(1, int(size * (1 - ratio) + 1e-9))
+def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
+    """Channels that remain of `size`: rounded down, as the study does, but at least one.
+
+    round_to: then to the nearest multiple of it, but at least one and at most what there is.
+    """
+    left = max(1, int(size * (1 - ratio) + 1e-9))
+    if left == size or round_to == 1:
+        return left
+    return min(size, max(1, (left + round_to // 2) // round_to) * round_to)
 
 
 def check_ratios(ratios: Sequence[float]) -> None:

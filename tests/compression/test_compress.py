@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from toy_nets import NETS, duplicated, mobile, picture, randomise_, relative_error, tied, vgg
 
 from pipeline.compression import ChannelGroups, channel_groups, compress
-from pipeline.compression.compress import macs
+from pipeline.compression.compress import channels_left, macs
 from pipeline.models import build_model
 from pipeline.tables import UserError
 
@@ -270,3 +270,21 @@ def test_macs_are_counted_once_for_all_methods(monkeypatch):
         == [macs(c.model, example) for c in compress(net, example, "l1", ratios)]
     )
     assert macs(net, torch.zeros(2, 3, 32, 32), counted) == 2 * macs(net, example, counted)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "left"), [(64, 0.5, 32), (64, 0.3, 48), (64, 0.9, 8), (20, 0.1, 16), (20, 0.0, 20), (5, 0.5, 5)]
+)
+def test_round_to_leaves_multiples(size, ratio, left):
+    assert channels_left(size, ratio, 8) == left  # 20 is no multiple, and what there is
+
+
+def test_round_to_reaches_the_network():
+    build, example = NETS["resnet18"]
+    _, plain = compress(build(), example, "fold", 0.3)
+    smaller, report = compress(build(), example, "fold", 0.3, round_to=2)
+    assert any(group.after % 2 for group in plain.groups)
+    assert all(group.after % 2 == 0 for group in report.groups)
+    assert smaller(example).shape == build()(example).shape
+    with pytest.raises(UserError, match="round_to 0 must be at least 1 channel"):
+        compress(build(), example, "fold", 0.3, round_to=0)
