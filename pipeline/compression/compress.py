@@ -112,7 +112,7 @@ def compressions(
     groups: what `channel_groups(model, example)` gave for this architecture; traced anew when None.
     features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
     norm_scale: merge a weight and its norm as one affine map (see projection.apply).
-    round_to: leave a multiple of so many channels, the nearest to what the ratio says; some hardware is faster on those.
+    round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
     seed: of methods that draw.
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
