@@ -245,9 +245,13 @@ def means_title(label: str, rows: pl.DataFrame) -> str:
 
 
 def joined(sweep: Sweep) -> pl.DataFrame:
-    """All rows, each with its cell's record and settings; of two columns of one name the cell's is "cell.<name>"."""
-    taken = {name: f"cell.{name}" for name in sweep.cells.columns if name in SCHEMA and name != "cell"}
-    return sweep.rows.join(sweep.cells.rename(taken), on="cell", how="left", maintain_order="left")
+    """All rows, each with its cell's record and settings; of two columns of one name the cell's is "cell.<name>".
+
+    Without the folders of this machine, so that the file can be passed on.
+    """
+    cells = sweep.cells.drop([name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root"))])
+    taken = {name: f"cell.{name}" for name in cells.columns if name in SCHEMA and name != "cell"}
+    return sweep.rows.join(cells.rename(taken), on="cell", how="left", maintain_order="left")
 
 
 def written(path: Path, write: Callable[[Path], Any]) -> None:
