@@ -22,6 +22,8 @@ check: $(READY) ## lint, format, types
 
 bench: $(READY) ## the measurements behind the numbers in the README
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.report
 
 $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
