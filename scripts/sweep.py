@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ class Progress(Callback):
         self.total, self.swept = grid(config)
         self.ended: dict[str, dict[str, Any]] = {}
         self._drawn, self._width = 0.0, 0
+        # joblib replaces workers that have grown, as those do that keep pictures in memory; nothing is lost
+        warnings.filterwarnings("ignore", ".*worker stopped while some jobs.*")
         print(f"{self.total} cells; their folders are in {self.runs}", flush=True)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
