@@ -250,8 +250,7 @@ class CompressionCallback(Callback):
     def _save(self, trainer: Trainer, compressed: Compressed, epoch: int, entry: Entry) -> None:
         if self.save_to is None or not trainer.is_global_zero:
             return
-        name = f"{entry.method}-r{entry.ratio:g}-{entry.stage}.safetensors"
-        path = self.save_to / f"epoch{epoch:03d}" / name
+        path = self.save_to / f"epoch{epoch:03d}" / entry.file
         with self.measurement.or_warn(f"{path} cannot be written"):
             save_compressed(compressed, path, {**self.context, "epoch": epoch, "stage": entry.stage})
 

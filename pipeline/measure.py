@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
-from pipeline.compression.compress import Counted, check_finite, check_ratios, macs, parameters
+from pipeline.compression.compress import Counted, check_finite, check_groups, check_ratios, macs, parameters
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.methods import METHODS
 from pipeline.compression.projection import named_tensors
@@ -34,6 +34,11 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.method} at ratio {self.ratio:g} ({self.stage})"
+
+    @property
+    def file(self) -> str:
+        """What the network of this entry is called on disk."""
+        return f"{self.method}-r{self.ratio:g}-{self.stage}.safetensors"
 
 
 @dataclass
@@ -82,14 +87,12 @@ class Measurement:
             pick("method", METHODS, options["method"])
         if DENSE in self.methods:
             raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
-        check_ratios(ratios)
+        check_ratios(ratios, round_to)
         for stage in stages:
             pick("stage", dict.fromkeys(STAGES), stage)
         if not self.methods or not ratios or not stages:
             raise UserError("compression needs at least one method, one ratio and one stage")
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
-        if round_to < 1:
-            raise UserError(f"round_to {round_to} must be at least 1 channel")
         self.shared = {"seed": seed, "round_to": round_to}
         self.who = who
         self._groups: ChannelGroups | None = None
@@ -104,9 +107,7 @@ class Measurement:
     def trace(self, net: nn.Module, example: Tensor) -> None:
         """Find the channel groups now. UserError when there are none."""
         self._groups = channel_groups(net, example)
-        if not len(self._groups):
-            frozen = "; ".join(map(str, self._groups.frozen[:3]))
-            raise UserError(f"{type(net).__name__} has no channels that can be compressed: {frozen}")
+        check_groups(net, self._groups)
 
     def rows(
         self,

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cells import Busy, held, read_record, write_record
+from pipeline.results import ROWS, read
+from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_table
 from pipeline.tables import UserError, one_line
 from scripts.build import Config, cell_of, check, resolved
 from scripts.sweep import write_job
@@ -38,7 +40,8 @@ def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
     os.chdir(HydraConfig.get().runtime.cwd)  # workers of a cluster start elsewhere
     try:
         plain = resolved(config)
-        write_job(cell_of(plain), skipped=is_done(folder_of(plain)))
+        folder = folder_of(plain)
+        write_job(folder.name, skipped=is_done(read_record(folder)))
         run(plain, sweeping=True)
     except Busy:
         pass  # of another sweep, which sees to it
@@ -46,18 +49,19 @@ def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
         write_job("", reason=one_line(error))
 
 
-def run_cell(config: Config, begin: Begin, report: Callable[[Path], None], sweeping: bool = False) -> Path:
-    """Do what the config says unless it is done; show it with `report`; returns the cell's folder.
+def run_cell(config: Config, begin: Begin, files: str, sweeping: bool = False) -> Path:
+    """Do what the config says unless it is done, and show it; returns the cell's folder.
 
+    files: what the cell's folder holds beside rows, curves and config
     sweeping: one cell of many: shows nothing, and a failure is recorded even if nothing was started
     """
     check(config)
-    folder, show = folder_of(config), (lambda folder: None) if sweeping else report
+    folder = folder_of(config)
     record = read_record(folder)
-    if record and record["state"] == "done":
+    if is_done(record):
         if not sweeping:
             print(f"{folder.name} is done already; delete its folder to run it again")
-        show(folder)
+            show(folder, files)
         return folder
     start = time.perf_counter() - (record["seconds"] if record else 0.0)
     first = rank_zero_only.rank == 0
@@ -70,7 +74,8 @@ def run_cell(config: Config, begin: Begin, report: Callable[[Path], None], sweep
             work()
             if first:
                 write_record(folder, config, "done", seconds=time.perf_counter() - start)
-                show(folder)
+                if not sweeping:
+                    show(folder, files)
     except Exception as error:
         if (sweeping or folder.exists()) and not isinstance(error, Busy):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +89,17 @@ def folder_of(config: Config) -> Path:
     return Path(config["paths"]["runs"]).absolute() / cell_of(config)
 
 
-def is_done(folder: Path) -> bool:
-    record = read_record(folder)
+def is_done(record: Mapping[str, Any] | None) -> bool:
     return record is not None and record["state"] == "done"
+
+
+def show(folder: Path, files: str) -> None:
+    """The last measurement on the terminal and as a picture, and where everything is. files: what else is there."""
+    rows = last_measurement(read(folder / ROWS))
+    split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
+    pictures, dense = f"{n:,} {split} pictures", dense_accuracy(rows)
+    print(f"\nDense accuracy {'could not be measured' if dense is None else f'{100 * dense:.2f}%'} on {pictures}.")
+    when = f", epoch {epoch}" if epoch else ""  # of a checkpoint from elsewhere it is unknown
+    print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures{when}")
+    plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {pictures}")
+    print(f"rows.parquet, curves.png, config.yaml{files} are in {folder}")

@@ -23,8 +23,7 @@ from pipeline.data.module import PictureData
 from pipeline.measure import Entry, Inputs, Measurement, sample
 from pipeline.models import build_model
 from pipeline.models.checkpoint import load_into, read_state, settings_in
-from pipeline.results import ROWS, RowStore, code_version, read
-from pipeline.study import dense_accuracy, plot_curves, print_table
+from pipeline.results import ROWS, RowStore, code_version
 from pipeline.tables import call
 from scripts.build import Config, build_data, row_context, without
 from scripts.cell import launch, run_cell
@@ -42,7 +41,7 @@ def run(config: Config, sweeping: bool = False) -> Path:
     quiet()
     # What the file's name says of its training, as the study names its checkpoints: columns of the report.
     config = {**config, "named": settings_in(config["checkpoint"])}
-    return run_cell(config, begin, report, sweeping)
+    return run_cell(config, begin, " and what was kept in compressed/", sweeping)
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
@@ -64,18 +63,12 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
 
     def keep(entry: Entry, compressed: Compressed) -> None:
         if options["save"]:
-            name = f"{entry.method}-r{entry.ratio:g}-{entry.stage}.safetensors"
             about = {"checkpoint": Path(config["checkpoint"]).name, "model": config["model"], "stage": entry.stage}
-            save_compressed(compressed, folder / "compressed" / name, about)
+            save_compressed(compressed, folder / "compressed" / entry.file, about)
 
     def measure() -> None:
-        context = {
-            **row_context(config, folder.name),
-            "epoch": 0,
-            "step": 0,
-            "split": "test",
-            "version": code_version(),
-        }
+        context = row_context(config, folder.name) | {"epoch": 0, "step": 0, "split": "test"}
+        context["version"] = code_version()
         with torch.no_grad():
             bar = {"desc": "Compressing", "disable": sweeping}
             rows = measurement.rows(net, inputs, context, device=device, done=keep, bar=bar)
@@ -98,18 +91,6 @@ def prepared(what: str) -> Measurement:
     config = json.loads(what)
     options = without(config["compression"], "save", "repair_size", "every_n_epochs")
     return call("compression", Measurement, **options, seed=config["seed"])
-
-
-def report(folder: Path) -> None:
-    rows = read(folder / ROWS)
-    dense = dense_accuracy(rows)
-    accuracy = "could not be measured" if dense is None else f"{100 * dense:.2f}%"
-    print(f"\nDense accuracy {accuracy} on {rows['n'].max():,} test pictures.")
-    print_table(rows, "Accuracy (%) that compression leaves, test pictures")
-    plot_curves(
-        rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {rows['n'].max():,} test pictures"
-    )
-    print(f"rows.parquet, curves.png, config.yaml and what was kept in compressed/ are in {folder}")
 
 
 def expanded(arguments: list[str]) -> list[str]:

@@ -17,8 +17,6 @@ import torch
 from omegaconf import DictConfig
 
 from pipeline.loggers import close
-from pipeline.results import ROWS, read
-from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_table
 from pipeline.tables import one_line
 from scripts.build import Config, build_compression, build_data, build_task, build_trainer
 from scripts.cell import launch, run_cell
@@ -38,7 +36,7 @@ def run(config: Config, sweeping: bool = False) -> Path:
     A cell that is done is shown and not run again; one that was cut off goes on from its last epoch.
     """
     quiet()
-    return run_cell(config, begin, report, sweeping)
+    return run_cell(config, begin, f", metrics/ and {CHECKPOINT}", sweeping)
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
@@ -82,18 +80,6 @@ def resumable(checkpoint: Path) -> Path | None:
 
 def load(checkpoint: Path) -> dict[str, Any]:
     return torch.load(checkpoint, map_location="cpu", weights_only=True)
-
-
-def report(folder: Path) -> None:
-    """The last measurement on the terminal and as a picture, and where everything is."""
-    rows = last_measurement(read(folder / ROWS))
-    split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
-    dense = dense_accuracy(rows)
-    accuracy = "could not be measured" if dense is None else f"{100 * dense:.2f}%"
-    print(f"\nDense accuracy {accuracy} on {n:,} {split} pictures.")
-    print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures, epoch {epoch}")
-    plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {n:,} {split} pictures")
-    print(f"rows.parquet, curves.png, config.yaml, metrics/ and last.ckpt are in {folder}")
 
 
 def quiet() -> None:

@@ -118,14 +118,10 @@ def compressions(
     """
     counted = {} if counted is None else counted
     chosen = pick("method", METHODS, method)
-    check_ratios(ratios)
-    if round_to < 1:
-        raise UserError(f"round_to {round_to} must be at least 1 channel")
+    check_ratios(ratios, round_to)
     model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example) if groups is None else groups
-    if not len(groups):
-        frozen = "; ".join(map(str, groups.frozen[:3]))
-        raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")
+    check_groups(model, groups)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
     weights = [GroupWeights(group, tensors, features, scale, norm, seed) for group in groups]
@@ -158,8 +154,17 @@ def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
     return min(size, max(1, (left + round_to // 2) // round_to) * round_to)
 
 
-def check_ratios(ratios: Sequence[float]) -> None:
-    """Raise UserError naming the first ratio that is no fraction of channels to remove."""
+def check_groups(model: nn.Module, groups: ChannelGroups) -> None:
+    """Raise UserError, naming what froze, where there is nothing to compress."""
+    if not len(groups):
+        frozen = "; ".join(map(str, groups.frozen[:3]))
+        raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")
+
+
+def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:
+    """Raise UserError naming the first ratio that is no fraction of channels to remove, or a round_to of none."""
+    if round_to < 1:
+        raise UserError(f"round_to {round_to} must be at least 1 channel")
     for ratio in ratios:
         if not 0 <= ratio < 1:
             raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")

@@ -155,7 +155,7 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path):
         ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"],
         ["wandb.mode=disabled", f"paths.runs={tmp_path}"],
         ["optim.lr=1e-1"],
-        ["launcher=slurm"],
+        ["launcher=local", "hydra.sweeper.max_batch_size=3"],
     ):
         assert cell_of(composed("data=cifar10", *elsewhere)) == cell_of(plain), elsewhere
     for other in (["seed=1"], ["optim.lr=0.2"], ["trainer.precision=bf16-mixed"], ["data.augment=[]"]):
