@@ -1,8 +1,8 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -19,17 +19,24 @@ from pipeline.tables import UserError, call, pick
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features."""
+    """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features.
+
+    labels: (before,) int64, the new channel of each old one, -1 = dropped.
+    """
 
     name: str
     before: int
     after: int
     error: float
+    labels: torch.Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example."""
+    """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example.
+
+    numbers: sizes that modules keep as Python numbers and that had to follow: {"blocks.0.attn.head_dim": 32}.
+    """
 
     method: str
     ratio: float
@@ -39,6 +46,7 @@ class Report:
     params_after: int
     macs_before: int
     macs_after: int
+    numbers: Mapping[str, int | float] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -134,7 +142,7 @@ def compressions(
         projections = [plan[size[i]] for plan, size in zip(plans, sizes, strict=True)]
         smaller = apply(model, groups, projections, norm_scale)
         rows = tuple(
-            GroupReport(w.group.name, w.group.size, len(p.counts), w.error(p))
+            GroupReport(w.group.name, w.group.size, len(p.counts), w.error(p), p.labels)
             for w, p in zip(weights, projections, strict=True)
         )
         after = parameters(smaller), macs(smaller, example, counted)

@@ -128,8 +128,13 @@ def apply(
     return resized(model, compressed_tensors(tensors, groups, projections, norm_scale))
 
 
-def resized(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `model` in which these tensors, by name and of other shapes than before, stand in place of its own."""
+def resized(
+    model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float] | None = None
+) -> nn.Module:
+    """A copy of `model` in which these tensors, by name and of other shapes than before, stand in place of its own.
+
+    numbers: new values of sizes that modules keep as Python numbers, by the path of the attribute.
+    """
     state = named_tensors(model)
     # deepcopy puts the new tensors in the place of the old ones, tied ones under all their names.
     memo: dict[int, Any] = {}
@@ -142,6 +147,9 @@ def resized(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for module in smaller.modules():
         if any(id(t) in changed for t in module.parameters(recurse=False)):
             _follow_shape_(module)
+    for path, value in (numbers or {}).items():
+        owner, _, attribute = path.rpartition(".")
+        setattr(smaller.get_submodule(owner), attribute, value)
     return smaller
 
 
