@@ -1,74 +1,242 @@
-"""Compressed networks on disk: safetensors with a JSON manifest in the header, no pickle."""
+"""Compressed networks on disk: safetensors with a JSON manifest in the header, no pickle.
 
+The tensors in the file are those of the network's state_dict under their own names, so any tool that reads safetensors
+reads them too. Everything else is in the manifest:
+
+    format          of this file, FORMAT
+    architecture    {"name": ..., arguments} that build the network at full size, or {}: of whoever saved it
+    method, ratio   what was done
+    params, macs    of this network; params_before, macs_before: of the one at full size
+    groups          {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}
+    numbers         sizes that modules keep as Python numbers and that had to follow
+    tied            {name: the name under which its tensor is stored}
+    channels_last   names of the weights in that memory format, which safetensors does not keep
+    source          {"file", "sha256"} of the checkpoint that was compressed, or {} (see `source_of`)
+    versions        of the libraries that wrote it
+    about           whatever else was said of it
+
+A checksum over manifest and tensors stands beside it: a bit that flipped in a weight is found, too.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.compression.compress import Compressed
-from pipeline.compression.projection import resized
-from pipeline.tables import UserError
+from pipeline.compression.compress import Compressed, parameters
+from pipeline.compression.projection import CHANNELS_LAST, laid_out_as, named_tensors, resized
+from pipeline.tables import UserError, first_line
 
-FORMAT = 1
+FORMAT = 2
 
 
-def save_compressed(compressed: Compressed, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write the tensors of a compressed network and what was done to it.
+def save_compressed(
+    compressed: Compressed,
+    path: str | Path,
+    about: Mapping[str, Any] | None = None,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the tensors of a compressed network and what was done to it; a file is there whole or not at all.
 
     about: JSON values to keep with it (which run, which epoch).
+    architecture: {"name": ..., arguments} of the network at full size, for whoever loads it without one.
+    source: what was compressed (see `source_of`).
+
+    Raises UserError for a network whose state_dict holds more than tensors, and for what JSON cannot write.
     """
     report = compressed.report
-    manifest = {
-        "format": FORMAT,
-        "method": report.method,
-        "ratio": report.ratio,
-        "params": report.params_after,
-        "groups": {g.name: [g.before, g.after, g.error] for g in report.groups},
-        "about": dict(about or {}),
-    }
+    tensors, tied = stored_tensors(compressed.model)
+    text = _json(
+        {
+            "format": FORMAT,
+            "architecture": dict(architecture or {}),
+            "method": report.method,
+            "ratio": report.ratio,
+            "params": report.params_after,
+            "params_before": report.params_before,
+            "macs": report.macs_after,
+            "macs_before": report.macs_before,
+            "groups": {
+                g.name: {"before": g.before, "after": g.after, "error": g.error, "labels": g.labels.tolist()}
+                for g in report.groups
+            },
+            "numbers": dict(report.numbers),
+            "tied": tied,
+            "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
+            "source": dict(source or {}),
+            "versions": {name: _version(name) for name in ("foldability", "torch", "safetensors")},
+            "about": dict(about or {}),
+        }
+    )
+    # Clones, as safetensors refuses tensors that share memory: two views of one are stored as two.
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in tensors.items():
+        shares = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = (tensor.clone() if shares else tensor).cpu().contiguous()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first: dict[int, str] = {}
-    tensors = {}
-    for name, tensor in compressed.model.state_dict(keep_vars=True).items():
-        if first.setdefault(id(tensor), name) == name:
-            tensors[name] = tensor.detach().cpu().contiguous()
-    save_file(tensors, path, {"foldability": json.dumps(manifest)})
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_file(plain, part, {"foldability": text, "sha256": _digest(text, plain)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """The network in `path` as an ordinary module, and its manifest.
 
-    model: the architecture at full size, with any weights; untouched. Its tensors take the shapes in the file, and the
-    file is then loaded strictly. Raises UserError for a damaged file, one of a later format and one whose tensors are
-    not this architecture's.
+    model: the architecture at full size, with any weights; untouched. Every tensor of the result is the file's, with
+    its shape, number format and memory format; mode, device and requires_grad are the model's.
+
+    Raises UserError for a file that is missing, damaged, of another format, or not of this architecture.
     """
+    with _opened(path) as (file, manifest, text):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if file.metadata().get("sha256") != _digest(text, tensors):
+            raise UserError(f"{path} is damaged: its contents are not those of its checksum; copy it again")
+        wrong = next(_misfits(manifest, tensors, model), None)
+        if wrong:
+            raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
+        # Copies: what safetensors hands out is the file itself, and would change with it.
+        given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
+    for name in manifest["channels_last"]:
+        given[name] = given[name].contiguous(memory_format=CHANNELS_LAST[given[name].dim()])
+    return resized(model, given, manifest["numbers"]), manifest
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest alone, without a look at the tensors. Raises UserError as `load_compressed` does."""
+    with _opened(path) as (_, manifest, _):
+        return manifest
+
+
+def source_of(path: str | Path) -> dict[str, str]:
+    """{"file", "sha256"} of a checkpoint as `sha256sum` says it; of a folder, over the names and sums of its files."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{source_of(file)['sha256']}  {file.relative_to(path).as_posix()}\n" for file in files]
+        return {"file": path.name, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    with open(path, "rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by the first of their names, {other name: that one}), as they stand in a file.
+
+    Raises UserError where the state_dict holds more than tensors, which only a pickle could keep.
+    """
+    named = named_tensors(model)
+    more = [name for name in model.state_dict() if name not in named]
+    if more:
+        raise UserError(f"{more[0]} of {type(model).__name__} is no tensor: safetensors cannot keep it; leave it out")
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        stored = first.setdefault(id(tensor), name)
+        if stored == name:
+            tensors[name] = tensor.detach()
+        else:
+            tied[name] = stored
+    return tensors, tied
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """(the open file, its manifest, the manifest's text)."""
     try:
         with safe_open(path, "pt") as file:
-            manifest = json.loads((file.metadata() or {}).get("foldability", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            text = (file.metadata() or {}).get("foldability", "{}")
+            manifest = json.loads(text)
+            if not isinstance(manifest, dict) or "format" not in manifest:
+                raise UserError(f"{path} says nothing of how it was compressed: no file of save_compressed")
+            if manifest["format"] != FORMAT:
+                newer = isinstance(manifest["format"], int) and manifest["format"] > FORMAT
+                fix = "update foldability" if newer else "compress and save the checkpoint again"
+                raise UserError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; {fix}")
+            yield file, manifest, text
+    except FileNotFoundError as error:
+        raise UserError(f"no compressed network {path}") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a readable compressed checkpoint: {error}; save it again") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; update foldability"
-            " or save it with save_compressed"
-        )
-    state = model.state_dict()
-    wrong = sorted(set(tensors) - set(state)) or [
-        name for name, tensor in tensors.items() if tensor.dim() != state[name].dim()
-    ]
-    if wrong:
-        raise UserError(f"{path} holds {wrong[0]}, which {type(model).__name__} has not; load it into its architecture")
-    smaller = resized(model, {n: t for n, t in tensors.items() if t.shape != state[n].shape})
-    # A tied tensor is stored once; the other names of it are not missing.
-    stored = {id(t) for n, t in smaller.state_dict(keep_vars=True).items() if n in tensors}
-    missing = [n for n, t in smaller.state_dict(keep_vars=True).items() if id(t) not in stored]
-    if missing:
-        raise UserError(f"{path} lacks {missing[0]}; load it into its architecture")
-    smaller.load_state_dict(tensors, strict=False)
-    return smaller, manifest
+        why = first_line(error)[:80]  # safetensors may list every number format that there is
+        raise UserError(f"{path} is damaged or no safetensors file ({why}); copy it again") from error
+
+
+def _misfits(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> Iterator[str]:
+    """What in a file is not of this architecture at this size."""
+    this = f"this {type(model).__name__}"
+    own, tied = stored_tensors(model)
+    names, own_names = {*tensors, *manifest["tied"]}, {*own, *tied}
+    yield from (f"holds {name}, which {this} has not" for name in sorted(names - own_names))
+    yield from (f"lacks {name} of {this}" for name in sorted(own_names - names))
+    for name, stored in sorted(set(tied.items()) ^ set(manifest["tied"].items())):
+        yield f"and {this} differ in whether {name} is one tensor with {stored}"
+    for name, new in tensors.items():
+        old = own[name].shape
+        if new.dim() != len(old) or any(n > o for n, o in zip(new.shape, old, strict=True)):
+            yield f"holds {name} as {tuple(new.shape)}, which in {this} is {tuple(old)} at full size"
+    before = manifest["params_before"]
+    if parameters(model) != before:
+        yield f"was a network of {before:,} parameters, and {this} has {parameters(model):,}"
+    for number in manifest["numbers"]:
+        owner, _, attribute = number.rpartition(".")
+        try:
+            getattr(model.get_submodule(owner), attribute)
+        except AttributeError:
+            yield f"sets the number {number}, which {this} has not"
+
+
+def _described(manifest: Mapping[str, Any]) -> str:
+    """The architecture at full size, by name and arguments where the file says them."""
+    arguments = dict(manifest["architecture"])
+    name = arguments.pop("name", None)
+    return f"{name} of {arguments}" if name else "its architecture at full size"
+
+
+def _json(manifest: Mapping[str, Any]) -> str:
+    """In one line. UserError names the part that is no JSON."""
+    try:
+        return json.dumps(manifest, separators=(",", ":"))
+    except (TypeError, ValueError):
+        for key, value in manifest.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{key} of a compressed network must be plain JSON values: {error}") from error
+        raise
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return not laid_out_as(tensor, tensor.contiguous()).is_contiguous()
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of a manifest and of the names, formats, shapes and values of tensors on the CPU; 2 GB a second."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a folder, not installed
+        return "unknown"

@@ -11,12 +11,14 @@ class Axis:
     """Where the channels of a group stand along one axis of one tensor.
 
     index: (C, m) int64; channel c holds the m positions index[c]. m > 1 where a channel is several rows or columns
-    (after a flatten: one per pixel); the j-th position of every channel means the same thing.
+    (after a flatten: one per pixel; a whole attention head); the j-th position of every channel means the same thing.
+    query: do the entries make the queries of an attention head, which read its keys?
     """
 
     tensor: str
     axis: int
     index: Tensor = field(repr=False, compare=False)
+    query: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,35 @@ class Norm:
     writer_bias: str | None = None
 
 
+# What a channel can be. hidden: between two layers; residual: in a stream that blocks add to; width: one of the
+# products that the score of an attention head sums up, or one of its values; head: a whole attention head.
+PARTS = ("hidden", "residual", "width", "head")
+# The study's: all of a convolutional network, the MLPs of a transformer.
+DEFAULT_PARTS = ("hidden", "residual")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A size that a module keeps as a Python number: with k of C channels left it becomes value * (k / C) ** power."""
+
+    path: str
+    power: float = 1.0
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
     """One set of `size` interchangeable channels with everything that writes and reads them.
 
     writes: rows of weights, biases, norm parameters and statistics, in the order of the network.
-    reads: columns of the weights that take these channels as input.
+    reads: columns of the weights that take these channels as input. Of the width of an attention head, keys write what
+        queries read: their score is the sum over channels of the products of the two.
     norms: the normalisations among the writes.
+    part: of PARTS
+    temperature: with k of C channels left, queries are multiplied by (k / C) ** temperature: 0.5 where attention
+        divides scores by the square root of the width that it finds, 0 where it divides by a constant
+    tie: groups of one tie must keep the same number of channels (the heads of one layer)
+    numbers: Python numbers that follow the size
+    cut_by: operations that tell these channels from others of the same tensors: chunk, attention
     """
 
     name: str
@@ -50,6 +74,11 @@ class ChannelGroup:
     writes: tuple[Axis, ...]
     reads: tuple[Axis, ...]
     norms: tuple[Norm, ...] = ()
+    part: str = "hidden"
+    temperature: float = 0.0
+    tie: str = ""
+    numbers: tuple[Number, ...] = ()
+    cut_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,14 @@ class ChannelGroups:
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[Frozen, ...] = ()
+
+    @property
+    def ties(self) -> list[list[int]]:
+        """The places of the groups that must keep equal sizes, together; every group is in one of the lists."""
+        found: dict[str, list[int]] = {}
+        for i, group in enumerate(self.groups):
+            found.setdefault(group.tie or group.name, []).append(i)
+        return list(found.values())
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compression.attention import NarrowMultiheadAttention
 from pipeline.compression.group import Axis, ChannelGroup
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions of a weight
@@ -117,39 +118,75 @@ def reconstruction_error(gram: Tensor, projection: Projection) -> float:
 
 
 def apply(
-    model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection], norm_scale: bool = True
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    projections: Iterable[Projection],
+    norm_scale: bool = True,
+    share: bool = False,
 ) -> nn.Module:
     """A smaller copy of `model`: an ordinary module whose channel groups went through their projections.
 
     norm_scale: merge a weight and the norm behind it as the one affine map that they are (see `_merge_norms`), rather
     than each tensor by its own mean.
+    share: the tensors that do not change are the model's own, not copies.
     """
+    groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
-    return resized(model, compressed_tensors(tensors, groups, projections, norm_scale))
+    new = compressed_tensors(tensors, groups, projections, norm_scale)
+    return resized(model, new, new_numbers(model, groups, projections), share)
+
+
+def new_numbers(
+    model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]
+) -> dict[str, int | float]:
+    """What the Python numbers that follow these groups become, by the path of the attribute.
+
+    Raises ValueError where groups that share one number keep different fractions of their channels.
+    """
+    found: dict[str, int | float] = {}
+    for group, projection in zip(groups, projections, strict=True):
+        for number in group.numbers if not projection.is_identity else ():
+            owner, _, attribute = number.path.rpartition(".")
+            old = getattr(model.get_submodule(owner), attribute)
+            new = old * (len(projection.counts) / group.size) ** number.power
+            new = round(new) if isinstance(old, int) else new
+            if found.setdefault(number.path, new) != new:
+                raise ValueError(
+                    f"groups that share {number.path} must keep the same number of channels: "
+                    f"{group.name} makes it {new}, another {found[number.path]}"
+                )
+    return found
 
 
 def resized(
-    model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float] | None = None
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, int | float] | None = None,
+    share: bool = False,
 ) -> nn.Module:
     """A copy of `model` in which these tensors, by name and of other shapes than before, stand in place of its own.
 
     numbers: new values of sizes that modules keep as Python numbers, by the path of the attribute.
+    share: the tensors that do not change are the model's own, not copies.
     """
     state = named_tensors(model)
     # deepcopy puts the new tensors in the place of the old ones, tied ones under all their names.
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(t): t for t in state.values()} if share else {}
     for name, given in tensors.items():
         old = state[name]
         new = laid_out_as(old, given)
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    changed = {id(new) for new in memo.values()}
+    changed = {id(memo[id(state[name])]) for name in tensors}
     smaller = copy.deepcopy(model, memo)
     for module in smaller.modules():
         if any(id(t) in changed for t in module.parameters(recurse=False)):
             _follow_shape_(module)
     for path, value in (numbers or {}).items():
         owner, _, attribute = path.rpartition(".")
-        setattr(smaller.get_submodule(owner), attribute, value)
+        module = smaller.get_submodule(owner)
+        setattr(module, attribute, value)
+        if type(module) is nn.MultiheadAttention and module.num_heads * module.head_dim != module.embed_dim:
+            module.__class__ = NarrowMultiheadAttention
     return smaller
 
 
@@ -216,11 +253,10 @@ def compressed_tensors(
     for group, projection in work:
         for read in group.reads:
             old, matrix = channels(read), projection.readers
-            put(
-                read,
-                projection,
-                merge(old, projection, "sum") if matrix is None else torch.tensordot(matrix.to(old), old, 1),
-            )
+            new = merge(old, projection, "sum") if matrix is None else torch.tensordot(matrix.to(old), old, 1)
+            if read.query and group.temperature:
+                new = new * (len(projection.counts) / group.size) ** group.temperature
+            put(read, projection, new)
     for (name, axis), positions in gone.items():
         size = tensors[name].shape[axis]
         stays = torch.ones(size, dtype=torch.bool)
@@ -318,3 +354,5 @@ def _follow_shape_(module: nn.Module) -> None:
         module.normalized_shape = shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = shape[1]
+    elif hasattr(module, "nf") and len(shape) == 2:  # Conv1D of Hugging Face's GPT-2, a linear layer transposed
+        module.nf = shape[1]

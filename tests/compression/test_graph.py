@@ -10,7 +10,7 @@ from torch import nn
 from toy_nets import Net, fold_error, frozen_reason, head, picture, randomise_, relative_error, uneven_projections
 
 from pipeline.compression import channel_groups, compress, graph
-from pipeline.compression.graph import duplicate_
+from pipeline.compression.verify import duplicate_
 from pipeline.compression.projection import apply
 from pipeline.tables import UserError
 

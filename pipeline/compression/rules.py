@@ -1,0 +1,376 @@
+"""What the operations of a torch.export graph do to channels.
+
+RULES maps the names of operations to functions `rule(tracer, node) -> ids of the node's value`. A rule that meets a
+case it does not know returns NotImplemented, and what the operation touches is frozen.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from pipeline.compression.group import Norm
+
+if TYPE_CHECKING:
+    from pipeline.compression.graph import Tracer
+
+
+# Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is
+# taken out of its readers, not set to zero.
+PASS = frozenset(
+    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish "
+    "logsigmoid dropout feature_dropout alpha_dropout clone contiguous alias detach to _to_copy type_as neg negative "
+    "exp abs absolute sqrt rsqrt square erf pow clamp clamp_min clamp_max clip lift_fresh_copy sin cos".split()
+)
+# Element-wise in two operands: channels that meet are one channel.
+MEET = frozenset("add sub rsub subtract mul multiply div divide true_divide maximum minimum".split())
+# Moves elements and computes nothing: executed on the ids themselves.
+MOVE = frozenset(
+    "view _unsafe_view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze "
+    "unsqueeze expand repeat unbind select slice narrow split split_with_sizes chunk roll flip cat concat concatenate "
+    "stack pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave".split()
+)
+# Those of MOVE that cut a dimension into pieces, and the place of the dimension among their arguments. Channels of
+# different pieces are of different kinds.
+CUTS = {"select": 1, "slice": 1, "narrow": 1, "unbind": 1, "split": 2, "split_with_sizes": 2, "chunk": 2}
+# Works on every channel by itself, over the dimensions behind the channel's.
+SPATIAL = frozenset(
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split()
+)
+REDUCE = frozenset(["mean", "sum", "amax", "amin"])
+CONV = frozenset(["conv1d", "conv2d", "conv3d"])
+CONV_TRANSPOSE = frozenset(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
+
+
+def varies(ids: Tensor, dim: int) -> bool:
+    return ids.shape[dim] > 1 and ids.stride(dim) != 0 and bool((ids != ids.narrow(dim, 0, 1)).any())
+
+
+def op_name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return str(node.target)
+    namespace, _, name = schema.name.partition("::")
+    if namespace != "aten":
+        return schema.name  # mylib::relu is not the relu that we know
+    # relu_ is relu to us: the ids of a value do not depend on where it is stored
+    return name if name.startswith("_") else name.rstrip("_")
+
+
+def argument(node: fx.Node, i: int, name: str, default: Any = None) -> Any:
+    return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+
+
+def no_channels(shape: Iterable[int]) -> Tensor:
+    return torch.zeros((), dtype=torch.int64).expand(tuple(map(int, shape)))
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    return tuple(map(int, node.meta["val"].shape))
+
+
+def spread(line: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    view = [1] * len(shape)
+    view[dim] = -1
+    return line.view(view).expand(shape)
+
+
+def _pass(t: "Tracer", node: fx.Node) -> Any:
+    if op_name(node) in ("to", "type_as"):  # perhaps the type of another tensor, whose channels are nothing to us
+        return t.value(argument(node, 0, "self"))
+    operands = t.operands(node)
+    return operands[0] if len(operands) == 1 else NotImplemented  # two: e.g. a power or a clamp by another tensor
+
+
+def _meet(t: "Tracer", node: fx.Node) -> Any:
+    operands = t.operands(node)
+    if len(operands) == 1:  # with a number, or with itself
+        return operands[0].expand(shape_of(node))
+    x, y = operands
+    return meet(t, x, y, shape_of(node), op_name(node) == "add")
+
+
+def meet(t: "Tracer", x: Tensor, y: Tensor, shape: tuple[int, ...], is_sum: bool = False) -> Any:
+    """The channels of two operands that meet element by element, both broadcast to `shape`."""
+    x, y = (v.view((1,) * (len(shape) - v.dim()) + tuple(v.shape)) for v in (x, y))
+
+    def stretched_over(x: Tensor, y: Tensor) -> bool:
+        """Is one element of x used for several channels of y?"""
+        return any(x.shape[d] == 1 < y.shape[d] and varies(y, d) for d in range(len(shape)))
+
+    x_stretched, y_stretched = stretched_over(x, y), stretched_over(y, x)
+    if x_stretched and y_stretched:
+        return NotImplemented  # an outer product of two channel axes
+    if x_stretched or y_stretched:
+        one, many = (x, y) if x_stretched else (y, x)
+        t.freeze(one, "one channel acts on several others")
+        return many.expand(shape)
+    t.unite(x, y)
+    if is_sum:
+        t.added.append(x)
+    return x.expand(shape) if x.any() else y.expand(shape)
+
+
+def _masked(t: "Tracer", node: fx.Node) -> Any:
+    """where and masked_fill: a mask chooses element by element, so what it chooses from meets."""
+    found, *others = t.operands(node)
+    for other in others:
+        found = meet(t, found, other, shape_of(node))
+        if found is NotImplemented:
+            break
+    return found
+
+
+def _softmax(t: "Tracer", node: fx.Node) -> Any:
+    x = t.value(argument(node, 0, "self"))
+    return NotImplemented if varies(x, argument(node, 1, "dim")) else x
+
+
+def _move(t: "Tracer", node: fx.Node) -> Any:
+    name = op_name(node)
+    args = [t.value(a) for a in node.args]
+    if name in ("view", "_unsafe_view"):  # expanded ids have no strides that a view could keep
+        return args[0].reshape(shape_of(node))
+    moved = cast(Callable, node.target)(*args, **node.kwargs)
+    if name == "roll" and not torch.equal(moved, args[0]):
+        t.freeze(args[0], "roll turns the channels by a fixed number")
+    if name in CUTS and varies(args[0], argument(node, CUTS[name], "dim", 0)):
+        pieces = moved if isinstance(moved, (list, tuple)) else [moved]
+        if any(piece.shape != args[0].shape for piece in pieces):
+            t.tag(pieces, by=name)
+    return moved
+
+
+def _index(t: "Tracer", node: fx.Node) -> Any:
+    """Picks rows along dimensions that hold no channels: a table of relative positions."""
+    x, picked = t.value(argument(node, 0, "self")), argument(node, 1, "indices")
+    count = len(picked)
+    if any(i is None for i in picked) or any(varies(x, d) for d in range(count)):
+        return NotImplemented
+    rest = x[(0,) * count]
+    return rest.expand(shape_of(node))
+
+
+def _spatial(t: "Tracer", node: fx.Node) -> Any:
+    value = node.meta["val"]
+    x = t.value(argument(node, 0, "input"))
+    behind = int(op_name(node)[-2])  # the "2" of max_pool2d
+    channel = x.dim() - behind - 1
+    line = t.along(x, channel)
+    if isinstance(value, Tensor):
+        return spread(line, shape_of(node), channel)
+    return [spread(line, tuple(map(int, value[0].shape)), channel), *(no_channels(v.shape) for v in value[1:])]
+
+
+def _pad(t: "Tracer", node: fx.Node) -> Any:
+    x, widths = t.value(argument(node, 0, "self")), list(argument(node, 1, "pad"))
+    padded = [x.dim() - 1 - i // 2 for i, width in enumerate(widths) if width]
+    for dim in sorted(set(padded)):
+        if varies(x, dim):
+            t.freeze(x, "the channels are padded by a fixed number")
+            return t.blank(node)
+        x = x.narrow(dim, 0, 1)
+    return x.expand(shape_of(node))
+
+
+def _reduce(t: "Tracer", node: fx.Node) -> Any:
+    dims = argument(node, 1, "dim")
+    x = t.value(argument(node, 0, "self"))
+    if not isinstance(dims, (int, list, tuple)) or dims == []:
+        dims = list(range(x.dim()))
+    dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
+    if any(varies(x, d) for d in dims):
+        return NotImplemented  # a statistic over channels
+    for d in dims:
+        x = x.narrow(d, 0, 1)
+    return x.reshape(shape_of(node))
+
+
+def _weighted(t: "Tracer", node: fx.Node, dim: int, read_axis: int, write_axis: int) -> Any:
+    """A layer whose weight reads the channels along `dim` of its input and writes those of its output."""
+    weight, bias = _weight_and_bias(t, node)
+    if weight is None or bias is None:
+        return NotImplemented
+    t.unite(t.along(t.value(argument(node, 0, "input")), dim), t.axis_ids(weight, read_axis, "read"))
+    written = t.axis_ids(weight, write_axis, "write")
+    if bias:
+        t.unite(written, t.axis_ids(bias, 0, "write"))
+    return spread(written, shape_of(node), dim)
+
+
+def _weight_and_bias(t: "Tracer", node: fx.Node) -> tuple[str | None, str | None]:
+    """The names of a layer's weight and bias: None where it is computed, "" where there is no bias."""
+    bias = argument(node, 2, "bias")
+    return t.parameter(argument(node, 1, "weight")), "" if bias is None else t.parameter(bias)
+
+
+def _linear(t: "Tracer", node: fx.Node) -> Any:
+    return _weighted(t, node, dim=-1, read_axis=1, write_axis=0)
+
+
+def _addmm(t: "Tracer", node: fx.Node) -> Any:
+    """bias + x @ weight, the transposed linear layer of GPT-2."""
+    bias, weight = t.parameter(argument(node, 0, "self")), t.parameter(argument(node, 2, "mat2"))
+    if bias is None or weight is None or t.tensors[bias].dim() != 1:
+        return NotImplemented
+    t.unite(t.along(t.value(argument(node, 1, "mat1")), -1), t.axis_ids(weight, 0, "read"))
+    written = t.axis_ids(weight, 1, "write")
+    t.unite(written, t.axis_ids(bias, 0, "write"))
+    return spread(written, shape_of(node), -1)
+
+
+def _matmul(t: "Tracer", node: fx.Node) -> Any:
+    x, weight = t.value(node.args[0]), t.parameter(node.args[1])
+    if weight is not None:
+        if t.tensors[weight].dim() != 2:
+            return NotImplemented
+        t.unite(t.along(x, -1), t.axis_ids(weight, 0, "read"))
+        return spread(t.axis_ids(weight, 1, "write"), shape_of(node), -1)
+    y = t.value(node.args[1])
+    if x.dim() < 3 or y.dim() < 3:
+        return NotImplemented
+    if varies(x, -1) and varies(y, -2):
+        return _scores(t, x, y.transpose(-1, -2), shape_of(node), temperature=0.0)
+    return _mix(t, x, y, shape_of(node))
+
+
+def _attention(t: "Tracer", node: fx.Node) -> Any:
+    q, k, v = (t.value(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
+    mask = argument(node, 3, "attn_mask")
+    if argument(node, 7, "enable_gqa", False):
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    # Without a scale the operation divides by the square root of the width that it finds.
+    temperature = 0.5 if argument(node, 6, "scale") is None else 0.0
+    scores: Any = _scores(t, q, k, (*q.shape[:-1], k.shape[-2]), temperature)
+    if scores is not NotImplemented and mask is not None:
+        scores = meet(t, scores, t.value(mask), tuple(scores.shape))
+    return scores if scores is NotImplemented else _mix(t, scores, v, shape_of(node))
+
+
+def _scores(t: "Tracer", q: Tensor, k: Tensor, shape: tuple[int, ...], temperature: float) -> Any:
+    """Products of queries (..., N, D) and keys (..., M, D), summed over D: (..., N, M).
+
+    The score of a head is the sum over D of what queries and keys have there, so that keys write the channels along D
+    and queries read them. No channel of one head is one of another.
+    """
+    if varies(q, -2) or varies(k, -2):
+        return NotImplemented
+    q, k = torch.broadcast_tensors(q[..., 0, :], k[..., 0, :])
+    if not varies(q, -1) and not varies(k, -1):  # whole heads
+        t.unite(q[..., 0], k[..., 0])
+        return q[..., :1, None].expand(shape)
+    t.products.append((q, k, temperature))
+    t.heads(q)
+    t.heads(k)
+    return no_channels(shape)
+
+
+def _mix(t: "Tracer", weights: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
+    """Values (..., M, D) added up with weights (..., N, M), which hold no channels or are of one head as the values."""
+    if any(varies(weights, d) for d in (-1, -2)) or varies(v, -2):
+        return NotImplemented
+    if varies(v, -1):
+        t.freeze(weights, "one channel acts on several others")
+        line = v[..., :1, :].expand(*shape[:-2], 1, -1)
+        t.heads(line[..., 0, :])
+        return line.expand(shape)
+    t.unite(weights[..., :1, :1], v[..., :1, :1])
+    return weights[..., :1, :1].expand(shape)
+
+
+def _conv(t: "Tracer", node: fx.Node) -> Any:
+    if len(shape_of(node)) != int(op_name(node)[-2]) + 2:
+        return NotImplemented  # without a batch dimension
+    if argument(node, 6, "groups", 1) == 1:
+        return _weighted(t, node, dim=1, read_axis=1, write_axis=0)
+    weight, bias = _weight_and_bias(t, node)
+    if weight is None or bias is None:
+        return NotImplemented
+    written = t.axis_ids(weight, 0, "write")
+    if bias:
+        t.unite(written, t.axis_ids(bias, 0, "write"))
+    taken = t.along(t.value(argument(node, 0, "input")), 1)
+    rows_in, rows_out = taken.view(argument(node, 6, "groups"), -1), written.view(argument(node, 6, "groups"), -1)
+    if varies(rows_in, 1):  # the channels of one group are not those of another: only a whole group can go
+        for rows in (rows_in, rows_out):
+            t.blocks.append((rows, "hidden"))
+            t.freeze(rows, "the channels of a grouped convolution go with their whole group")
+    else:
+        t.unite(rows_out, rows_in[:, :1])
+    return spread(written, shape_of(node), 1)
+
+
+def _conv_transpose(t: "Tracer", node: fx.Node) -> Any:
+    if argument(node, 6, "groups", 1) != 1 or len(shape_of(node)) != int(op_name(node)[-2]) + 2:
+        return NotImplemented
+    return _weighted(t, node, dim=1, read_axis=0, write_axis=1)
+
+
+def _batch_norm(t: "Tracer", node: fx.Node) -> Any:
+    given = [argument(node, i, name) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)]
+    names = [None if g is None else t.parameter(g) for g in given]
+    if any(g is not None and n is None for g, n in zip(given, names, strict=True)):
+        return NotImplemented
+    source = argument(node, 0, "input")
+    x = t.along(t.value(source), 1)
+    for name in names:
+        if name is not None:
+            t.unite(x, t.axis_ids(name, 0, "write"))
+    writer, writer_bias = None, None
+    if source.op == "call_function" and len(source.users) == 1 and op_name(source) in CONV | {"linear"}:
+        writer, writer_bias = _weight_and_bias(t, source)
+    weight, bias, mean, var = names
+    t.norms.append(Norm(weight, bias, mean, var, float(argument(node, 7, "eps", 1e-5)), writer, writer_bias or None))
+    return spread(x, shape_of(node), 1)
+
+
+def _layer_norm(t: "Tracer", node: fx.Node) -> Any:
+    """Statistics that run over channels freeze these; the gain and shift belong to them."""
+    x = t.value(argument(node, 0, "input"))
+    affine = [t.value(given) for given in node.args[2:4] if isinstance(given, fx.Node)]
+    if any(varies(x, d) for d in range(-len(argument(node, 1, "normalized_shape")), 0)):
+        t.freeze(x, f"{op_name(node)} normalises over these channels")
+        for given in affine:
+            t.unite(x, given)
+    elif any(meet(t, x, given, shape_of(node)) is NotImplemented for given in affine):
+        return NotImplemented
+    return x
+
+
+def _embedding(t: "Tracer", node: fx.Node) -> Any:
+    weight = t.parameter(argument(node, 0, "weight"))
+    if weight is None:
+        return NotImplemented
+    t.freeze(t.value(argument(node, 1, "indices")), "indexes an embedding")
+    return spread(t.axis_ids(weight, 1, "write"), shape_of(node), -1)
+
+
+def _check(t: "Tracer", node: fx.Node) -> Any:
+    """Looks at types and writes nothing; export puts one before every conversion."""
+
+
+Rule = Callable[["Tracer", fx.Node], Any]
+RULES: tuple[tuple[frozenset[str], Rule], ...] = (
+    (PASS, _pass),
+    (MEET, _meet),
+    (MOVE, _move),
+    (SPATIAL, _spatial),
+    (REDUCE, _reduce),
+    (CONV, _conv),
+    (CONV_TRANSPOSE, _conv_transpose),
+    (frozenset({"linear"}), _linear),
+    (frozenset({"addmm"}), _addmm),
+    (frozenset({"matmul", "bmm"}), _matmul),
+    (frozenset({"scaled_dot_product_attention"}), _attention),
+    (frozenset({"softmax", "_softmax", "log_softmax", "_safe_softmax"}), _softmax),
+    (frozenset({"where", "masked_fill"}), _masked),
+    (frozenset({"index"}), _index),
+    (frozenset({"batch_norm"}), _batch_norm),
+    (frozenset({"layer_norm", "rms_norm"}), _layer_norm),
+    (frozenset({"embedding"}), _embedding),
+    (frozenset({"pad", "constant_pad_nd"}), _pad),
+    (frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}), _check),
+)

@@ -1,0 +1,202 @@
+"""The proof of a trace: duplicated channels must fold without loss, on random weights, or their group is frozen."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pipeline.compression.group import ChannelGroup, ChannelGroups, Frozen
+from pipeline.compression.projection import Projection, apply, named_tensors
+from pipeline.tables import first_line
+
+# Above this many bytes of weights the check runs in single precision: twice as many would not leave room for a copy.
+LARGE = 2**26
+DRAWS = 2
+
+
+def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups) -> ChannelGroups:
+    """Keep the groups that survive a fold of exact duplicates, in uneven clusters, without loss; freeze the others.
+
+    The check runs on random weights, so that it speaks of the architecture and not of this checkpoint. What it cannot
+    find in the trace it finds here: sizes that a module keeps as Python numbers, and whether attention divides its
+    scores by a constant or by the width that it finds. model: a copy that this function may overwrite.
+    """
+    if not len(traced):
+        return traced
+    check = _Check(model, args, kwargs)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), plain_attention():
+        try:
+            check.start_()
+        except Exception as error:
+            return _frozen_too(traced, dict.fromkeys(range(len(traced)), f"the check fails ({first_line(error)})"))
+        groups = list(traced)
+        everything = traced.ties
+        if check.failure(groups, everything) is None:
+            return traced
+        reasons: dict[int, str] = {}
+
+        def freeze(ties: Iterable[Sequence[int]], reason: str) -> None:
+            for i in (i for tie in ties for i in tie):
+                cut = f"; they are cut out by {', '.join(groups[i].cut_by)}" if groups[i].cut_by else ""
+                reasons[i] = reason + cut
+
+        def sort_out(ties: list[list[int]]) -> None:
+            """Freeze those of these ties that fail, by halving."""
+            reason = check.failure(groups, ties)
+            if reason is None:
+                return
+            if len(ties) == 1:
+                return freeze(ties, reason)
+            sort_out(ties[: len(ties) // 2])
+            sort_out(ties[len(ties) // 2 :])
+
+        for ties in _alike(groups, everything):
+            reason = check.failure(groups, ties)
+            if reason is None:
+                continue
+            other = [replace(g, temperature=0.5 - g.temperature) for g in groups]
+            if any(a.query for tie in ties for i in tie for a in groups[i].reads) and not check.failure(other, ties):
+                for i in (i for tie in ties for i in tie):
+                    groups[i] = other[i]
+            elif len(ties) > 1 and check.failure(groups, ties[:1]) is None:
+                sort_out(ties)
+            else:
+                freeze(ties, reason)
+        kept = [tie for tie in everything if tie[0] not in reasons]
+        together = check.failure(groups, kept) if kept else None
+        if together is not None:
+            freeze(kept, f"together with other groups, {together}")
+    return _frozen_too(ChannelGroups(tuple(groups), traced.frozen), reasons)
+
+
+class _Check:
+    """Random weights, noise to call the network with, and the comparison of duplicated with folded channels."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.model, self.args, self.kwargs = model.cpu(), args, kwargs
+        self.generator = torch.Generator().manual_seed(0)
+        self.tolerance = 0.0
+
+    def start_(self) -> None:
+        """Bring the model to a precision in which it runs, and make the noise."""
+        large = sum(t.numel() * t.element_size() for t in named_tensors(self.model).values()) > LARGE
+        single, double = (torch.float32, 1e-4), (torch.float64, 1e-6)
+        for dtype, tolerance in (single,) if large else (double, single):
+            self.model.to(dtype)
+            randomise_(self.model, self.generator)
+            self.args, self.kwargs = tree_map(
+                lambda v, d=dtype: _noise_like(v, d, self.generator), (self.args, self.kwargs)
+            )
+            try:
+                outputs = _tensors(self.model(*self.args, **self.kwargs))
+            except RuntimeError:
+                if dtype == torch.float32:
+                    raise
+                continue
+            if all(output.isfinite().all() for output in outputs):
+                self.tolerance = tolerance
+                return
+        raise ArithmeticError("NaN or Inf on random weights")
+
+    def failure(self, groups: Sequence[ChannelGroup], ties: Iterable[Sequence[int]]) -> str | None:
+        """Why the groups at these places cannot all be folded at once, or None.
+
+        Two draws, as a channel order that survives one by chance will hardly survive another, and of two successive
+        numbers of channels, as no size that must divide by something is a multiple of it twice.
+        """
+        for more in range(DRAWS):
+            randomise_(self.model, self.generator)
+            chosen, projections = [], []
+            for tie in ties:
+                clusters = round(groups[tie[0]].size * (1 + float(torch.rand((), generator=self.generator))) / 3) + more
+                for i in tie:
+                    chosen.append(groups[i])
+                    projections.append(Projection(_uneven_labels(groups[i].size, clusters, self.generator)))
+            duplicate_(self.model, chosen, projections)
+            expected = _tensors(self.model(*self.args, **self.kwargs))
+            try:
+                smaller = apply(self.model, chosen, projections, share=True)
+                found = _tensors(smaller(*self.args, **self.kwargs))
+            except Exception as error:
+                return f"the smaller network does not run ({first_line(error)})"
+            for e, f in zip(expected, found, strict=True):
+                if e.shape != f.shape or not torch.allclose(e, f, rtol=0, atol=self.tolerance * float(e.abs().max())):
+                    return "folding exact duplicates changes the output"
+        return None
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without the fused inference paths of torch's attention layers: a trace cannot see into them."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
+def _alike(groups: Sequence[ChannelGroup], ties: Iterable[list[int]]) -> list[list[list[int]]]:
+    """The ties whose names differ in numbers alone, together: the same layer of all blocks stands or falls together."""
+    found: dict[tuple[str, str], list[list[int]]] = {}
+    for tie in ties:
+        name = groups[tie[0]].tie or groups[tie[0]].name
+        found.setdefault((re.sub(r"\d+", "*", name), groups[tie[0]].part), []).append(tie)
+    return list(found.values())
+
+
+def _frozen_too(traced: ChannelGroups, reasons: dict[int, str]) -> ChannelGroups:
+    """Move the groups at these places to what is frozen."""
+    kept = tuple(group for i, group in enumerate(traced) if i not in reasons)
+    frozen: dict[tuple[tuple[str, ...], str], int] = {}
+    for i in sorted(reasons):
+        names = tuple(dict.fromkeys(a.tensor for a in (*traced[i].writes, *traced[i].reads)))
+        frozen[names, reasons[i]] = frozen.get((names, reasons[i]), 0) + traced[i].size
+    return ChannelGroups(kept, traced.frozen + tuple(Frozen(size, *key) for key, size in frozen.items()))
+
+
+def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]) -> None:
+    """In place: make the channels of every cluster exact copies of its first one, as far as they are written."""
+    tensors = named_tensors(model)
+    with torch.no_grad():
+        for group, projection in zip(groups, projections, strict=True):
+            source = projection.representatives[projection.labels]
+            for write in group.writes:
+                tensor = tensors[write.tensor]
+                copies = tensor.index_select(write.axis, write.index[source].reshape(-1).to(tensor.device))
+                tensor.index_copy_(write.axis, write.index.reshape(-1).to(tensor.device), copies)
+
+
+def _uneven_labels(size: int, clusters: int, generator: torch.Generator) -> Tensor:
+    """Clusters of very different sizes, fewer than there are channels: (size,) int64."""
+    clusters = min(max(clusters, 1), size - 1)
+    drawn = (torch.rand(size, generator=generator) ** 2 * clusters).long()
+    drawn[torch.randperm(size, generator=generator)[:clusters]] = torch.arange(clusters)  # none is empty
+    return drawn
+
+
+def _noise_like(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.randn(value.shape, generator=generator, dtype=dtype)
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def randomise_(model: nn.Module, generator: torch.Generator) -> None:
+    """Weights of variance 1 / fan-in, everything else (gains, shifts, variances) uniform in [0.5, 1.5)."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(model).items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dim() > 1 and isinstance(tensor, nn.Parameter):
+                tensor.normal_(generator=generator).div_(tensor[0].numel() ** 0.5)
+            elif isinstance(tensor, nn.Parameter) or "running_" in name:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
