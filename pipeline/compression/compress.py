@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.graph import Example, call_arguments, channel_groups
-from pipeline.compression.group import ChannelGroups, Frozen
+from pipeline.compression.group import DEFAULT_PARTS, ChannelGroups, Frozen
 from pipeline.compression.methods import METHODS, GroupWeights
-from pipeline.compression.projection import apply, named_tensors
+from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers
 from pipeline.tables import UserError, call, pick
 
 
@@ -22,6 +22,7 @@ class GroupReport:
     """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features.
 
     labels: (before,) int64, the new channel of each old one, -1 = dropped.
+    tie: the name that groups of one layer, such as its heads, have in common.
     """
 
     name: str
@@ -29,6 +30,7 @@ class GroupReport:
     after: int
     error: float
     labels: torch.Tensor = field(repr=False, compare=False)
+    tie: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,21 @@ class Report:
         return sum(g.error for g in self.groups) / len(self.groups)
 
     def __str__(self) -> str:
-        width = max(len(g.name) for g in self.groups)
+        layers: dict[str, list[GroupReport]] = {}
+        for group in self.groups:
+            layers.setdefault(group.tie or group.name, []).append(group)
+        width = max(len(name) for name in layers)
         lines = [
             f"{self.method} at ratio {self.ratio:g}: "
             f"parameters {self.params_before:,} -> {self.params_after:,} "
             f"({self.params_after / self.params_before:.1%}), "
             f"MACs {self.macs_before:,} -> {self.macs_after:,} ({self.macs_after / max(1, self.macs_before):.1%})",
             f"{'group':<{width}}  channels  relative error",
-            *(f"{g.name:<{width}}  {g.before:>4} -> {g.after:<4}  {g.error:.4f}" for g in self.groups),
+            *(
+                f"{name:<{width}}  {of[0].before:>4} -> {of[0].after:<4}  {sum(g.error for g in of) / len(of):.4f}"
+                + (f"  (mean of {len(of)} groups)" if len(of) > 1 else "")
+                for name, of in layers.items()
+            ),
         ]
         return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
 
@@ -106,6 +115,7 @@ def compressions(
     ratios: Sequence[float],
     *,
     groups: ChannelGroups | None = None,
+    parts: Sequence[str] = DEFAULT_PARTS,
     features: str = "writers+readers",
     scale: str = "tensor",
     norm: bool = False,
@@ -117,7 +127,8 @@ def compressions(
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
 
-    groups: what `channel_groups(model, example)` gave for this architecture; traced anew when None.
+    groups: what `channel_groups(model, example, parts)` gave for this architecture; traced anew when None.
+    parts: what is compressed (see channel_groups): "hidden", "residual", and of attention "width" or "head".
     features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
     norm_scale: merge a weight and its norm as one affine map (see projection.apply).
     round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
@@ -125,30 +136,34 @@ def compressions(
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
-    chosen = pick("method", METHODS, method)
+    choose = pick("method", METHODS, method)
     check_ratios(ratios, round_to)
     model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
-    groups = channel_groups(model, example) if groups is None else groups
+    groups = channel_groups(model, example, parts) if groups is None else groups
     check_groups(model, groups)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
-    weights = [GroupWeights(group, tensors, features, scale, norm, seed) for group in groups]
-    sizes = [[channels_left(group.size, ratio, round_to) for ratio in ratios] for group in groups]
-    plans = [
-        call(f"method {method!r}", chosen, w, sorted(set(s)), **options) for w, s in zip(weights, sizes, strict=True)
-    ]
+    # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
+    plans: list[dict[int, tuple[Projection, GroupReport]]] = []
+    for group in groups:
+        weights = GroupWeights(group, tensors, features, scale, norm, seed)
+        sizes = sorted({channels_left(group.size, ratio, round_to) for ratio in ratios})
+        chosen = call(f"method {method!r}", choose, weights, sizes, **options)
+        plans.append({k: (p, reported(weights, p)) for k, p in chosen.items()})
     before = parameters(model), macs(model, example, counted)
-    for i, ratio in enumerate(ratios):
-        projections = [plan[size[i]] for plan, size in zip(plans, sizes, strict=True)]
+    for ratio in ratios:
+        plan = [plan[channels_left(g.size, ratio, round_to)] for g, plan in zip(groups, plans, strict=True)]
+        projections, rows = [p for p, _ in plan], tuple(row for _, row in plan)
         smaller = apply(model, groups, projections, norm_scale)
-        rows = tuple(
-            GroupReport(w.group.name, w.group.size, len(p.counts), w.error(p), p.labels)
-            for w, p in zip(weights, projections, strict=True)
-        )
         after = parameters(smaller), macs(smaller, example, counted)
-        yield Compressed(
-            smaller, Report(method, float(ratio), rows, groups.frozen, before[0], after[0], before[1], after[1])
-        )
+        numbers = new_numbers(model, groups, projections)
+        report = Report(method, float(ratio), rows, groups.frozen, before[0], after[0], before[1], after[1], numbers)
+        yield Compressed(smaller, report)
+
+
+def reported(weights: GroupWeights, projection: Projection) -> GroupReport:
+    group, labels = weights.group, projection.labels
+    return GroupReport(group.name, group.size, len(projection.counts), weights.error(projection), labels, group.tie)
 
 
 def channels_left(size: int, ratio: float, round_to: int = 1) -> int:

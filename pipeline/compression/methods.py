@@ -62,7 +62,7 @@ class GroupWeights:
         if "writers" in self.features:
             blocks += [self._written(a) for a in self.writers]
         if "readers" in self.features:
-            blocks += [self.rows(a) for a in self.group.reads]
+            blocks += [self.rows(a) for a in self.group.reads if self.tensors[a.tensor].dim() > 1]
         return blocks
 
     def _written(self, axis: Axis) -> Tensor:

@@ -231,9 +231,11 @@ def compressed_tensors(
         if is_whole(axis):
             edited[axis.tensor] = new.flatten(0, 1).movedim(0, axis.axis)
             return
-        old = edited.get(axis.tensor, tensors[axis.tensor])
+        if axis.tensor not in edited:  # one copy, however many groups (the heads of a layer) write to it
+            edited[axis.tensor] = tensors[axis.tensor].clone()
+        old = edited[axis.tensor]
         stay = axis.index[projection.representatives].reshape(-1).to(old.device)
-        edited[axis.tensor] = old.index_copy(axis.axis, stay, new.flatten(0, 1).movedim(0, axis.axis))
+        old.index_copy_(axis.axis, stay, new.flatten(0, 1).movedim(0, axis.axis))
         is_gone = torch.ones(len(axis.index), dtype=torch.bool)
         is_gone[projection.representatives] = False
         gone[axis.tensor, axis.axis].append(axis.index[is_gone].reshape(-1))

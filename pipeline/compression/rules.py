@@ -107,6 +107,8 @@ def meet(t: "Tracer", x: Tensor, y: Tensor, shape: tuple[int, ...], is_sum: bool
     if x_stretched or y_stretched:
         one, many = (x, y) if x_stretched else (y, x)
         t.freeze(one, "one channel acts on several others")
+        if any(one.shape[d] > 1 and varies(many, d) for d in range(len(shape))):
+            t.freeze(many, "meets what differs between these channels and does not go with them")
         return many.expand(shape)
     t.unite(x, y)
     if is_sum:

@@ -1,10 +1,10 @@
 """Data sets of pictures: DATASETS names them, AUGMENTATIONS the steps by which training varies them.
 
-To add a set, write one file whose `load(**options)` returns `picture_set(...)` and add its row here.
+To add a set, write one file whose `load(**options)` returns a `PictureSet` and add its row here.
 `PictureData` in pipeline.data.module serves any of them to Lightning.
 """
 
-from . import cifar10, digits, fashion_mnist, folder
+from . import cifar10, digits, fashion_mnist, folder, imagenet
 from .augment import AUGMENTATIONS, augmentation
 from .picture_set import DataSource, PictureSet
 from .pictures import Pictures, collate
@@ -15,6 +15,7 @@ DATASETS: dict[str, DataSource] = {
     "digits": DataSource(digits.load),
     "fashion_mnist": DataSource(fashion_mnist.load, fashion_mnist.fetch),
     "folder": DataSource(folder.load, root_names_data=True),
+    "imagenet": DataSource(imagenet.load, root_names_data=True),
 }
 
 __all__ = [

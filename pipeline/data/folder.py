@@ -11,9 +11,20 @@ from PIL import Image
 from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from pipeline.tables import UserError
+from pipeline.tables import UserError, first_line
 
 from .picture_set import PictureSet, part, picture_set
+
+
+class UnreadablePicture(UserError):
+    """A file that is no picture or a damaged one.
+
+    What a DataLoader's worker raises is raised again with the worker's whole traceback as its message; the last line of
+    that is what there was to say.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__qualname__}: "))
 
 
 def load(root: str | Path | None = None, size: int | None = None) -> PictureSet:
@@ -28,10 +39,7 @@ def load(root: str | Path | None = None, size: int | None = None) -> PictureSet:
         raise UserError(f"size {size} must be at least 1 pixel")
     root = Path(root).expanduser()
     folders = [part_folder(root, "train"), part_folder(root, "test", "val")]
-    classes = class_names(folders[0])
-    if class_names(folders[1]) != classes:
-        odd = ", ".join(sorted(set(class_names(folders[1])) ^ set(classes)))
-        raise UserError(f"{folders[0]} and {folders[1]} must have the same classes; only one of them has: {odd}")
+    classes = class_names(*folders)
 
     files = [list_files(folder, classes) for folder in folders]
     # both parts in one array, since a single colour picture makes all of them RGB
@@ -49,12 +57,19 @@ def part_folder(root: Path, *names: str) -> Path:
     raise UserError(f"no folder {' or '.join(str(root / name) for name in names)}; put pictures in {names[0]}/<class>/")
 
 
-def class_names(folder: Path) -> list[str]:
-    # not torchvision's find_classes: .git or .ipynb_checkpoints is no class
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder} has no class folders; put pictures in {folder}/<class>/")
-    return names
+def class_names(*folders: Path) -> list[str]:
+    """The classes that all of the folders have, in the order of their names."""
+    found = []
+    for folder in folders:
+        # not torchvision's find_classes: .git or .ipynb_checkpoints is no class
+        found.append(sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".")))
+        if not found[-1]:
+            raise UserError(f"{folder} has no class folders; put pictures in {folder}/<class>/")
+    odd = sorted(set(found[0]) ^ set(found[-1]))
+    if odd:
+        both, few = " and ".join(map(str, folders)), ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
+        raise UserError(f"{both} must have the same classes; only one of them has: {few}")
+    return found[0]
 
 
 def list_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
@@ -83,15 +98,20 @@ def decode_all(paths: Sequence[str], size: int | None) -> list[np.ndarray]:
 
 def decode(path: str, size: int | None) -> np.ndarray:
     """One picture as (H, W) grey or (H, W, 3) RGB uint8."""
+    picture = read_picture(path)
+    return np.array(picture if size is None else center_crop(resize(picture, [size]), [size, size]))
+
+
+def read_picture(path: str, mode: str | None = None) -> Image.Image:
+    """One picture in PIL's `mode`; None: grey ones as "L" and all others as "RGB"."""
     try:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):  # PIL would clip these to 255
                 raise ValueError(f"mode {file.mode}, more than 8 bits per channel")
-            picture = file.convert("L" if file.mode in ("1", "L", "LA") else "RGB")
+            return file.convert(mode or ("L" if file.mode in ("1", "L", "LA") else "RGB"))
     # PIL reports damaged files as any of these
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {path} ({error}); replace or delete it") from error
-    return np.array(picture if size is None else center_crop(resize(picture, [size]), [size, size]))
+        raise UnreadablePicture(f"cannot read picture {path} ({first_line(error)}); replace or delete it") from error
 
 
 def stack(images: list[np.ndarray], paths: Sequence[str]) -> np.ndarray:

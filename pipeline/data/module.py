@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader
 
 from pipeline.tables import UserError, call, pick
 
 from . import DATASETS
 from .augment import augmentation, check_alpha, check_steps, mixing
+from .picture_set import Part
 from .pictures import Pictures, collate
 from .split import split
 
@@ -22,6 +24,7 @@ class PictureData(LightningDataModule):
     After `prepare_data()` and `setup()`, which a Trainer calls:
     train_data, val_data, test_data: Pictures; only train_data is augmented
     repair_data: the training pictures, without augmentation
+    (of a set that has test pictures alone, asking for one of the other three is a UserError)
     classes: names in the order of the labels; num_classes of them
     channels, size: C and H of a picture; example: (1, C, H, H) float32, a real one, normalised
 
@@ -32,10 +35,12 @@ class PictureData(LightningDataModule):
         pairs, 0: off; both on: one of the two for each batch. Labels of a training batch become (B, classes) float32
     val_fraction: share of the training pictures held out for validation, 0 <= f < 1
     seed: chooses what is held out, and the pictures of train_size; shuffling and augmentation follow torch's own seed
-    workers: processes that fetch training batches; evaluation needs none, the pixels are in memory
+    workers: processes that fetch training batches and, of a set that stays on disk, evaluation batches as well; None:
+        one for each core of this process's share if pictures have to be decoded, none if they are in memory
     train_size, test_size: use only so many pictures, every class in proportion, for quick runs; None: all. The test
         pictures are the same for every seed.
-    mean, std: of the channels scaled to 0..1, to normalise by; None: those of the training pictures
+    mean, std: of the channels scaled to 0..1, to normalise by; None: those of the training pictures,
+        or what is usual for the set
     download: fetch the set when it is not in root
     """
 
@@ -49,7 +54,7 @@ class PictureData(LightningDataModule):
         cutmix: float = 0.0,
         val_fraction: float = 0.1,
         seed: int = 0,
-        workers: int = 0,
+        workers: int | None = None,
         eval_batch_size: int = 512,
         train_size: int | None = None,
         test_size: int | None = None,
@@ -68,7 +73,7 @@ class PictureData(LightningDataModule):
         for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise UserError(f"{key} {value} must be at least 1")
-        if workers < 0:
+        if workers is not None and workers < 0:
             raise UserError(f"workers {workers} must be at least 0")
         self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
         self.mixup, self.cutmix = mixup, cutmix
@@ -90,21 +95,48 @@ class PictureData(LightningDataModule):
         pictures = call(f"data set {self.name!r}", self.source.load, **self.place, **self.options)
         self.classes, self.num_classes = pictures.classes, len(pictures.classes)
         self.mixing = mixing(self.mixup, self.cutmix, self.num_classes)
-        self.channels, self.size = pictures.train.images.shape[1:3]
+        self.channels, self.size = pictures.test.images.shape[1:3]
 
         normal = self.mean or pictures.mean, self.std or pictures.std
         for key, values in {"mean": normal[0], "std": normal[1]}.items():
             if len(values) != self.channels:
                 raise UserError(f"{key} {list(values)} must have one value for each of {self.channels} channels")
-        everything = Pictures(pictures.train.images, pictures.train.labels, *normal)
-        train, val = split(everything.labels, self.val_fraction, self.seed)
-        train = train[part_of(everything.labels[train], "train_size", self.train_size, self.seed)]
-        self.repair_data = everything.subset(train)
-        self.train_data = everything.subset(train, augmentation(self.augment, self.size))
-        self.val_data = everything.subset(val)
+        self.of_training = self.cut(pictures.train, *normal) if pictures.train else None
         test = Pictures(pictures.test.images, pictures.test.labels, *normal)
         self.test_data = test.subset(part_of(test.labels, "test_size", self.test_size, seed=0))
-        self.example = self.repair_data[0][0][None]
+        self.example = (self.repair_data if self.of_training else self.test_data)[0][0][None]
+
+    def cut(self, part: Part, mean: Sequence[float], std: Sequence[float]) -> dict[str, Pictures]:
+        """The training pictures cut by seed into those to train on, to repair with (the same) and to validate on."""
+        everything = Pictures(part.images, part.labels, mean, std)
+        varied = Pictures(part.images if part.varied is None else part.varied, part.labels, mean, std)
+        train, val = split(part.labels, self.val_fraction, self.seed)
+        train = train[part_of(part.labels[train], "train_size", self.train_size, self.seed)]
+        return {
+            "train": varied.subset(train, augmentation(self.augment, self.size)),
+            "repair": everything.subset(train),
+            "val": everything.subset(val),
+        }
+
+    @property
+    def train_data(self) -> Pictures:
+        return self.asked_for("train")
+
+    @property
+    def val_data(self) -> Pictures:
+        return self.asked_for("val")
+
+    @property
+    def repair_data(self) -> Pictures:
+        return self.asked_for("repair")
+
+    def asked_for(self, name: str) -> Pictures:
+        if self.of_training is None:
+            raise UserError(
+                f"data set {self.name!r} has no training pictures in {self.place['root']}: put them in train/<class>/, "
+                "or measure trained networks without repair, with compression.stages=[raw]"
+            )
+        return self.of_training[name]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix a training batch, on the device and once, however often a training step passes it through the network."""
@@ -121,7 +153,7 @@ class PictureData(LightningDataModule):
             shuffle=True,
             # BatchNorm cannot take the variance of one value per channel; other short batches are kept
             drop_last=share > self.batch_size > 1 and share % self.batch_size == 1,
-            num_workers=self.workers,
+            num_workers=self.processes(self.train_data),
             # A worker that lives on carries random state from epoch to epoch, which a resumed run cannot have.
             persistent_workers=False,
             collate_fn=collate,
@@ -139,10 +171,16 @@ class PictureData(LightningDataModule):
         return DataLoader(
             pictures,
             self.eval_batch_size,
+            num_workers=0 if pictures.in_memory else self.processes(pictures),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
+
+    def processes(self, pictures: Pictures) -> int:
+        if self.workers is not None:
+            return self.workers
+        return 0 if pictures.in_memory else suggested_max_num_workers(self.trainer.num_devices if self.trainer else 1)
 
 
 def part_of(labels: torch.Tensor, option: str, size: int | None, seed: int) -> torch.Tensor:

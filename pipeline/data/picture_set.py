@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,19 +15,37 @@ from torch import Tensor
 from pipeline.tables import UserError
 
 
+class Pixels(Protocol):
+    """N pictures of one size: a Tensor in memory, or `PictureFiles` that stay on disk."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, H)"""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Of rows (B,) int64: (B, C, H, H) uint8"""
+
+
 @dataclass(frozen=True)
 class Part:
-    """images: (N, C, H, H) uint8, labels: (N,) int64"""
+    """images: (N, C, H, H) uint8, labels: (N,) int64
 
-    images: Tensor
+    varied: what training sees in place of `images`, another random crop of each picture at every fetch; None: `images`
+    """
+
+    images: Pixels
     labels: Tensor
+    varied: Pixels | None = None
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """mean, std: one per channel, of the training pictures scaled to 0..1"""
+    """train: None where there are test pictures alone
 
-    train: Part
+    mean, std: one per channel of the pictures scaled to 0..1, of the training pictures where nothing else is usual
+    """
+
+    train: Part | None
     test: Part
     classes: list[str]
     mean: list[float]

@@ -1,4 +1,4 @@
-"""A set of pictures held in memory, served in normalised batches."""
+"""A set of pictures, in memory or on disk, served in normalised batches."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2.functional import normalize, to_dtype
 
 from .augment import PerPicture, each
+from .picture_set import Pixels
 
 
 def collate(batch: Any) -> Any:
@@ -18,9 +19,9 @@ def collate(batch: Any) -> Any:
 
 
 class Pictures(Dataset):
-    """Pictures decoded once and kept as bytes; scaled and normalised when a batch is fetched.
+    """Pictures as bytes; augmented, scaled and normalised when a batch is fetched.
 
-    images: (N, C, H, W) uint8
+    images: (N, C, H, W) uint8, a Tensor or other Pixels
     labels: (N,) int64
     mean, std: (C,) of the pictures scaled to 0..1
     augment: a transform of uint8 pictures, drawn anew for every picture of a batch; v2 transforms of one picture are
@@ -34,7 +35,7 @@ class Pictures(Dataset):
 
     def __init__(
         self,
-        images: Tensor,
+        images: Pixels,
         labels: Tensor,
         mean: Sequence[float],
         std: Sequence[float],
@@ -47,6 +48,11 @@ class Pictures(Dataset):
         self.augment = augment
         self.rows = torch.arange(len(labels)) if rows is None else rows
         self._images, self._labels = images, labels
+
+    @property
+    def in_memory(self) -> bool:
+        """Are batches cut from a tensor, so that processes to fetch them would only cost?"""
+        return isinstance(self._images, Tensor)
 
     @property
     def images(self) -> Tensor:
@@ -77,4 +83,5 @@ class Pictures(Dataset):
         pictures = self._images[rows]
         if self.augment is not None:
             pictures = self.augment(pictures)
-        return normalize(to_dtype(pictures, torch.float32, scale=True), self.mean, self.std), self._labels[rows]
+        scaled = to_dtype(pictures, torch.float32, scale=True)
+        return normalize(scaled, self.mean, self.std, inplace=True), self._labels[rows]

@@ -1,7 +1,9 @@
-"""Trained weights from whatever file people keep them in: what torch.save wrote (without running it), safetensors."""
+"""Trained weights from whatever people keep them in: what torch.save wrote (never run), safetensors, folders."""
 
+import json
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,53 +11,135 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.tables import UserError, first_line, one_line
+from pipeline.tables import UserError, one_line
 
-# Where training scripts put the weights beside their epoch and optimizer.
-INSIDE = ("state_dict", "model_state_dict", "model", "net", "module")
+# Where training scripts put the weights beside their epoch and optimizer. Averaged weights (of timm, of torchvision's
+# references) come first: they are what such a run evaluates. Lightning's WeightAveraging has them in state_dict itself.
+INSIDE = (
+    "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "module", "last"
+)  # fmt: skip
 # What wrappers put before the names: DataParallel, torch.compile, LightningModules with their network as an attribute.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+# A folder of Hugging Face or open_clip keeps its weights in the first of these that it has.
+IN_FOLDER = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+# Files of other code for an architecture that we name otherwise: what their names begin with or hold (as a regular
+# expression) and what it is for us; None: no part of our network. The first row is our own names.
+LAYOUTS: dict[str, dict[str, str | None]] = {
+    "ours": {},
+    # github.com/osaukh/folding_as_projection trains torchvision's resnet18 with the stem for small pictures.
+    "resnet of torchvision or timm": {r"\.downsample\.": ".shortcut.", r"^fc\.": "linear."},
+    # github.com/mlfoundations/model-soups: OpenAI's CLIP less the blocks of its text tower, and a classifier.
+    "model soup": {
+        r"^model\.visual\.": "visual.",
+        r"^classification_head\.": "head.",
+        r"^model\.(positional_embedding|text_projection|logit_scale|token_embedding\.|ln_final\.|transformer\.)": None,
+    },
+    "a model of transformers": {r"^": "model."},
+    # torchvision's own files of DenseNet are older than its code.
+    "densenet of 2017": {r"(denselayer\d+\.(?:norm|conv))\.([12])\.": r"\1\2."},
+}
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that hold the weights: `path` itself, or of a folder the one, or the shards, that its index names."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"no checkpoint {path}")
+    found = next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"folder {path} holds no weights: it has none of {', '.join(IN_FOLDER)}")
+    if found.suffix != ".json":
+        return [found]
+    shards = [path / name for name in sorted(set(weight_map(found).values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}, which {found.name} names; copy the folder again")
+    return shards
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name."""
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({one_line(error)}); copy it again") from error
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, under the names that are in it. Nothing in the file is executed."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}")
+    """The weights in a file, or in a folder of Hugging Face, under the names that they have there, on the CPU.
+
+    Nothing in a file is executed.
+    """
+    return {name: tensor for file in weight_files(path) for name, tensor in read_file(file).items()}
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        classes = ", ".join(classes_in(path, error)) or "what no checkpoint has"
         raise UserError(
-            f"{path} holds more than weights, and loading it would run code ({first_line(error)[:80]}...); where you"
-            " trust it, save its state_dict() alone: torch.save(model.state_dict(), ...)"
+            f"{path} holds more than weights, and loading it would run code: it needs {classes}; where you trust it,"
+            " load it with weights_only=False and save its state_dict() alone: torch.save(model.state_dict(), ...)"
         ) from error
     except Exception as error:  # half a pickle fails in any way
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript archive, which holds code; save its state_dict() alone:"
+                " torch.save(torch.jit.load(...).state_dict(), ...)"
+            ) from error
         raise UserError(f"{path} is damaged or no checkpoint ({one_line(error)}); copy it again") from error
-    while isinstance(state, Mapping) and not holds_weights(state):
-        inside = next((state[key] for key in INSIDE if isinstance(state.get(key), Mapping)), None)
-        if inside is None:
-            keys = ", ".join(map(str, list(state)[:5]))
-            raise UserError(f"{path} holds no weights: it has {keys or 'nothing'}, none of {', '.join(INSIDE)}")
-        state = inside
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds a {type(state).__name__}, no weights by name")
+    state = weights_in(content)
+    if state is None:
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path} holds a {type(content).__name__}, no weights by name")
+        keys = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise UserError(f"{path} holds no weights: it has {keys}, none of {', '.join(INSIDE)}")
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def holds_weights(state: Mapping) -> bool:
-    return any(isinstance(value, Tensor) and value.dim() > 0 for value in state.values())
+def classes_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    """What a pickle holds beside tensors and plain values, such as argparse.Namespace."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # of before 2020, or no checkpoint at all: the first that torch met
+        return re.findall(r"GLOBAL (\S+) was not", str(error))
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+def weights_in(content: Any) -> Mapping[str, Any] | None:
+    """The innermost mapping that holds weights, under INSIDE or by itself."""
+    if not isinstance(content, Mapping):
+        return None
+    # What is inside comes first: beside it there may be other tensors, such as the state of a random generator.
+    inside = (weights_in(content[key]) for key in INSIDE if key in content)
+    found = next((state for state in inside if state is not None), None)
+    if found is None and any(isinstance(value, Tensor) and value.dim() > 0 for value in content.values()):
+        return content
+    return found
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> list[str]:
     """Put the weights into the model, whatever wrapper's prefix is before their names; every one must fit.
 
-    Tensors of the file that are under another prefix (a loss, a metric, a second network) are left out.
+    Values are cast to the model's types and memory formats. Returns the names of the file's tensors that no part of the
+    model wants and that were left out: those under another prefix (a loss, a metric, a second network), and those that
+    LAYOUTS names, such as the text tower of a CLIP.
     """
     wanted = model.state_dict()
-    prefix = prefix_of(state, wanted)
-    found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    found, left_out = best_fit(state, wanted)
+    if not found.keys() >= wanted.keys() and hasattr(model, "names_of_today"):
+        found = model.names_of_today(found)
     # Files of before 2018 have no batch counts, which matter to nobody.
     found = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | found
     missing = [name for name in wanted if name not in found]
@@ -72,33 +156,57 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
         shapes = tuple(found[wrong[0]].shape), tuple(wanted[wrong[0]].shape)
         raise UserError(f"{path} is another {kind}: {wrong[0]} is {shapes[0]}, not {shapes[1]}; set its size in model.")
     model.load_state_dict(found)
+    return left_out
 
 
-def prefix_of(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The prefix, of several wrappers if need be, under which most of the wanted names are."""
+def best_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by the names that they have under the prefix and layout that give most of the wanted; the rest's."""
+    fits = (renamed(state, prefix, layout) for prefix in prefixes(state) for layout in LAYOUTS.values())
+    names = max(fits, key=lambda names: sum(name in wanted for name in names.values()))  # the first of several
+    return {ours: state[name] for name, ours in names.items()}, [name for name in state if name not in names]
+
+
+def prefixes(state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Prefixes of wrappers around wrappers, shortest first."""
     found = [""]
     for prefix in found:
-        inner = {name for name in state if name.startswith(prefix)}
-        found += [prefix + more for more in PREFIXES if any(name.startswith(prefix + more) for name in inner)]
-
-    def fits(prefix: str) -> int:
-        return sum(prefix + name in state for name in wanted)
-
-    return max(found, key=fits)
+        yield prefix
+        inner = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        found += [prefix + more for more in PREFIXES if any(name.startswith(more) for name in inner)]
 
 
-def settings_in(name: str) -> dict[str, str]:
+def renamed(state: Mapping[str, Tensor], prefix: str, layout: Mapping[str, str | None]) -> dict[str, str]:
+    """Names in the file to our names, of the tensors that are part of the network."""
+    names = {}
+    for name in state:
+        if not name.startswith(prefix):
+            continue
+        ours = name.removeprefix(prefix)
+        if any(new is None and re.search(old, ours) for old, new in layout.items()):
+            continue
+        for old, new in layout.items():
+            if new is not None:
+                ours = re.sub(old, new, ours)
+        names[name] = ours
+    return names
+
+
+def settings_in(path: str) -> dict[str, str]:
     """The hyperparameters in a file's name: "..._opt=sgd_lr=0.1_rand_aug=True.pth" -> {"opt": "sgd", "lr": "0.1", ...}.
 
-    The folding study names its checkpoints so.
+    The folding study names its checkpoints so. The sharpness study has spaces between ("... lr_max=0.1 model=vit_exp
+    epoch=200.pth"), and underscores in values.
     """
+    name = re.sub(r"(\.[A-Za-z]\w*)+$", "", Path(path).name)  # not Path.stem: of a folder "wd=0.05" it leaves "wd=0"
+    if " " in name:
+        return dict(word.split("=", 1) for word in name.split() if "=" in word)
     found, key = {}, ""
-    *parts, last = Path(name).stem.split("=")
+    *parts, last = name.split("=")
     for i, part in enumerate(parts):
         if i == 0:
             key = part.rpartition("_")[2]
             continue
-        value, _, following = part.partition("_")
+        value, _, following = part.partition("_")  # what follows is the next key, with its underscores
         found[key], key = value, following
     if parts:
         found[key] = last

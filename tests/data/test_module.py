@@ -275,8 +275,8 @@ def test_download_can_be_refused(tmp_path, monkeypatch):
         ready("cifar10", root=tmp_path, download=False)
 
 
-def test_only_a_folder_is_named_by_its_root():
-    assert {name for name, source in DATASETS.items() if source.root_names_data} == {"folder"}
+def test_any_folders_are_named_by_their_root():
+    assert {name for name, source in DATASETS.items() if source.root_names_data} == {"folder", "imagenet"}
 
 
 def test_options_reach_the_set(cifar_folder):

@@ -1,0 +1,118 @@
+"""Image classifiers of Hugging Face transformers, from a folder or from the hub."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.library import InputConfig, muted, optional, side, trained_weights
+from pipeline.tables import UserError
+
+RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+SETTINGS = "preprocessor_config.json"
+
+
+class ImageClassifier(nn.Module):
+    """(B, channels, H, W) pictures to (B, classes) logits, of a model that returns them in a record."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(pixel_values=x).logits
+
+    def names_of_today(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file under the names that this version of transformers has for them.
+
+        Its modules are renamed from time to time and its files are not, so what it writes has not the names of its own
+        state_dict. Those that it does not know keep theirs.
+        """
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        with muted():
+            found, report = type(self.model).from_pretrained(
+                None,
+                config=self.model.config,
+                state_dict=dict(state),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+            )
+        known = {name: t for name, t in found.state_dict().items() if name not in report["missing_keys"]}
+        # Not loaded into `found`, so that only their shapes are known by these names.
+        known |= {name: torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
+        known |= {name: state[name] for name in report["unexpected_keys"]}
+        return {f"model.{name}": tensor for name, tensor in known.items()}
+
+
+def huggingface_model(
+    classes: int, channels: int, architecture: str, pretrained: bool = True, **options: Any
+) -> nn.Module:
+    """architecture: a folder with config.json and safetensors, or a name on the hub. Code that comes with a model is
+    never run. Options change its config (image_size, hidden_dropout_prob, ...).
+
+    pretrained: with its weights; the classifier is new unless it has as many classes
+    """
+    transformers = optional("transformers", "huggingface")
+    source = source_of(architecture)
+    with loading(source):
+        config, unknown = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, num_labels=classes, return_unused_kwargs=True, **options
+        )
+        if unknown:
+            raise UserError(f"the config of {architecture} has no {min(unknown)!r}")
+        expected = getattr(config, "num_channels", channels)
+        if expected != channels:
+            raise UserError(f"{architecture} takes {expected} channels, these pictures have {channels}; use model=timm")
+        auto = transformers.AutoModelForImageClassification
+        if not pretrained:
+            return ImageClassifier(auto.from_config(config, dtype=torch.float32))
+        model = auto.from_pretrained(
+            source,
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a classifier of other classes
+            dtype=torch.float32,  # not that of the file
+        )
+    return ImageClassifier(model.train())
+
+
+def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
+    """What the preprocessor_config.json beside the model says; None where there is none.
+
+    Pictures that it would squash to a square are cropped by us.
+    """
+    transformers = optional("transformers", "huggingface")
+    source = source_of(architecture)
+    if source.is_dir() and not (source / SETTINGS).is_file():
+        return None
+    with loading(source):
+        found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
+    size, share = side(found["size"]), found.get("crop_pct", 1.0)
+    if found.get("do_center_crop"):
+        crop = side(found["crop_size"])
+        size, share = crop, crop / size
+    return InputConfig(
+        size=size,
+        crop_pct=share,
+        mean=tuple(found["image_mean"]),
+        std=tuple(found["image_std"]),
+        interpolation=RESAMPLE.get(found["resample"], "bicubic"),
+    )
+
+
+def source_of(architecture: str) -> Path:
+    """A folder, or a name on the hub, which looks like one."""
+    source = Path(architecture).expanduser()
+    if not source.is_dir() and (architecture.startswith((".", "~", "/")) or len(source.parts) > 2):
+        raise UserError(f"no folder {source}")
+    return source
+
+
+def loading(source: Path) -> AbstractContextManager[None]:
+    fix = "give the folder of one that is whole" if source.is_dir() else "give its folder as model.architecture"
+    return trained_weights(f"Hugging Face's {source}", hub=not source.is_dir(), fix=fix)
