@@ -43,19 +43,17 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
             F.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for x, w, b in zip(inputs, weights, biases, strict=True)
         )
-        mask = None
-        for given, shape in ((attn_mask, (-1, self.num_heads, length, source)), (key_padding_mask, (-1, 1, 1, source))):
-            if given is None:
-                continue
-            if given.dtype == torch.bool:
-                given = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, float("-inf"))
-            given = given if given.dim() == 2 and given is attn_mask else given.reshape(shape)
-            mask = given if mask is None else mask + given
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal says what attn_mask is, and needs one, as in nn.MultiheadAttention")
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.reshape(batch, self.num_heads, length, source)
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.reshape(batch, 1, 1, source)
+        masks = [_added(given, q.dtype) for given in (attn_mask, key_padding_mask) if given is not None]
+        mask = sum(masks[1:], masks[0]) if masks else None
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = q @ k.transpose(-1, -2) / self.head_dim**0.5
-            if mask is None and is_causal:
-                raise ValueError("is_causal needs attn_mask, as in nn.MultiheadAttention")
             scores = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
             mixed = scores @ v
         else:
@@ -66,3 +64,8 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
             return out, None
         shown = scores.mean(1) if average_attn_weights else scores
         return out, shown.squeeze(0) if single else shown
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to scores; where a mask of booleans is true, nobody looks."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask

@@ -19,7 +19,10 @@ def dendrogram(gram: Array, method: str = "ward") -> Array:
     if len(gram) == 1:
         return np.empty((0, 2), np.int64)
     squares = np.diag(gram)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0))
+    distances = -2 * gram  # and all else in place: of 3,072 channels this is 75 MB
+    distances += squares[:, None]
+    distances += squares
+    np.sqrt(np.maximum(distances, 0, out=distances), out=distances)
     np.fill_diagonal(distances, 0)
     return linkage(squareform(distances, checks=False), method)[:, :2].astype(np.int64)
 

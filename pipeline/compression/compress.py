@@ -138,7 +138,7 @@ def compressions(
     counted = {} if counted is None else counted
     choose = pick("method", METHODS, method)
     check_ratios(ratios, round_to)
-    model = bare_copy(model)  # hooks and masks of the live model stay out of the smaller ones
+    model = bare_copy(model, share=True)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example, parts) if groups is None else groups
     check_groups(model, groups)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}

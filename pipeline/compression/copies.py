@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 
-def bare_copy(model: nn.Module) -> nn.Module:
+def bare_copy(model: nn.Module, share: bool = False) -> nn.Module:
     """A deep copy of the network itself, in the same mode.
+
+    share: the tensors are the model's own where nothing hangs on them, for copies that nobody writes to.
 
     Unwraps torch.compile; leaves out forward and backward hooks (`wandb.watch` hangs some there that cannot be copied);
     makes masks of torch.nn.utils.prune permanent (their `weight` is no leaf, which deepcopy refuses).
@@ -22,6 +24,8 @@ def bare_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+        if share and not any(name.endswith("_orig") for name in module._parameters):
+            memo |= {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     with torch.no_grad():
         twin = copy.deepcopy(model, memo)
     for module in twin.modules():

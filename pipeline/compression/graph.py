@@ -229,6 +229,7 @@ class Tracer:
                 self.env[node] = self.step(node)
             else:  # get_attr: a constant or a submodule of a control-flow operation
                 self.env[node] = self.blank(node)
+        self.env.clear()
         self.solve()
 
     def step(self, node: fx.Node) -> Any:

@@ -94,7 +94,7 @@ class GroupWeights:
             rows = block.cpu().numpy()
             gram = torch.from_numpy(rows @ rows.T)  # of one array with itself NumPy computes one half only
             if self.scale == "tensor" and gram.trace() > 0:
-                gram = gram / gram.trace()
+                gram /= float(gram.trace())
             total += gram
         if self.scale == "channel":
             norms = total.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()

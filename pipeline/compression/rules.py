@@ -29,7 +29,8 @@ MEET = frozenset("add sub rsub subtract mul multiply div divide true_divide maxi
 MOVE = frozenset(
     "view _unsafe_view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze expand repeat unbind select slice narrow split split_with_sizes chunk roll flip cat concat concatenate "
-    "stack pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave".split()
+    "stack pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave mT mH adjoint "
+    "reshape_as view_as expand_as".split()
 )
 # Those of MOVE that cut a dimension into pieces, and the place of the dimension among their arguments. Channels of
 # different pieces are of different kinds.
@@ -40,7 +41,8 @@ SPATIAL = frozenset(
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split()
 )
-REDUCE = frozenset(["mean", "sum", "amax", "amin"])
+# Reductions, and the place of the dimensions among their arguments.
+REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "linalg_vector_norm": 2}
 CONV = frozenset(["conv1d", "conv2d", "conv3d"])
 CONV_TRANSPOSE = frozenset(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
 
@@ -116,8 +118,8 @@ def meet(t: "Tracer", x: Tensor, y: Tensor, shape: tuple[int, ...], is_sum: bool
     return x.expand(shape) if x.any() else y.expand(shape)
 
 
-def _masked(t: "Tracer", node: fx.Node) -> Any:
-    """where and masked_fill: a mask chooses element by element, so what it chooses from meets."""
+def _meet_all(t: "Tracer", node: fx.Node) -> Any:
+    """Element-wise in several operands; a mask, too, must not tell channels apart."""
     found, *others = t.operands(node)
     for other in others:
         found = meet(t, found, other, shape_of(node))
@@ -144,6 +146,15 @@ def _move(t: "Tracer", node: fx.Node) -> Any:
         if any(piece.shape != args[0].shape for piece in pieces):
             t.tag(pieces, by=name)
     return moved
+
+
+def _glu(t: "Tracer", node: fx.Node) -> Any:
+    """One half gates the other."""
+    x, dim = t.value(argument(node, 0, "self")), argument(node, 1, "dim", -1)
+    value, gate = x.chunk(2, dim)
+    if varies(x, dim):
+        t.tag([value, gate], by="glu")
+    return meet(t, value, gate, shape_of(node))
 
 
 def _index(t: "Tracer", node: fx.Node) -> Any:
@@ -179,7 +190,7 @@ def _pad(t: "Tracer", node: fx.Node) -> Any:
 
 
 def _reduce(t: "Tracer", node: fx.Node) -> Any:
-    dims = argument(node, 1, "dim")
+    dims = argument(node, REDUCE[op_name(node)], "dim")
     x = t.value(argument(node, 0, "self"))
     if not isinstance(dims, (int, list, tuple)) or dims == []:
         dims = list(range(x.dim()))
@@ -360,7 +371,7 @@ RULES: tuple[tuple[frozenset[str], Rule], ...] = (
     (MEET, _meet),
     (MOVE, _move),
     (SPATIAL, _spatial),
-    (REDUCE, _reduce),
+    (frozenset(REDUCE), _reduce),
     (CONV, _conv),
     (CONV_TRANSPOSE, _conv_transpose),
     (frozenset({"linear"}), _linear),
@@ -368,7 +379,8 @@ RULES: tuple[tuple[frozenset[str], Rule], ...] = (
     (frozenset({"matmul", "bmm"}), _matmul),
     (frozenset({"scaled_dot_product_attention"}), _attention),
     (frozenset({"softmax", "_softmax", "log_softmax", "_safe_softmax"}), _softmax),
-    (frozenset({"where", "masked_fill"}), _masked),
+    (frozenset({"where", "masked_fill", "addcmul", "addcdiv", "lerp"}), _meet_all),
+    (frozenset({"glu"}), _glu),
     (frozenset({"index"}), _index),
     (frozenset({"batch_norm"}), _batch_norm),
     (frozenset({"layer_norm", "rms_norm"}), _layer_norm),

@@ -1,4 +1,7 @@
-"""The proof of a trace: duplicated channels must fold without loss, on random weights, or their group is frozen."""
+"""The proof of a trace: on random weights, what is compressed must compute the same, or it is frozen.
+
+Duplicated channels fold without loss, and a channel that nothing reads can go.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +19,11 @@ from pipeline.tables import first_line
 
 # Above this many bytes of weights the check runs in single precision: twice as many would not leave room for a copy.
 LARGE = 2**26
-DRAWS = 2
+DRAWS, FEW = 2, 4
 
 
 def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups) -> ChannelGroups:
-    """Keep the groups that survive a fold of exact duplicates, in uneven clusters, without loss; freeze the others.
+    """Keep the groups that compress without loss where they must, freeze the others.
 
     The check runs on random weights, so that it speaks of the architecture and not of this checkpoint. What it cannot
     find in the trace it finds here: sizes that a module keeps as Python numbers, and whether attention divides its
@@ -35,15 +38,16 @@ def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups)
         except Exception as error:
             return _frozen_too(traced, dict.fromkeys(range(len(traced)), f"the check fails ({first_line(error)})"))
         groups = list(traced)
-        everything = traced.ties
-        if check.failure(groups, everything) is None:
-            return traced
         reasons: dict[int, str] = {}
 
         def freeze(ties: Iterable[Sequence[int]], reason: str) -> None:
             for i in (i for tie in ties for i in tie):
                 cut = f"; they are cut out by {', '.join(groups[i].cut_by)}" if groups[i].cut_by else ""
                 reasons[i] = reason + cut
+
+        uneven = [tie for tie in traced.ties if len({groups[i].size for i in tie}) > 1]
+        freeze(uneven, "cut into pieces of several sizes")
+        everything = [tie for tie in traced.ties if tie not in uneven]
 
         def sort_out(ties: list[list[int]]) -> None:
             """Freeze those of these ties that fail, by halving."""
@@ -55,6 +59,8 @@ def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups)
             sort_out(ties[: len(ties) // 2])
             sort_out(ties[len(ties) // 2 :])
 
+        if check.failure(groups, everything) is None:
+            return _frozen_too(traced, reasons)
         for ties in _alike(groups, everything):
             reason = check.failure(groups, ties)
             if reason is None:
@@ -75,7 +81,7 @@ def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups)
 
 
 class _Check:
-    """Random weights, noise to call the network with, and the comparison of duplicated with folded channels."""
+    """Random weights, noise to call the network with, and the comparison of the network with the compressed one."""
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.model, self.args, self.kwargs = model.cpu(), args, kwargs
@@ -103,21 +109,26 @@ class _Check:
                 return
         raise ArithmeticError("NaN or Inf on random weights")
 
-    def failure(self, groups: Sequence[ChannelGroup], ties: Iterable[Sequence[int]]) -> str | None:
-        """Why the groups at these places cannot all be folded at once, or None.
+    def failure(self, groups: Sequence[ChannelGroup], ties: Sequence[Sequence[int]]) -> str | None:
+        """Why the groups at these places cannot all be compressed at once, or None.
 
-        Two draws, as a channel order that survives one by chance will hardly survive another, and of two successive
-        numbers of channels, as no size that must divide by something is a multiple of it twice.
+        Several draws, as a channel order that survives one by chance will hardly survive another, and of successive
+        numbers of channels, as no size that must divide by something is a multiple of it twice. Of few channels every
+        number is drawn.
         """
-        for more in range(DRAWS):
+        sizes = [groups[tie[0]].size for tie in ties]
+        starts = [int(torch.randint(size, (), generator=self.generator)) for size in sizes]
+        few = [size - 1 for size in sizes if size <= FEW]
+        for draw in range(max([DRAWS, *few])):
             randomise_(self.model, self.generator)
             chosen, projections = [], []
-            for tie in ties:
-                clusters = round(groups[tie[0]].size * (1 + float(torch.rand((), generator=self.generator))) / 3) + more
+            for tie, size, start in zip(ties, sizes, starts, strict=True):
+                left = 1 + (start + draw) % (size - 1)
                 for i in tie:
                     chosen.append(groups[i])
-                    projections.append(Projection(_uneven_labels(groups[i].size, clusters, self.generator)))
+                    projections.append(Projection(mixed_labels(size, left, self.generator)))
             duplicate_(self.model, chosen, projections)
+            drop_(self.model, chosen, projections)
             expected = _tensors(self.model(*self.args, **self.kwargs))
             try:
                 smaller = apply(self.model, chosen, projections, share=True)
@@ -126,7 +137,7 @@ class _Check:
                 return f"the smaller network does not run ({first_line(error)})"
             for e, f in zip(expected, found, strict=True):
                 if e.shape != f.shape or not torch.allclose(e, f, rtol=0, atol=self.tolerance * float(e.abs().max())):
-                    return "folding exact duplicates changes the output"
+                    return "folding duplicates and dropping what nothing reads changes the output"
         return None
 
 
@@ -165,19 +176,39 @@ def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: It
     tensors = named_tensors(model)
     with torch.no_grad():
         for group, projection in zip(groups, projections, strict=True):
-            source = projection.representatives[projection.labels]
+            kept = projection.labels >= 0
+            source = torch.arange(group.size)
+            source[kept] = projection.representatives[projection.labels[kept]]
             for write in group.writes:
                 tensor = tensors[write.tensor]
                 copies = tensor.index_select(write.axis, write.index[source].reshape(-1).to(tensor.device))
                 tensor.index_copy_(write.axis, write.index.reshape(-1).to(tensor.device), copies)
 
 
-def _uneven_labels(size: int, clusters: int, generator: torch.Generator) -> Tensor:
-    """Clusters of very different sizes, fewer than there are channels: (size,) int64."""
-    clusters = min(max(clusters, 1), size - 1)
-    drawn = (torch.rand(size, generator=generator) ** 2 * clusters).long()
-    drawn[torch.randperm(size, generator=generator)[:clusters]] = torch.arange(clusters)  # none is empty
-    return drawn
+def drop_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]) -> None:
+    """In place: let nothing read the channels that are dropped, which is what pruning them does."""
+    tensors = named_tensors(model)
+    with torch.no_grad():
+        for group, projection in zip(groups, projections, strict=True):
+            for read in group.reads:
+                tensor = tensors[read.tensor]
+                tensor.index_fill_(read.axis, read.index[projection.labels < 0].reshape(-1).to(tensor.device), 0)
+
+
+def mixed_labels(size: int, left: int, generator: torch.Generator) -> Tensor:
+    """(size,) int64: `left` clusters of very different sizes, and of the other channels about a third dropped (-1).
+
+    The first channel may be among the dropped: one that always stays hides channels that stand in another order.
+    """
+    dropped = torch.randperm(size, generator=generator)[: (size - left + 2) // 3]
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[dropped] = False
+    count = int(stays.sum())
+    drawn = (torch.rand(count, generator=generator) ** 2 * left).long()
+    drawn[torch.randperm(count, generator=generator)[:left]] = torch.arange(left)  # none is empty
+    labels = torch.full((size,), -1)
+    labels[stays] = drawn
+    return labels
 
 
 def _noise_like(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
