@@ -159,12 +159,16 @@ def _glu(t: "Tracer", node: fx.Node) -> Any:
 
 def _index(t: "Tracer", node: fx.Node) -> Any:
     """Picks rows along dimensions that hold no channels: a table of relative positions."""
-    x, picked = t.value(argument(node, 0, "self")), argument(node, 1, "indices")
+    table, picked = t.parameter(argument(node, 0, "self")), argument(node, 1, "indices")
     count = len(picked)
-    if any(i is None for i in picked) or any(varies(x, d) for d in range(count)):
+    if any(i is None for i in picked):
         return NotImplemented
-    rest = x[(0,) * count]
-    return rest.expand(shape_of(node))
+    if table is not None and count == t.tensors[table].dim() - 1:
+        return spread(t.axis_ids(table, count, "write"), shape_of(node), -1)
+    x = t.value(argument(node, 0, "self"))
+    if any(varies(x, d) for d in range(count)):
+        return NotImplemented
+    return x[(0,) * count].expand(shape_of(node))
 
 
 def _spatial(t: "Tracer", node: fx.Node) -> Any:
@@ -204,17 +208,25 @@ def _reduce(t: "Tracer", node: fx.Node) -> Any:
 
 def _weighted(t: "Tracer", node: fx.Node, dim: int, read_axis: int, write_axis: int) -> Any:
     """A layer whose weight reads the channels along `dim` of its input and writes those of its output."""
-    weight, bias = _weight_and_bias(t, node)
-    if weight is None or bias is None:
+    weight = t.parameter(argument(node, 1, "weight"))
+    if weight is None:
         return NotImplemented
     t.unite(t.along(t.value(argument(node, 0, "input")), dim), t.axis_ids(weight, read_axis, "read"))
     written = t.axis_ids(weight, write_axis, "write")
-    if bias:
-        t.unite(written, t.axis_ids(bias, 0, "write"))
+    _bias(t, node, written)
     return spread(written, shape_of(node), dim)
 
 
-def _weight_and_bias(t: "Tracer", node: fx.Node) -> tuple[str | None, str | None]:
+def _bias(t: "Tracer", node: fx.Node, written: Tensor) -> None:
+    """The bias of a layer, which may be put together of several, and of zeros that write nothing."""
+    bias = argument(node, 2, "bias")
+    if bias is not None:
+        name = t.parameter(bias)
+        ids = t.value(bias) if name is None else t.axis_ids(name, 0, "write")
+        t.unite(torch.where(ids > 0, written, 0), ids)
+
+
+def _names(t: "Tracer", node: fx.Node) -> tuple[str | None, str | None]:
     """The names of a layer's weight and bias: None where it is computed, "" where there is no bias."""
     bias = argument(node, 2, "bias")
     return t.parameter(argument(node, 1, "weight")), "" if bias is None else t.parameter(bias)
@@ -299,12 +311,11 @@ def _conv(t: "Tracer", node: fx.Node) -> Any:
         return NotImplemented  # without a batch dimension
     if argument(node, 6, "groups", 1) == 1:
         return _weighted(t, node, dim=1, read_axis=1, write_axis=0)
-    weight, bias = _weight_and_bias(t, node)
-    if weight is None or bias is None:
+    weight = t.parameter(argument(node, 1, "weight"))
+    if weight is None:
         return NotImplemented
     written = t.axis_ids(weight, 0, "write")
-    if bias:
-        t.unite(written, t.axis_ids(bias, 0, "write"))
+    _bias(t, node, written)
     taken = t.along(t.value(argument(node, 0, "input")), 1)
     rows_in, rows_out = taken.view(argument(node, 6, "groups"), -1), written.view(argument(node, 6, "groups"), -1)
     if varies(rows_in, 1):  # the channels of one group are not those of another: only a whole group can go
@@ -334,7 +345,7 @@ def _batch_norm(t: "Tracer", node: fx.Node) -> Any:
             t.unite(x, t.axis_ids(name, 0, "write"))
     writer, writer_bias = None, None
     if source.op == "call_function" and len(source.users) == 1 and op_name(source) in CONV | {"linear"}:
-        writer, writer_bias = _weight_and_bias(t, source)
+        writer, writer_bias = _names(t, source)
     weight, bias, mean, var = names
     t.norms.append(Norm(weight, bias, mean, var, float(argument(node, 7, "eps", 1e-5)), writer, writer_bias or None))
     return spread(x, shape_of(node), 1)
