@@ -11,7 +11,6 @@ network. Pictures are random: time does not depend on what they show.
 
 import argparse
 import copy
-import json
 import logging
 import statistics
 import tempfile
@@ -22,14 +21,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import lightning
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from benchmarks.speed import THREADS, machine, rounded, timed
+from benchmarks.common import THREADS, described, machine, timed, write
 from callbacks.compression import CompressionCallback
 from pipeline.data import DATASETS, DataSource
 from pipeline.data.module import PictureData
@@ -81,17 +79,13 @@ def main() -> None:
             "repair_size": REPAIR_SIZE,
         },
         "seed": SEED,
-        "machine": machine() | {"lightning": lightning.__version__},
+        "machine": machine("lightning"),
         "overhead": statistics.median(e["lightning_s"] / e["plain_s"] for e in epochs) - 1,
         "ratio": statistics.median(end["whole_s"] / bare_s(end) for end in ends),
         "epochs": epochs,
         "epoch_ends": ends,
     }
-    text = report(result)
-    print(text)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(rounded(result), indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(text + "\n")
+    write(args.out, result, report(result))
 
 
 def measured(train: int, val: int, test: int, every: int, repeats: int) -> tuple[list[dict], list[dict]]:
@@ -267,7 +261,7 @@ def bare_s(end: dict[str, float]) -> float:
 
 def report(result: dict[str, Any]) -> str:
     """Tables and the lines that sum them up, as Markdown."""
-    config, where, epochs, ends = result["config"], result["machine"], result["epochs"], result["epoch_ends"]
+    config, epochs, ends = result["config"], result["epochs"], result["epoch_ends"]
 
     def median(key: str, of: list[dict[str, float]] = ends) -> float:
         return statistics.median(part[key] for part in of)
@@ -280,8 +274,7 @@ def report(result: dict[str, Any]) -> str:
         [
             "# What Lightning and the callback cost",
             f"ResNet18 of width {config['width']}, channels-last, on random 3x32x32 pictures in memory; seed "
-            f"{result['seed']}; {where['cpu']}, {where['threads']} threads on {where['cores']} cores, load "
-            f"{where['load_average'][0]:.1f}; torch {where['torch']}, lightning {where['lightning']}. Written by "
+            f"{result['seed']}; {described(result['machine'], 'lightning')}. Written by "
             "`python -m benchmarks.overhead`. Seconds are wall time.",
             "",
             f"**Training.** {config['train']:,} pictures in batches of {config['batch_size']} (crop, flip, SGD, a "

@@ -8,8 +8,6 @@ in the system's cache; the start of Python and its imports are not counted.
 """
 
 import argparse
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks.common import described, machine, timed
 from pipeline.cells import cells, settings, write_record
 from pipeline.results import ROWS, Row, RowStore, means, read_present
 from pipeline.study import gaps, headlines, last_measurement
@@ -120,14 +119,15 @@ def measure(runs: Path) -> None:
     folders = cells(runs)
     files = [folder / ROWS for folder in folders]
     found = read_present(files)
-    print(f"{machine()}, polars {pl.__version__}; n = {len(folders):,} cells, {len(found):,} rows, median of {REPEATS}")
+    where = described(machine("polars"), "polars")
+    print(f"{where}; n = {len(folders):,} cells, {len(found):,} rows, median of {REPEATS}")
     last = last_measurement(found)
-    timed("list, settings and states", lambda: settings(runs))
-    timed("rows that the tables need", lambda: read_present(files, COLUMNS))
-    timed("rows, every column (--out)", lambda: read_present(files))
-    timed("pivot: last measurement, means, gaps", lambda: tables(found))
-    timed("of that, means", lambda: means(last))
-    timed("all of a report before printing", lambda: whole(runs))
+    clocked("list, settings and states", lambda: settings(runs))
+    clocked("rows that the tables need", lambda: read_present(files, COLUMNS))
+    clocked("rows, every column (--out)", lambda: read_present(files))
+    clocked("pivot: last measurement, means, gaps", lambda: tables(found))
+    clocked("of that, means", lambda: means(last))
+    clocked("all of a report before printing", lambda: whole(runs))
 
 
 def tables(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -142,25 +142,19 @@ def whole(runs: Path) -> None:
     tables(sweep.rows)
 
 
-def timed(what: str, run: Callable[[], Any]) -> None:
+def clocked(what: str, run: Callable[[], Any]) -> None:
     """The wall clock, its range, and the processor time, which other programs on the machine disturb less."""
     seconds, busy = [], []
     for _ in range(REPEATS):
-        start, used = time.perf_counter(), time.process_time()
-        run()
-        seconds.append(time.perf_counter() - start)
+        used = time.process_time()
+        spent, _ = timed(run)
+        seconds.append(spent)
         busy.append(time.process_time() - used)
     spread = f"{min(seconds):.2f} ... {max(seconds):.2f}"
     print(
         f"{what:<38} {statistics.median(seconds):6.2f} s   ({spread}; processor {statistics.median(busy):.2f})",
         flush=True,
     )
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -9,19 +9,12 @@ nine smaller models and their reports. The baseline is timed for its clustering 
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
-import sklearn
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
@@ -30,6 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from benchmarks.common import THREADS, described, machine, timed, write
 from pipeline.compression import METHODS, ChannelGroups, Projection, channel_groups, compressions
 from pipeline.compression.compress import channels_left
 from pipeline.compression.methods import GroupWeights
@@ -38,7 +32,6 @@ from pipeline.models import build_model
 
 RATIOS = [r / 10 for r in range(1, 10)]
 SEED = 0
-THREADS = 2
 TOLERANCE = 1e-9  # relative: rounding, not a worse clustering
 Times = dict[str, list[float]]
 
@@ -69,23 +62,12 @@ def main() -> None:
         "seed": SEED,
         "n": 1,
         "validation_accuracy": accuracy,
-        "machine": machine(),
+        "machine": machine("scipy", "scikit-learn"),
         "trace_s": trace,
         "times_s": times,
         "cells": cells,
     }
-    text = report(result)
-    print(text)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(rounded(result), indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(text + "\n")
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(wall seconds, what it returns)."""
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
+    write(args.out, result, report(result))
 
 
 def trained(epochs: int) -> tuple[nn.Module, float]:
@@ -172,35 +154,15 @@ def pca_kmeans(features: np.ndarray, k: int) -> np.ndarray:
     return KMeans(n_clusters=k, n_init=1, random_state=SEED).fit(rotated).labels_
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "scipy": scipy.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
-
-
 def report(result: dict[str, Any]) -> str:
     """Tables and the line that sums them up, as Markdown."""
-    cells, times, where = result["cells"], result["times_s"], result["machine"]
+    cells, times = result["cells"], result["times_s"]
     whole = statistics.median(times["whole"])
     lines = [
         "# Folding at nine ratios beside PCA + k-means",
         f"ResNet18 of width 64 after {result['config']['epochs']} epochs on the digits (validation accuracy "
-        f"{result['validation_accuracy']:.1%}), seed {result['seed']}, n = {result['n']} network; {where['cpu']}, "
-        f"{where['threads']} threads on {where['cores']} cores, load {where['load_average'][0]:.1f}; "
-        f"torch {where['torch']}, scipy {where['scipy']}, scikit-learn {where['scikit-learn']}. Written by "
-        "`python -m benchmarks.speed`.",
+        f"{result['validation_accuracy']:.1%}), seed {result['seed']}, n = {result['n']} network; "
+        f"{described(result['machine'], 'scipy', 'scikit-learn')}. Written by `python -m benchmarks.speed`.",
         "",
         "Seconds are wall time; errors are ‖W - P W‖ / ‖W‖, mean over the groups. The baseline is "
         f"{result['baseline']}: its clustering alone, against all of ours.",
@@ -248,15 +210,6 @@ def report(result: dict[str, Any]) -> str:
 def higher(cells: list[dict[str, Any]]) -> int:
     """In how many cells ours has the larger error."""
     return sum(c["ours"] > c["baseline"] * (1 + TOLERANCE) for c in cells)
-
-
-def rounded(value: Any) -> Any:
-    """Numbers to seven digits, through dicts and lists: the file is read by people and by git."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

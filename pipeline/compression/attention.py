@@ -33,7 +33,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         single = query.dim() == 2
         turned = not single and not self.batch_first
         inputs = [x.unsqueeze(0) if single else x.transpose(0, 1) if turned else x for x in (query, key, value)]
-        batch, length, source = len(inputs[0]), inputs[0].shape[1], inputs[1].shape[1]
+        batch, length, source = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
         if self.in_proj_weight is None:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         else:

@@ -143,6 +143,7 @@ class Tracer:
         self.freezes: list[tuple[np.ndarray, str]] = []
         self.norms: list[Norm] = []
         self.added: list[Tensor] = []  # ids that were added up
+        self.biases: set[str] = set()  # tensors that layers add to what they compute
         self.products: list[tuple[Tensor, Tensor, float]] = []  # queries, keys, temperature
         self.is_query, self.component = np.zeros(0, bool), np.zeros(0, np.int64)
         self.temperature: dict[int, float] = {}  # of components that queries and keys have in common
@@ -206,6 +207,12 @@ class Tracer:
         rows = _thin(ids)[0].reshape(-1, ids.shape[-1]).unique(dim=0)
         self.tag(list(rows), "attention")
         self.blocks.append((rows, "head"))
+
+    def owners(self, ids: Tensor) -> set[str]:
+        """The tensors whose positions these ids are."""
+        found = ids.unique().numpy()
+        inside = {key: (found >= s) & (found < s + self.span_size(key)) for key, (s, _) in self.spans.items()}
+        return {tensor for (tensor, _), of in inside.items() if of.any()}
 
     def along(self, ids: Tensor, dim: int) -> Tensor:
         """The ids along one dimension, (N,), which must mean the same wherever else they stand."""
@@ -309,6 +316,14 @@ class Tracer:
             reads = [own[s : s + self.span_size(key)] for key, (s, role) in self.spans.items() if role == "read"]
             odd = np.isin(queries, np.concatenate([keys, *reads]))
             self.freeze(torch.from_numpy(pairs[:, odd]), "queries are used as something else too")
+            # A query is added up over a cluster, which a product of several parameters is not when each is.
+            factors = np.zeros(self.count, np.int64)
+            for key, (start, _) in self.spans.items():
+                if key[0] not in self.biases:
+                    factors[np.unique(own[start : start + self.span_size(key)])] += 1
+            several = factors[queries] > 1
+            self.freeze(torch.from_numpy(pairs[:, several]), "queries go through several parameters")
+            odd |= several
             self.is_query = np.isin(own, np.setdiff1d(queries, queries[odd]))
             edges.append(pairs)
         self.component = _components(edges, self.count)

@@ -223,6 +223,7 @@ def _bias(t: "Tracer", node: fx.Node, written: Tensor) -> None:
     if bias is not None:
         name = t.parameter(bias)
         ids = t.value(bias) if name is None else t.axis_ids(name, 0, "write")
+        t.biases |= t.owners(ids) if name is None else {name}
         t.unite(torch.where(ids > 0, written, 0), ids)
 
 
@@ -244,6 +245,7 @@ def _addmm(t: "Tracer", node: fx.Node) -> Any:
     t.unite(t.along(t.value(argument(node, 1, "mat1")), -1), t.axis_ids(weight, 0, "read"))
     written = t.axis_ids(weight, 1, "write")
     t.unite(written, t.axis_ids(bias, 0, "write"))
+    t.biases.add(bias)
     return spread(written, shape_of(node), -1)
 
 

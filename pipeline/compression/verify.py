@@ -113,20 +113,20 @@ class _Check:
         """Why the groups at these places cannot all be compressed at once, or None.
 
         Several draws, as a channel order that survives one by chance will hardly survive another, and of successive
-        numbers of channels, as no size that must divide by something is a multiple of it twice. Of few channels every
-        number is drawn.
+        numbers of channels, as no size that must divide by something is a multiple of it twice. Every second one drops
+        channels too. Of few channels every number is drawn, with and without.
         """
         sizes = [groups[tie[0]].size for tie in ties]
         starts = [int(torch.randint(size, (), generator=self.generator)) for size in sizes]
-        few = [size - 1 for size in sizes if size <= FEW]
+        few = [2 * (size - 1) for size in sizes if size <= FEW]
         for draw in range(max([DRAWS, *few])):
             randomise_(self.model, self.generator)
             chosen, projections = [], []
             for tie, size, start in zip(ties, sizes, starts, strict=True):
-                left = 1 + (start + draw) % (size - 1)
+                left = 1 + (start + (draw // 2 if size <= FEW else draw)) % (size - 1)
                 for i in tie:
                     chosen.append(groups[i])
-                    projections.append(Projection(mixed_labels(size, left, self.generator)))
+                    projections.append(Projection(mixed_labels(size, left, draw % 2 == 1, self.generator)))
             duplicate_(self.model, chosen, projections)
             drop_(self.model, chosen, projections)
             expected = _tensors(self.model(*self.args, **self.kwargs))
@@ -194,12 +194,12 @@ def drop_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterabl
                 tensor.index_fill_(read.axis, read.index[projection.labels < 0].reshape(-1).to(tensor.device), 0)
 
 
-def mixed_labels(size: int, left: int, generator: torch.Generator) -> Tensor:
-    """(size,) int64: `left` clusters of very different sizes, and of the other channels about a third dropped (-1).
+def mixed_labels(size: int, left: int, dropping: bool, generator: torch.Generator) -> Tensor:
+    """(size,) int64: `left` clusters of very different sizes; dropping: about a third of the others are -1.
 
     The first channel may be among the dropped: one that always stays hides channels that stand in another order.
     """
-    dropped = torch.randperm(size, generator=generator)[: (size - left + 2) // 3]
+    dropped = torch.randperm(size, generator=generator)[: (size - left + 2) // 3 if dropping else 0]
     stays = torch.ones(size, dtype=torch.bool)
     stays[dropped] = False
     count = int(stays.sum())

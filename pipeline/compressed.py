@@ -1,0 +1,27 @@
+"""A compressed network from its file alone, where the file names an architecture of MODELS."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.compression.checkpoint import load_compressed, read_manifest
+from pipeline.models import MODELS, build_model
+from pipeline.tables import UserError, call, pick
+
+
+def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(the compressed network in eval mode, its manifest). No weights are downloaded, no random number is drawn.
+
+    Raises UserError as `load_compressed` does, and for a file that does not say its architecture.
+    """
+    architecture = read_manifest(path)["architecture"]
+    if "name" not in architecture:
+        raise UserError(f"{path} does not say its architecture; build it and call load_compressed(path, model)")
+    if "pretrained" in inspect.signature(pick("model", MODELS, architecture["name"])).parameters:
+        architecture["pretrained"] = None  # the weights are those in the file
+    with torch.random.fork_rng(devices=[]):
+        model = call(f"the architecture in {path}", build_model, **architecture)
+    return load_compressed(path, model.eval())

@@ -1,0 +1,192 @@
+"""How fast a network runs here and what it takes: by batch size and runtime, measured on a copy in eval mode."""
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.compression.checkpoint import stored_tensors
+from pipeline.compression.compress import macs, parameters
+from pipeline.compression.copies import bare_copy
+from pipeline.compression.graph import Example, call_arguments
+from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
+from pipeline.tables import UserError, one_line, pick
+
+Run = Callable[[], Any]  # one forward pass on one batch
+LEAST, MOST = 5, 1000  # timed passes
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One network under one runtime at one batch size; times in seconds, sizes in bytes.
+
+    median, low, high: of the time of one pass and its quartiles, over `repeats` passes
+    memory: at the peak of a pass (see `peak_memory`); None where the runtime does not let us see it
+    params, macs: of the network, macs for one sample; size: of its weights and buffers, which are its safetensors file
+        but for the header
+    reason: why there are no times (NaN), if there are none
+    """
+
+    runtime: str
+    batch_size: int
+    median: float
+    low: float
+    high: float
+    repeats: int
+    memory: int | None
+    params: int
+    macs: int
+    size: int
+    reason: str = ""
+
+
+def eager(network: nn.Module, example: Example) -> Callable[[Example], Run]:
+    def bind(inputs: Example) -> Run:
+        args, kwargs = call_arguments(inputs)
+        return lambda: network(*args, **kwargs)
+
+    return bind
+
+
+def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
+    """torch.compile, for each batch size anew; what it compiled before in this process is forgotten.
+
+    Else the networks of one class count as recompilations of one forward, and after some of them it gives up and runs
+    the next one eagerly.
+    """
+    torch.compiler.reset()
+    return eager(torch.compile(network, dynamic=False), example)
+
+
+def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
+    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    device = device_of(network)
+    if device.type != "cpu":
+        raise UserError(f"ONNX Runtime is measured on the CPU, and the network is on {device}; move it to compare")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export_onnx(network, example, path)
+        session = onnx_session(path)
+
+    def bind(inputs: Example) -> Run:
+        arrays = onnx_inputs(session, inputs)
+        return lambda: session.run(None, arrays)
+
+    return bind
+
+
+# (network, example of any batch size) -> (batch -> a forward pass on it)
+RUNTIMES: dict[str, Callable[[nn.Module, Example], Callable[[Example], Run]]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "onnx": onnx,
+}
+
+
+def profile(
+    model: nn.Module,
+    example: Example,
+    batch_sizes: Sequence[int] = (1, 128),
+    runtimes: Sequence[str] = ("eager",),
+    seconds: float = 2.0,
+) -> list[Profile]:
+    """One Profile for each runtime and batch size, in this order.
+
+    example: what the model is called with, on its device; larger batches are made of it (see `export.batch_of`).
+    seconds: for the timed passes of one Profile, of which there are at least LEAST however long they take.
+
+    The model is untouched. A runtime that fails gives its reason in place of times. Raises UserError for a runtime that
+    is unknown or lacks its libraries, and for a batch size below 1.
+    """
+    prepare = {name: pick("runtime", RUNTIMES, name) for name in runtimes}
+    if "onnx" in prepare:
+        need_onnx()
+    if min(batch_sizes, default=1) < 1:
+        raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
+    network = bare_copy(model).eval()
+    sizes = {
+        "params": parameters(network),
+        "macs": macs(network, batch_of(example, 1)),
+        "size": sum(t.numel() * t.element_size() for t in stored_tensors(network)[0].values()),
+    }
+    found = []
+    for name in runtimes:
+        bind: Callable[[Example], Run] | None = None
+        for batch_size in batch_sizes:
+            try:
+                bind = bind or prepare[name](network, example)
+                run = bind(batch_of(example, batch_size))
+                (times,) = race([run], device_of(network), seconds)
+                memory = None if name == "onnx" else peak_memory(run, device_of(network))
+                low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+                found.append(Profile(name, batch_size, median, low, high, len(times), memory, **sizes))
+            except Exception as error:  # no compiler, no memory, an operation that a runtime does not have
+                none = (math.nan, math.nan, math.nan, 0, None)
+                found.append(Profile(name, batch_size, *none, **sizes, reason=one_line(error)))
+    return found
+
+
+@torch.no_grad()
+def race(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list[float]]:
+    """Seconds of each pass of each run. They take turns, so that what else the machine does meets all of them alike.
+
+    seconds: for all together, after a pass of each to warm up (and compile), and at least LEAST passes of each.
+    """
+    for run in runs:
+        with quiet():
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < LEAST or (time.perf_counter() < end and len(times[0]) < MOST):
+        for run, spent in zip(runs, times, strict=True):
+            wait(device)
+            start = time.perf_counter()
+            run()
+            wait(device)
+            spent.append(time.perf_counter() - start)
+    return times
+
+
+@torch.no_grad()
+def peak_memory(run: Run, device: torch.device) -> int:
+    """Bytes that a forward pass holds at its peak beside weights and inputs: activations, outputs, scratch.
+
+    Of what torch's own allocators hand out: exact and the same every time, unlike the memory of the process; what a
+    library (oneDNN, cuDNN) takes by itself is not in it.
+    """
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library greets on stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0))
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told; a CPU has when it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    return next((t.device for t in network.state_dict().values()), torch.device("cpu"))
