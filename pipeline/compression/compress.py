@@ -153,12 +153,36 @@ def compressions(
     before = parameters(model), macs(model, example, counted)
     for ratio in ratios:
         plan = [plan[channels_left(g.size, ratio, round_to)] for g, plan in zip(groups, plans, strict=True)]
-        projections, rows = [p for p, _ in plan], tuple(row for _, row in plan)
-        smaller = apply(model, groups, projections, norm_scale)
-        after = parameters(smaller), macs(smaller, example, counted)
-        numbers = new_numbers(model, groups, projections)
-        report = Report(method, float(ratio), rows, groups.frozen, before[0], after[0], before[1], after[1], numbers)
-        yield Compressed(smaller, report)
+        # Without a name here, so that only the caller holds it: two of a large network may not fit.
+        yield _made(model, example, groups, plan, norm_scale, counted, method, ratio, before)
+
+
+def _made(
+    model: nn.Module,
+    example: Example,
+    groups: ChannelGroups,
+    plan: Sequence[tuple[Projection, GroupReport]],
+    norm_scale: bool,
+    counted: Counted,
+    method: str,
+    ratio: float,
+    before: tuple[int, int],
+) -> Compressed:
+    """before: parameters and MACs of the model"""
+    projections, rows = [p for p, _ in plan], tuple(row for _, row in plan)
+    smaller = apply(model, groups, projections, norm_scale)
+    report = Report(
+        method=method,
+        ratio=float(ratio),
+        groups=rows,
+        frozen=groups.frozen,
+        params_before=before[0],
+        params_after=parameters(smaller),
+        macs_before=before[1],
+        macs_after=macs(smaller, example, counted),
+        numbers=new_numbers(model, groups, projections),
+    )
+    return Compressed(smaller, report)
 
 
 def reported(weights: GroupWeights, projection: Projection) -> GroupReport:

@@ -110,11 +110,15 @@ def reconstruction_error(gram: Tensor, projection: Projection) -> float:
     if projection.is_identity:
         return 0.0
     gram = gram.cpu().double()
-    total = gram.trace()
-    sums = merge(gram, projection, "mean")  # (k, C), so that the cost is C² and not C² k
+    total, kept = float(gram.trace()), 0.0
     members = (projection.labels >= 0).nonzero().squeeze(1)
-    kept = sums[projection.labels[members], members].sum()
-    return float(((total - kept).clamp(min=0) / total).sqrt()) if total > 0 else 0.0
+    labels = projection.labels[members]
+    for rows in torch.arange(len(members)).split(512):  # (512, k) sums at a time: those of all channels are large
+        sums = gram.new_zeros(len(rows), len(projection.counts))
+        sums.index_add_(1, labels, gram[members[rows]][:, members])
+        own = labels[rows]
+        kept += float((sums[torch.arange(len(rows)), own] / projection.counts[own]).sum())
+    return (max(total - kept, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
 def apply(

@@ -19,7 +19,8 @@ from pipeline.tables import first_line
 
 # Above this many bytes of weights the check runs in single precision: twice as many would not leave room for a copy.
 LARGE = 2**26
-DRAWS, FEW = 2, 4
+FEW, MANY = 8, 64  # channels
+DRAWS = 14, 3  # with few, and with less than many; otherwise two
 
 
 def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups) -> ChannelGroups:
@@ -109,21 +110,31 @@ class _Check:
                 return
         raise ArithmeticError("NaN or Inf on random weights")
 
+    def below(self, count: int) -> int:
+        return int(torch.randint(max(1, count), (), generator=self.generator))
+
     def failure(self, groups: Sequence[ChannelGroup], ties: Sequence[Sequence[int]]) -> str | None:
         """Why the groups at these places cannot all be compressed at once, or None.
 
         Several draws, as a channel order that survives one by chance will hardly survive another, and of successive
         numbers of channels, as no size that must divide by something is a multiple of it twice. Every second one drops
-        channels too. Of few channels every number is drawn, with and without.
+        channels too. Of few channels every number is drawn, and more often: two layers that must have as many as each
+        other, though nothing flows between them, should not draw the same by chance.
         """
         sizes = [groups[tie[0]].size for tie in ties]
-        starts = [int(torch.randint(size, (), generator=self.generator)) for size in sizes]
-        few = [2 * (size - 1) for size in sizes if size <= FEW]
-        for draw in range(max([DRAWS, *few])):
+        # In the lower half: the network beside a large one should be small.
+        starts = [self.below(size if size <= FEW else size // 2) for size in sizes]
+        for draw in range(max(DRAWS[0] if size <= FEW else DRAWS[1] if size < MANY else 2 for size in sizes)):
             randomise_(self.model, self.generator)
             chosen, projections = [], []
             for tie, size, start in zip(ties, sizes, starts, strict=True):
-                left = 1 + (start + (draw // 2 if size <= FEW else draw)) % (size - 1)
+                if size <= FEW and draw < 2 * (size - 1):
+                    step = start + draw // 2
+                elif draw < 2:
+                    step = start + draw
+                else:
+                    step = self.below(size // 2 + 1)
+                left = 1 + step % (size - 1)
                 for i in tie:
                     chosen.append(groups[i])
                     projections.append(Projection(mixed_labels(size, left, draw % 2 == 1, self.generator)))
