@@ -79,20 +79,28 @@ def channel_groups(model: nn.Module, example: Example, parts: Sequence[str] = DE
             f"torch.export cannot trace {type(model).__name__}: {first_line(error)} "
             "(make its forward free of data-dependent control flow, or compress a submodule)"
         ) from error
-    tracer = Tracer(program, twin)
-    tracer.run()
-    instead = tracer.whole_blocks(parts)
+    try:
+        return verified(twin, args, kwargs, _traced(program, twin, parts))
+    finally:  # an exported program is full of cycles, and would keep these until some later garbage collection
+        for tensor in named_tensors(twin).values():
+            tensor.data = tensor.new_empty(0)
+
+
+def _traced(program: torch.export.ExportedProgram, twin: nn.Module, parts: Sequence[str]) -> ChannelGroups:
+    """What the graph says, before the check."""
+    first = Tracer(program, twin)
+    first.run()
+    instead = first.whole_blocks(parts)
     if instead is None:
-        return verified(twin, args, kwargs, tracer.collect(parts))
+        return first.collect(parts)
     second = Tracer(program, twin, instead)
-    second.blocks = [(torch.from_numpy(instead[rows]), part) for rows, part in tracer.blocks]
+    second.blocks = [(torch.from_numpy(instead[rows]), part) for rows, part in first.blocks]
     second.run()
     blocks = np.flatnonzero(instead != np.arange(len(instead)))
     of_blocks = second.collect(parts, of=instead[blocks])
     covered = np.isin(second.component[instead], second.component[instead[blocks]])
-    singles = tracer.collect(parts, but=np.flatnonzero(covered))
-    everything = ChannelGroups(singles.groups + of_blocks.groups, singles.frozen + of_blocks.frozen)
-    return verified(twin, args, kwargs, everything)
+    singles = first.collect(parts, but=np.flatnonzero(covered))
+    return ChannelGroups(singles.groups + of_blocks.groups, singles.frozen + of_blocks.frozen)
 
 
 def call_arguments(example: Example) -> tuple[tuple, dict]:

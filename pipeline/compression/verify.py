@@ -123,13 +123,14 @@ class _Check:
         """
         sizes = [groups[tie[0]].size for tie in ties]
         # In the lower half: the network beside a large one should be small.
-        starts = [self.below(size if size <= FEW else size // 2) for size in sizes]
+        starts = [self.below(size // 2) for size in sizes]
+        orders = [torch.randperm(size - 1, generator=self.generator).tolist() if size <= FEW else [] for size in sizes]
         for draw in range(max(DRAWS[0] if size <= FEW else DRAWS[1] if size < MANY else 2 for size in sizes)):
             randomise_(self.model, self.generator)
             chosen, projections = [], []
-            for tie, size, start in zip(ties, sizes, starts, strict=True):
-                if size <= FEW and draw < 2 * (size - 1):
-                    step = start + draw // 2
+            for tie, size, start, order in zip(ties, sizes, starts, orders, strict=True):
+                if draw < 2 * len(order):
+                    step = order[draw // 2]
                 elif draw < 2:
                     step = start + draw
                 else:
