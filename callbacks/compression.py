@@ -9,7 +9,7 @@ optimizer, the metrics and the global step are left as they are.
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
+from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.methods import FOLDING
-from pipeline.measure import Entry, Inputs, Measurement, sample
+from pipeline.measure import Entry, Inputs, Measurement, passes, sample
 from pipeline.results import DENSE, Row, RowStore, code_version, foldability
 from pipeline.tables import UserError
-
-CACHE_BYTES = 2**31  # evaluation batches are kept on the device for one measurement if they take no more than this
 
 
 class CompressionCallback(Callback):
@@ -41,6 +40,8 @@ class CompressionCallback(Callback):
     stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
         network has nothing for (repair without BatchNorm) gives no rows
     round_to: leave multiples of so many channels (8 or 16 are faster on some hardware)
+    parts: what is compressed: "hidden" channels, "residual" streams, and of attention the "width" of heads or whole
+        ones ("head"); a method's own options may say other parts
     network: attribute of the LightningModule that holds the network, dots allowed
     eval_data: Dataset or DataLoader to measure on; None: the validation set that the Trainer uses
     repair_data: Dataset or DataLoader of training samples without augmentation, for repair and norm tuning; None: the
@@ -48,7 +49,9 @@ class CompressionCallback(Callback):
     repair_size: how many of them, drawn by `seed`; batch_size: for repair and evaluation, None: the loader's own
     rows: Parquet file for the rows (None: only in memory, see `rows`); context: values of the Row fields cell, model,
         data, seed
-    save_to: folder for every compressed network (None: none is saved)
+    save_to: folder for every compressed network (None: none is saved); architecture: what builds the network at full
+        size, {"name": ..., arguments} of `pipeline.models.build_model`, so that `pipeline.compressed.load` needs only
+        the file
 
     Logs `compress/{method}/r{ratio}/acc_{stage}`, `compress/dense/acc`, `foldability/{method}_{stage}` (area under the
     accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning). A test run
@@ -64,6 +67,7 @@ class CompressionCallback(Callback):
         every_n_epochs: int = 1,
         stages: Sequence[str] = ("raw", "repaired"),
         round_to: int = 1,
+        parts: Sequence[str] = DEFAULT_PARTS,
         network: str = "net",
         eval_data: Dataset | DataLoader | None = None,
         repair_data: Dataset | DataLoader | None = None,
@@ -72,15 +76,16 @@ class CompressionCallback(Callback):
         rows: str | Path | None = None,
         context: Mapping[str, Any] | None = None,
         save_to: str | Path | None = None,
+        architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.measurement = Measurement(methods, ratios, stages, round_to, seed, who=type(self).__name__)
+        self.measurement = Measurement(methods, ratios, stages, round_to, seed, parts, who=type(self).__name__)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
         self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed
         self.eval_data, self.repair_data = eval_data, repair_data
         self.repair_size, self.batch_size = repair_size, batch_size
-        self.save_to = None if save_to is None else Path(save_to)
+        self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
         self.context = {"cell": "", "model": "", "data": "", "seed": seed, **(context or {})}
         self.store = RowStore(rows)
 
@@ -150,9 +155,14 @@ class CompressionCallback(Callback):
 
         own = trainer.progress_bar_callback
         hidden = own is None or own.is_disabled or not trainer.is_global_zero
+
+        def inputs() -> Inputs:
+            example = self._example(loader, move)
+            return Inputs(example, passes(loader, move, example), list(map(move, mending)))
+
         return self.measurement.rows(
             self._measured_net(trainer, pl_module, split),
-            lambda: Inputs(self._example(loader, move), _kept(loader, move), list(map(move, mending))),
+            inputs,
             {**self.context, **fixed},
             device=trainer.strategy.root_device,
             forward=trainer.precision_plugin.forward_context,
@@ -203,9 +213,14 @@ class CompressionCallback(Callback):
         dataset = data.dataset if isinstance(data, DataLoader) else data
         indices = range(len(dataset))[which] if isinstance(which, slice) else which
         size = self.batch_size or batch_size or 256
-        collate = data.collate_fn if isinstance(data, DataLoader) else getattr(dataset, "collate", None)
-        # A generator of its own, because iterating a loader draws from the global one.
-        return DataLoader(Subset(dataset, indices), size, collate_fn=collate, generator=torch.Generator())
+        given = isinstance(data, DataLoader)
+        return DataLoader(
+            Subset(dataset, indices),
+            size,
+            num_workers=data.num_workers if given else 0,
+            collate_fn=data.collate_fn if given else getattr(dataset, "collate", None),
+            generator=torch.Generator(),  # of its own, because iterating a loader draws from the global one
+        )
 
     def _mover(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], tuple[Tensor, Tensor]]:
         def move(batch: Any) -> tuple[Tensor, Tensor]:
@@ -218,8 +233,9 @@ class CompressionCallback(Callback):
         return move
 
     def _example(self, loader: DataLoader, move: Callable) -> Tensor:
-        """A batch of one on the device."""
-        return move(next(iter(loader)))[0][:1]
+        """A batch of one on the device, fetched in this process: others would fetch whole batches ahead."""
+        first = Subset(loader.dataset, range(1))
+        return move(next(iter(DataLoader(first, collate_fn=loader.collate_fn, generator=torch.Generator()))))[0]
 
     # --- the network
 
@@ -252,7 +268,8 @@ class CompressionCallback(Callback):
             return
         path = self.save_to / f"epoch{epoch:03d}" / entry.file
         with self.measurement.or_warn(f"{path} cannot be written"):
-            save_compressed(compressed, path, {**self.context, "epoch": epoch, "stage": entry.stage})
+            about = {**self.context, "epoch": epoch, "stage": entry.stage}
+            save_compressed(compressed, path, about, architecture=self.architecture)
 
     def _log_table(self, trainer: Trainer) -> None:
         data = [list(row) for row in self.rows.iter_rows()]
@@ -281,23 +298,3 @@ def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
         if folded and pruned:
             logged[f"foldability/gap_{stage}"] = max(folded) - max(pruned)
     return logged
-
-
-class _Moved:
-    """A loader's batches on the device, made anew at every pass."""
-
-    def __init__(self, loader: DataLoader, move: Callable) -> None:
-        self.loader, self.move = loader, move
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.move, self.loader)
-
-
-def _kept(loader: DataLoader, move: Callable) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches on the device: made once for all networks if they fit into CACHE_BYTES, else at every pass."""
-    moved = _Moved(loader, move)
-    first = next(iter(moved), None)
-    if first is None:
-        return []
-    fits = first[0].numel() * first[0].element_size() * len(loader) <= CACHE_BYTES
-    return list(moved) if fits else moved

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
 from pipeline.compression.compress import Counted, check_finite, check_groups, check_ratios, macs, parameters
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.methods import METHODS
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
@@ -23,6 +25,7 @@ from pipeline.results import DENSE, STAGES, Row
 from pipeline.tables import UserError, one_line, pick
 
 Batch = tuple[Tensor, Tensor]
+KEPT = 2**31  # bytes of the machine's memory that evaluation batches may take
 
 
 class Entry(NamedTuple):
@@ -64,6 +67,7 @@ class Measurement:
     ratios: fractions of channels to remove, 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
     round_to: leave multiples of so many channels; seed: of methods that draw
+    parts: of compression.group.PARTS, what is compressed; a method's own options may say other parts
     who: whom warnings name
 
     Keeps the trace and the MAC counts, so one Measurement serves all networks of one architecture.
@@ -76,15 +80,19 @@ class Measurement:
         stages: Sequence[str],
         round_to: int = 1,
         seed: int = 0,
+        parts: Sequence[str] = DEFAULT_PARTS,
         who: str = "compression",
     ) -> None:
-        for name, values in {"methods": methods, "ratios": ratios, "stages": stages}.items():
+        for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
             if isinstance(values, str | float | int):
                 raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
         named = methods if isinstance(methods, Mapping) else {name: {"method": name} for name in methods}
         self.methods = {label: {"method": label, **(options or {})} for label, options in named.items()}
+        self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
         for options in self.methods.values():
             pick("method", METHODS, options["method"])
+            for part in self._parts(options):
+                pick("part", dict.fromkeys(PARTS), part)
         if DENSE in self.methods:
             raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
         check_ratios(ratios, round_to)
@@ -93,9 +101,8 @@ class Measurement:
         if not self.methods or not ratios or not stages:
             raise UserError("compression needs at least one method, one ratio and one stage")
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
-        self.shared = {"seed": seed, "round_to": round_to}
         self.who = who
-        self._groups: ChannelGroups | None = None
+        self._groups: dict[tuple[str, ...], ChannelGroups] = {}
         self._counted: Counted = {}
         self._warned: set[str] = set()
 
@@ -104,10 +111,25 @@ class Measurement:
         """Are training samples needed?"""
         return bool(set(self.stages) - {"raw"})
 
+    @property
+    def traced(self) -> bool:
+        """Are the channel groups of an architecture known?"""
+        return bool(self._groups)
+
     def trace(self, net: nn.Module, example: Tensor) -> None:
-        """Find the channel groups now. UserError when there are none."""
-        self._groups = channel_groups(net, example)
-        check_groups(net, self._groups)
+        """Find the channel groups now, and forget those of another network. UserError when there are none."""
+        self._groups = {}
+        for options in self.methods.values():
+            check_groups(net, self._traced(net, example, options))
+
+    def _traced(self, net: nn.Module, example: Tensor, options: Mapping[str, Any]) -> ChannelGroups:
+        parts = self._parts(options)
+        if parts not in self._groups:
+            self._groups[parts] = channel_groups(net, example, parts)
+        return self._groups[parts]
+
+    def _parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple({**self.shared, **options}["parts"])
 
     def rows(
         self,
@@ -168,11 +190,10 @@ class Measurement:
         for label in dict.fromkeys(entry.method for entry in plan):
             options, own = self.methods[label], [entry for entry in plan if entry.method == label]
             with self._or_fail(found, own, label):
-                if self._groups is None:
-                    self._groups = channel_groups(net, example)
+                groups = self._traced(net, example, options)
                 arguments = {**self.shared, "counted": self._counted, **options}
                 start = time.perf_counter()
-                smaller = compressions(net, example, ratios=self.ratios, groups=self._groups, **arguments)
+                smaller = compressions(net, example, ratios=self.ratios, groups=groups, **arguments)
                 for ratio, compressed in zip(self.ratios, smaller, strict=True):
                     report = compressed.report
                     values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
@@ -205,6 +226,31 @@ class Measurement:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"{self.who}: {text}", RuntimeWarning, stacklevel=2)
+
+
+class Streamed:
+    """A loader's batches on the device, fetched anew at every pass."""
+
+    def __init__(self, loader: DataLoader, move: Callable[[Any], Batch]) -> None:
+        self.loader, self.move = loader, move
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.move, self.loader)
+
+
+def passes(loader: DataLoader, move: Callable[[Any], Batch], example: Tensor) -> Iterable[Batch]:
+    """The loader's batches for any number of passes: kept where `move` puts them if they fit there, else streamed.
+
+    example: (1, ...) of the inputs, on that device. ImageNet's 50,000 test pictures are 30 GB.
+    """
+    streamed = Streamed(loader, move)
+    size = example.numel() * example.element_size() * len(loader.dataset)
+    return list(streamed) if size <= room(example.device) else streamed
+
+
+def room(device: torch.device) -> int:
+    """Bytes that pictures may take there: half of what a GPU has free, for a network needs the rest."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else KEPT
 
 
 def sample(size: int, count: int, seed: int, batch_size: int = 256) -> list[int]:

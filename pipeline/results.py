@@ -22,6 +22,7 @@ STAGES = ("raw", "repaired", "norm_tuned")
 DENSE = "dense"
 BATCH = 250  # files parsed at a time
 ROWS = "rows.parquet"  # of a cell, in its folder
+SPEED = "speed.parquet"  # beside it: size and speed of its networks
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,21 @@ def _parsed_whole(
             warn(f"{next(iter(blobs))} is damaged or of another version ({first_line(error)})")
             return []
     return [part for path, blob in blobs.items() for part in _parsed_whole({path: blob}, columns, warn)]
+
+
+def read_speeds(paths: Iterable[str | Path], warn: Callable[[str], None] = warnings.warn) -> pl.DataFrame:
+    """The lines of these files that are there: cell, model, data, method, ratio, device, threads, and a Profile's.
+
+    `warn` is told of every file that is damaged.
+    """
+    tables = []
+    for path in paths:
+        try:
+            if (blob := _blob(path, warn)) is not None:
+                tables.append(pl.read_parquet(blob))
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            warn(f"{path} is damaged ({first_line(error)})")
+    return pl.concat(tables, how="diagonal_relaxed") if tables else pl.DataFrame()
 
 
 def measured(rows: pl.DataFrame) -> pl.DataFrame:

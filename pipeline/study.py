@@ -1,6 +1,7 @@
 """Tables and pictures over rows: of one run, or the mean over the cells of a sweep."""
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -161,6 +162,78 @@ def print_table(rows: pl.DataFrame, title: str, duel: bool = False) -> None:
     failed = rows.filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
         console.print(f"{count} measurements failed: {reason}", markup=False, soft_wrap=True)
+
+
+def speed_lines(speeds: pl.DataFrame) -> pl.DataFrame:
+    """One line per (ratio, method, params, runtime, batch_size): medians over the cells of `read_speeds`.
+
+    median: seconds; speedup: over the uncompressed network of the same cell, runtime and batch size; macs: of one
+    sample; size, memory: bytes
+    """
+    where = ["cell", "runtime", "batch_size"]
+    dense = speeds.filter(pl.col("method") == DENSE).select(*where, dense="median")
+    compared = speeds.join(dense, on=where, how="left", maintain_order="left")
+    compared = compared.with_columns(speedup=pl.col("dense") / pl.col("median")).fill_nan(None)
+    values = ["median", "speedup", "macs", "size", "memory"]
+    keys = ["ratio", "method", "params", "runtime", "batch_size"]
+    return compared.group_by(keys, maintain_order=True).agg(pl.col(values).median()).sort("ratio", maintain_order=True)
+
+
+def speed_table(speeds: pl.DataFrame) -> Table:
+    """Ratios x sizes and times: the networks of one model, timed on one kind of device."""
+    lines = speed_lines(speeds)
+    columns = list(dict.fromkeys(lines.select("runtime", "batch_size").iter_rows()))
+    table = Table()
+    for name in ("ratio removed", "parameters", "MACs", "file"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for runtime, size in columns:
+        table.add_column(f"{runtime}, batch {size}", justify="right")
+    largest = next((c for c in sorted(columns, key=lambda c: -c[1]) if c[0] != "onnx"), None)  # which hides its memory
+    if largest:
+        table.add_column(f"memory, batch {largest[1]}", justify="right")
+    by_network = lines.partition_by("ratio", "method", "params", as_dict=True, maintain_order=True)
+    ratios = [ratio for ratio, _, _ in by_network]
+    for (ratio, method, params), of in by_network.items():
+        label = DENSE if method == DENSE else f"{ratio:g}" + f" {method}" * (ratios.count(ratio) > 1)
+        at = {(line["runtime"], line["batch_size"]): line for line in of.iter_rows(named=True)}
+        times = [timed(at.get(column), dense=method == DENSE) for column in columns]
+        memory = at.get(largest, {}).get("memory")
+        table.add_row(
+            label,
+            f"{params / 1e6:,.2f} M",
+            f"{of['macs'][0] / 1e6:,.0f} M",
+            f"{of['size'][0] / 1e6:,.1f} MB",
+            *times,
+            *(["-" if memory is None else f"{memory / 1e6:,.0f} MB"] if largest else []),
+        )
+    return table
+
+
+def timed(line: dict[str, Any] | None, dense: bool) -> str:
+    """5.31 ms (2.4x), 1,234 ms (2.4x)"""
+    if line is None or line["median"] is None:
+        return "-"
+    faster = "" if dense or line["speedup"] is None else f" ({line['speedup']:.1f}x)"
+    milliseconds = 1000 * line["median"]
+    return f"{milliseconds:,.0f} ms{faster}" if milliseconds >= 100 else f"{milliseconds:.3g} ms{faster}"
+
+
+def print_speeds(speeds: pl.DataFrame) -> None:
+    """A table for every model and kind of device, and a line for each reason why something has no times."""
+    if speeds.is_empty():
+        return
+    console = terminal()
+    kinds = speeds.partition_by("model", "data", "device", "threads", as_dict=True, maintain_order=True)
+    for (model, data, device, threads), of in kinds.items():
+        n = of["cell"].n_unique()
+        cells = f", median of {n} cells" if n > 1 else ""
+        place = f"{device}, {threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
+        title = f"Size and speed of {model} on {data} ({place}{cells}); in brackets how many times as fast as dense"
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+        console.print(speed_table(of))
+        failed = of.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
+        for runtime, reason, count in failed.iter_rows():
+            console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
 
 
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:

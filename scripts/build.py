@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from callbacks import CompressionCallback, EpochSeed
 from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
 from pipeline.cells import flat
+from pipeline.compression.checkpoint import source_of
 from pipeline.data import DATASETS
 from pipeline.data.module import PictureData
+from pipeline.data.picture_set import DataSource, PictureSet
 from pipeline.loggers import WANDB_MODES, wandb_logger
-from pipeline.models import build_model
+from pipeline.models import build_model, input_config
+from pipeline.models.checkpoint import weight_files
 from pipeline.optim import build_optimizer
 from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
@@ -54,8 +59,8 @@ def check(config: Config) -> None:
 
 # Where and how a cell runs and what it shows: no part of what it is.
 WHERE = (
-    "paths wandb device named data.root data.workers data.download trainer.accelerator trainer.enable_progress_bar "
-    "trainer.enable_model_summary trainer.log_every_n_steps"
+    "paths wandb device named data.root data.workers data.download data.cache trainer.accelerator "
+    "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
 ).split()
 
 
@@ -65,8 +70,11 @@ def cell_of(config: Config) -> str:
     source = DATASETS.get(config["data"]["name"])
     if source and source.root_names_data:
         what["data.root"] = Path(config["data"]["root"]).name
-    if "checkpoint" in config:
+    if config.get("checkpoint") is not None:
         what["checkpoint"] = file_hash(config["checkpoint"])
+    architecture = Path(str(config["model"].get("architecture", "")))
+    if architecture.name and architecture.is_dir():  # of Hugging Face, wherever it lies
+        what["model.architecture"] = architecture.name
     # 1 and 1.0 are the same learning rate
     what = {key: float(value) if isinstance(value, int) else value for key, value in what.items()}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -74,12 +82,17 @@ def cell_of(config: Config) -> str:
 
 
 def file_hash(path: str) -> str:
-    """Of what is in the file: a checkpoint is what it holds, wherever it lies."""
+    """Of what is in the file, or in the weights of a folder: a checkpoint is what it holds, wherever it lies."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digests = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
     except OSError as error:
-        raise UserError(f"no checkpoint {path} ({error.strerror})") from error
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@lru_cache(16)  # a cell asks several times, and a large file takes a second
+def _digest(file: Path, size: int, changed: int) -> str:
+    return source_of(file)["sha256"]
 
 
 def under(key: str, names: Iterable[str]) -> bool:
@@ -92,10 +105,55 @@ def without(config: Config, *keys: str) -> Config:
 
 
 def build_data(config: Config) -> PictureData:
-    data = call("data", PictureData, seed=config["seed"], **config["data"])
+    return load_data(**data_options(config))
+
+
+def data_options(config: Config) -> Config:
+    """Arguments of `load_data`: pictures are made ready as the library of the model says where data. leaves it open.
+
+    Not where data.preprocessing names another model for that. Sizes and crops only of a set that is cropped: of others
+    the pictures have one size, which is then that of the network.
+    """
+    options = {**config["data"], "seed": config["seed"]}
+    known = None if options.get("preprocessing") else input_config(**config["model"])
+    if known is None:
+        return {**options, "usual": None}
+    for key in ("size", "crop_pct", "interpolation"):
+        if "crop_pct" in options and options[key] is None:
+            options[key] = getattr(known, key)
+    return {**options, "usual": [list(known.mean), list(known.std)]}
+
+
+def load_data(usual: list[list[float]] | None, **options: Any) -> PictureData:
+    """usual: mean and std of the channels to normalise by unless options say others; None: those of the set."""
+    data = call("data", PictureData, **options)
+    if usual is not None:
+        data.source = normalised_by(data.source, *usual)
     data.prepare_data()
     data.setup()
     return data
+
+
+def normalised_by(source: DataSource, mean: list[float], std: list[float]) -> DataSource:
+    """The same pictures with these as what is usual for them, if they have as many channels."""
+
+    @wraps(source.load)
+    def load(**options: Any) -> PictureSet:
+        pictures = source.load(**options)
+        return replace(pictures, mean=mean, std=std) if len(pictures.mean) == len(mean) else pictures
+
+    return replace(source, load=load)
+
+
+def without_weights(model: Config) -> Config:
+    """The same architecture for weights from elsewhere: nothing is downloaded, and no head is made of words."""
+    linear = {"head": "linear"} if model.get("head") == "zero_shot" else {}
+    return {**model, **({"pretrained": None} if "pretrained" in model else {}), **linear}
+
+
+def architecture_of(config: Config, data: PictureData) -> Config:
+    """What `pipeline.compressed.load` builds a network of this config from."""
+    return {**without_weights(config["model"]), "classes": data.num_classes, "channels": data.channels}
 
 
 def build_task(config: Config, data: PictureData) -> Classification:
@@ -116,7 +174,7 @@ def build_task(config: Config, data: PictureData) -> Classification:
     return task
 
 
-def build_compression(config: Config, cell: str, folder: Path) -> CompressionCallback:
+def build_compression(config: Config, cell: str, folder: Path, data: PictureData) -> CompressionCallback:
     options = without(config["compression"], "save")
     return call(
         "compression",
@@ -124,6 +182,7 @@ def build_compression(config: Config, cell: str, folder: Path) -> CompressionCal
         **options,
         rows=folder / ROWS,
         save_to=folder / "compressed" if config["compression"]["save"] else None,
+        architecture=architecture_of(config, data),
         context=row_context(config, cell),
         seed=config["seed"],
     )
@@ -133,6 +192,7 @@ def row_context(config: Config, cell: str) -> dict[str, Any]:
     """The fields of a Row that the config says."""
     model = config["model"]
     name = model.get("architecture", model["name"])
+    name = Path(name).name if Path(name).is_dir() else name
     return {"cell": cell, "model": name, "data": config["data"]["name"], "seed": config["seed"]}
 
 

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cells import Busy, held, read_record, write_record
-from pipeline.results import ROWS, read
-from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_table
+from pipeline.results import ROWS, SPEED, read, read_speeds
+from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_speeds, print_table
 from pipeline.tables import UserError, one_line
 from scripts.build import Config, cell_of, check, resolved
 from scripts.sweep import write_job
@@ -49,7 +49,7 @@ def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
         write_job("", reason=one_line(error))
 
 
-def run_cell(config: Config, begin: Begin, files: str, sweeping: bool = False) -> Path:
+def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = False) -> Path:
     """Do what the config says unless it is done, and show it; returns the cell's folder.
 
     files: what the cell's folder holds beside rows, curves and config
@@ -102,4 +102,10 @@ def show(folder: Path, files: str) -> None:
     when = f", epoch {epoch}" if epoch else ""  # of a checkpoint from elsewhere it is unknown
     print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures{when}")
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {pictures}")
+    print_speeds(read_speeds([folder / SPEED]))
+    kept = sorted((folder / "compressed").rglob("*.safetensors"))
+    if kept:
+        size = f"{sum(path.stat().st_size for path in kept) / 1e6:,.1f} MB"
+        print(f"Smaller networks, {len(kept)} in all, are in {folder.name}/compressed ({size}); to use one:")
+        print(f"    from pipeline.compressed import load; model, manifest = load({str(kept[len(kept) // 2])!r})")
     print(f"rows.parquet, curves.png, config.yaml{files} are in {folder}")

@@ -1,92 +1,276 @@
-"""Compress trained networks, measure what is left of their accuracy, keep the smaller ones.
+"""Compress trained networks, measure what is left of their accuracy and how fast they are, keep the smaller ones.
 
-python -m scripts.compress checkpoint=net.pt model=resnet18 data=cifar10 data.root=/data/cifar10 compression.save=true
-python -m scripts.compress checkpoints='nets/**/*.pt' model=resnet18 data.root=/data/cifar10 launcher=joblib
+python -m scripts.compress checkpoint=net.pt model=resnet18 data=cifar10 data.root=/data/cifar10
+python -m scripts.compress checkpoints='nets/**/*.pt' methods=[fold,l1,l2] ratios=[0.3,0.5] model=resnet18 \
+    data.root=/data/cifar10 launcher=joblib
+python -m scripts.compress model=vit_b32 data=imagenet data.root=/data/imagenet    # a model with weights of its own
+
+A checkpoint is a file or a folder of Hugging Face; many are the cells of a sweep. methods=, ratios=, stages=, parts=
+and save= stand for compression.methods= and so on.
 """
 
 import glob
 import json
+import multiprocessing
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning
+import polars as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import PictureData
-from pipeline.measure import Entry, Inputs, Measurement, sample
+from pipeline.export import export_onnx, export_program, need_onnx
+from pipeline.latency import RUNTIMES, profile
+from pipeline.measure import Batch, Entry, Inputs, Measurement, passes, sample
 from pipeline.models import build_model
-from pipeline.models.checkpoint import load_into, read_state, settings_in
-from pipeline.results import ROWS, RowStore, code_version
-from pipeline.tables import call
-from scripts.build import Config, build_data, row_context, without
+from pipeline.models.checkpoint import IN_FOLDER, load_into, read_state, settings_in
+from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
+from pipeline.tables import UserError, call, one_line, pick
+from scripts.build import (
+    Config,
+    architecture_of,
+    data_options,
+    file_hash,
+    load_data,
+    row_context,
+    without,
+    without_weights,
+)
 from scripts.cell import launch, run_cell
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
+SHORT = ("methods", "ratios", "stages", "parts", "save")  # of compression, on the command line
+# Name: the ending of its files, and what writes one.
+EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
+    "onnx": (".onnx", export_onnx),
+    "program": (".pt2", export_program),
+}
+
 
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="compress")
 def main(config: DictConfig) -> None:
-    launch(config, run)
+    launch(completed(config), run)
+
+
+def completed(config: DictConfig) -> DictConfig:
+    """A folder of Hugging Face is both: weights and what architecture they are of."""
+    if OmegaConf.is_missing(config.model, "architecture") and config.checkpoint is not None:
+        config.model.architecture = config.checkpoint
+    return config
 
 
 def run(config: Config, sweeping: bool = False) -> Path:
     """Compress and measure one checkpoint as the config says; returns the folder with everything that came of it."""
     quiet()
-    # What the file's name says of its training, as the study names its checkpoints: columns of the report.
-    config = {**config, "named": settings_in(config["checkpoint"])}
-    return run_cell(config, begin, " and what was kept in compressed/", sweeping)
+    checkpoint = config["checkpoint"]
+    if checkpoint is not None:
+        # What the file's name says of its training, as the study names its checkpoints: columns of the report.
+        config = {**config, "named": settings_in(checkpoint), "model": without_weights(config["model"])}
+    elif not config["model"].get("pretrained"):
+        raise UserError(
+            f"model {config['model']['name']!r} has no trained weights; give them as checkpoint=FILE (or many as "
+            "checkpoints='FOLDER/*.pt'), or take a model with model.pretrained"
+        )
+    return run_cell(config, begin, sweeping=sweeping)
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
-    """Load everything; returns the measurement."""
-    data = loaded(json.dumps({"data": config["data"], "seed": config["seed"]}))
-    net = build_model(classes=data.num_classes, channels=data.channels, **config["model"])
-    load_into(net, read_state(config["checkpoint"]), config["checkpoint"])
-    net = net.eval().to(memory_format=torch.channels_last)
-    options = config["compression"]
-    measurement = prepared(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config["device"] == "auto" else config["device"])
+    """Load everything; returns the measurement. What cannot be loaded, of many, becomes a failed row."""
+    context = row_context(config, folder.name) | {"epoch": 0, "step": 0, "split": "test", "version": code_version()}
+    try:
+        return ready(config, folder, sweeping, context)
+    except Exception as error:
+        if sweeping:
+            reason = {"status": "failed", "reason": one_line(error)}
+            write_rows(folder, [Row(**context, method=DENSE, ratio=0.0, stage="raw", **reason)])
+        raise
+
+
+def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Callable[[], None]:
+    lightning.seed_everything(config["seed"], verbose=False)
+    device = chosen_device(config["device"])
+    exports = exporters(config["export"])
+    timing = call("profile", timing_options, **config["profile"], sweeping=sweeping)
+    data = data_of(json.dumps(data_options(config)))
+    measurement = measurement_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
+    repair_data = data.repair_data if measurement.mends else None
+    net = trained(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
+    if not measurement.traced:
+        measurement.trace(net, data.example)
+    keep = wanted(config["compression"]["save"], measurement.plan(net), sweeping)
+    if exports and not keep:
+        raise UserError("export= writes the networks that are kept, and none are; add save=true")
+    if not sweeping:
+        print(told(pictures_of(data), len(data.test_data)), flush=True)
+    example = data.example.to(device)
+    speeds = Speeds(timing, example, {key: context[key] for key in ("cell", "model", "data")})
+    named = {"architecture": architecture_of(config, data), "source": source(config)}
+
+    def move(batch: Batch) -> Batch:
+        return batch[0].to(device), batch[1].to(device)
 
     def inputs() -> Inputs:
-        drawn = sample(len(data.repair_data), options["repair_size"], config["seed"])
-        mending = data.eval_dataloader(data.repair_data.subset(drawn)) if measurement.mends else []
-        test, mending = ([(x.to(device), y.to(device)) for x, y in part] for part in (data.test_dataloader(), mending))
-        return Inputs(data.example.to(device), test, mending)
+        mending: Sequence[Batch] = []
+        if repair_data is not None:
+            drawn = sample(len(repair_data), config["compression"]["repair_size"], config["seed"])
+            mending = list(map(move, data.eval_dataloader(repair_data.subset(drawn))))
+        return Inputs(example, passes(data.test_dataloader(), move, example), mending)
 
-    def keep(entry: Entry, compressed: Compressed) -> None:
-        if options["save"]:
-            about = {"checkpoint": Path(config["checkpoint"]).name, "model": config["model"], "stage": entry.stage}
-            save_compressed(compressed, folder / "compressed" / entry.file, about)
+    def done(entry: Entry, compressed: Compressed) -> None:
+        path = folder / "compressed" / entry.file
+        if entry in keep:
+            with measurement.or_warn(f"{path} cannot be written"):
+                save_compressed(compressed, path, {"stage": entry.stage, "pictures": pictures_of(data)}, **named)
+            for suffix, write in exports:
+                with measurement.or_warn(f"{entry} cannot be exported"):
+                    write(compressed.model, example, path.with_suffix(suffix))
+        with measurement.or_warn(f"{entry} cannot be timed"):
+            speeds.add(entry, compressed.model, compressed.report.params_after, compressed.report.macs_after)
 
     def measure() -> None:
-        context = row_context(config, folder.name) | {"epoch": 0, "step": 0, "split": "test"}
-        context["version"] = code_version()
         with torch.no_grad():
+            with measurement.or_warn("the uncompressed network cannot be timed"):
+                speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))
             bar = {"desc": "Compressing", "disable": sweeping}
-            rows = measurement.rows(net, inputs, context, device=device, done=keep, bar=bar)
-        store = RowStore(folder / ROWS)
-        store.add(rows)
-        store.write()
+            rows = measurement.rows(net, inputs, context, device=device, done=done, bar=bar)
+        write_rows(folder, rows)
+        speeds.write(folder / SPEED)
 
     return measure
 
 
+class Speeds:
+    """Size and speed of one network of each size: what methods leave at one ratio has the same shapes."""
+
+    def __init__(self, options: Config, example: Tensor, context: Config) -> None:
+        self.options, self.example, self.lines = options, example, []
+        self.context = {**context, "device": example.device.type, "threads": torch.get_num_threads()}
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def add(self, entry: Entry, model: nn.Module, *sizes: int) -> None:
+        if not self.options["runtimes"] or (entry.ratio, *sizes) in self.seen:
+            return
+        self.seen.add((entry.ratio, *sizes))
+        of = {**self.context, "method": entry.method, "ratio": entry.ratio}
+        self.lines += [{**of, **asdict(found)} for found in profile(model, self.example, **self.options)]
+
+    def write(self, path: Path) -> None:
+        if self.lines:
+            pl.DataFrame(self.lines, infer_schema_length=None).write_parquet(path)
+
+
+def timing_options(
+    runtimes: Sequence[str] | None, batch_sizes: Sequence[int], seconds: float, sweeping: bool
+) -> dict[str, Any]:
+    """Arguments of `profile`, checked before anything starts. runtimes: None: eager, in a sweep none."""
+    if runtimes is None:
+        runtimes = [] if sweeping else ["eager"]
+    for name, values in {"runtimes": runtimes, "batch_sizes": batch_sizes}.items():
+        if isinstance(values, str | int):
+            raise UserError(f"profile.{name} must be a list, such as [{values}], got {values!r}")
+    for name in runtimes:
+        pick("runtime", RUNTIMES, name)
+    if "onnx" in runtimes:
+        need_onnx()
+    if min(batch_sizes, default=1) < 1:
+        raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
+    return {"runtimes": runtimes, "batch_sizes": batch_sizes, "seconds": seconds}
+
+
+def exporters(names: Sequence[str]) -> list[tuple[str, Callable[..., float]]]:
+    if isinstance(names, str):
+        raise UserError(f"export must be a list, such as [{names}], got {names!r}")
+    found = [pick("export", EXPORTS, name) for name in names]
+    if "onnx" in names:
+        need_onnx()
+    return found
+
+
+def wanted(save: bool | None, plan: Sequence[Entry], sweeping: bool) -> set[Entry]:
+    """Which networks are kept: all, none, or for None of a single checkpoint the first method's in their last stage.
+
+    Not the best of the table: the test pictures choose nothing.
+    """
+    smaller = [entry for entry in plan if entry.method != DENSE]
+    if save is None:
+        method, stage = smaller[0].method, smaller[-1].stage
+        smaller = [e for e in smaller if (e.method, e.stage) == (method, stage) and not sweeping]
+    return set(smaller) if save is not False else set()
+
+
+def chosen_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. Workers of joblib, which are numbered and see all GPUs, take them in turn."""
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        worker = re.search(r"\d+$", multiprocessing.current_process().name)
+        return torch.device("cuda", int(worker[0]) % torch.cuda.device_count() if worker else 0)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise UserError(f"device {name!r} is not there ({one_line(error)}); use auto or cpu") from error
+
+
+def trained(config: Config, data: PictureData, tell: bool) -> nn.Module:
+    """The network with its weights. tell: say what of the file is not in it."""
+    net = build_model(classes=data.num_classes, channels=data.channels, **config["model"])
+    path = config["checkpoint"]
+    if path is not None:
+        left_out = load_into(net, read_state(path), path)
+        if left_out and tell:
+            names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+            print(f"{len(left_out)} tensors of {path} are no part of the network and left out: {names}")
+    return net
+
+
+def source(config: Config) -> dict[str, str]:
+    """What a compressed file says of where it comes from."""
+    path = config["checkpoint"]
+    return {} if path is None else {"file": Path(path).name, "sha256": file_hash(path)}
+
+
+def pictures_of(data: PictureData) -> dict[str, Any]:
+    """What to know to use a network elsewhere: how pictures are made ready, and what its outputs mean."""
+    test = data.test_data
+    return {"size": data.size, "mean": list(test.mean), "std": list(test.std), "classes": list(data.classes)}
+
+
+def told(pictures: Config, count: int) -> str:
+    """How pictures are made ready: a network that was trained on others is just less accurate, and nothing says why."""
+    mean, std = (", ".join(f"{value:.3g}" for value in pictures[key]) for key in ("mean", "std"))
+    classes, size = len(pictures["classes"]), pictures["size"]
+    return (
+        f"{count:,} pictures of {size}x{size}, {classes} classes, normalised by mean {mean} and std {std} (data.mean=)"
+    )
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    store = RowStore(folder / ROWS)
+    store.add(rows)
+    store.write()
+
+
 @lru_cache(1)
-def loaded(what: str) -> PictureData:
+def data_of(options: str) -> PictureData:
     """The data, once for all checkpoints of a process."""
-    return build_data(json.loads(what))
+    return load_data(**json.loads(options))
 
 
 @lru_cache(1)
-def prepared(what: str) -> Measurement:
+def measurement_of(what: str) -> Measurement:
     """With its trace, once for all checkpoints of one architecture."""
     config = json.loads(what)
     options = without(config["compression"], "save", "repair_size", "every_n_epochs")
@@ -94,20 +278,26 @@ def prepared(what: str) -> Measurement:
 
 
 def expanded(arguments: list[str]) -> list[str]:
-    """`checkpoints=PATTERN` as the sweep over every file that the pattern finds; file names quoted for Hydra."""
+    """The command line as Hydra takes it: `checkpoints=PATTERN` as the sweep over all that the pattern finds, file
+    names quoted, short names in full."""
     found: list[str] = []
     for argument in arguments:
-        name, _, path = argument.partition("=")
-        if name == "checkpoint":
-            found.append(f"checkpoint={quoted(path)}")
+        name, equals, value = argument.partition("=")
+        if name == "checkpoint" and value != "null":
+            found.append(f"checkpoint={quoted(value)}")
         elif name == "checkpoints":
-            files = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(path), recursive=True)))
+            files = sorted(filter(is_checkpoint, glob.glob(os.path.expanduser(value), recursive=True)))
             if not files:
-                sys.exit(f"error: no file matches {path}")
+                sys.exit(f"error: no file matches {value}")
             found = ["-m", *found, f"checkpoint={','.join(map(quoted, files))}"]
         else:
-            found.append(argument)
+            found.append(f"compression.{argument}" if equals and name in SHORT else argument)
     return found
+
+
+def is_checkpoint(path: str) -> bool:
+    """A file, whatever is in it, or a folder with weights."""
+    return os.path.isfile(path) or any(os.path.isfile(os.path.join(path, name)) for name in IN_FOLDER)
 
 
 def quoted(path: str) -> str:

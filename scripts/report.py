@@ -22,8 +22,16 @@ from rich.text import Text
 from yaml import YAMLError
 
 from pipeline.cells import STATES, as_table, cells, flat, line
-from pipeline.results import ROWS, SCHEMA, read_present
-from pipeline.study import dense_accuracy, headlines, last_measurement, plot_curves, print_table, terminal
+from pipeline.results import ROWS, SCHEMA, SPEED, read_present, read_speeds
+from pipeline.study import (
+    dense_accuracy,
+    headlines,
+    last_measurement,
+    plot_curves,
+    print_speeds,
+    print_table,
+    terminal,
+)
 from pipeline.tables import UserError, first_line, pick
 
 # What the tables are made of: reading the other columns takes as long again.
@@ -66,6 +74,7 @@ def report(args: argparse.Namespace) -> None:
         print_means(label, rows, len(group))
         if args.plot is not None and not rows.is_empty():
             written(plot_path(args.plot, label), partial(picture, label, rows))
+    print_speeds(read_speeds((args.runs / cell / SPEED for cell in done["cell"]), warn))
     if args.out is not None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
 

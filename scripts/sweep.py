@@ -73,14 +73,13 @@ class Progress(Callback):
         if self._thread is not None:
             self._thread.join()
         jobs = self._look()
-        failed = {
-            job["cell"] or f"job {number}": job["reason"] for number, job in jobs.items() if job["state"] == "failed"
-        }
+        # Not by cell: ten empty files are one cell, and ten files to look for.
+        failed = [(job["cell"] or f"job {n}", job["reason"]) for n, job in jobs.items() if job["state"] == "failed"]
         self._say(f"{line(jobs, self.total)}.  python -m scripts.report {self.runs}")
-        for cell, reason in failed.items():
+        for cell, reason in failed:
             print(f"failed: {cell}: {reason}")
         if failed:
-            print("The same command runs the failed cells again, from their last epoch.", flush=True)
+            print("The same command runs the failed cells again, trainings from their last epoch.", flush=True)
             sys.exit(1)
 
     def _watch(self) -> None:

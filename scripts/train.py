@@ -44,7 +44,7 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     lightning.seed_everything(config["seed"], verbose=False)
     data = build_data(config)
     task = build_task(config, data)
-    compression = build_compression(config, folder.name, folder)
+    compression = build_compression(config, folder.name, folder, data)
 
     def train() -> None:
         trainer = build_trainer(config, folder.name, folder, compression, quiet=sweeping)
@@ -85,11 +85,13 @@ def load(checkpoint: Path) -> dict[str, Any]:
 def quiet() -> None:
     """Only what a user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # not where in the code
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*number of training batches.*log.*")
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", "Corrupt EXIF data")  # what a camera wrote; the pixels are whole
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import hashlib
 import os
 import pickle
 import struct
+import sys
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from pipeline.data.cifar10 import CLASSES
+
+sys.path.append(str(Path(__file__).parent / "models"))  # tiny_models serves the tests of the scripts, too
 
 # Two processes with two spinning threads each are ten times slower on two cores than with one.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -284,7 +284,7 @@ def fails_on_call(work, count: int):
         ("pipeline.measure.repair_", 1, [("fold", 0.5, "repaired")]),
         ("pipeline.measure.evaluate", 0, [("dense", 0.0, "raw")]),
         ("pipeline.measure.evaluate", 3, [("fold", 0.5, "raw")]),
-        ("callbacks.compression._kept", 0, "all"),
+        ("callbacks.compression.passes", 0, "all"),
     ],
 )
 def test_an_error_on_one_process_leaves_it_with_the_rows_of_the_others(tmp_path, monkeypatch, what, call, failed):

@@ -7,9 +7,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from tiny_models import TINY_CLIP
 
 import configs
 from scripts.build import resolved
+from scripts.compress import completed, expanded
 
 CONFIGS = Path(configs.__file__).parent
 TINY = [
@@ -25,10 +27,16 @@ TINY = [
 ]
 
 
-def composed(*overrides: str, script: str = "train") -> dict:
+def composed(*overrides: str) -> dict:
     GlobalHydra.instance().clear()
     with initialize_config_module("configs", version_base="1.3"):
-        return resolved(compose(script, overrides=list(overrides)))
+        return resolved(compose("train", overrides=list(overrides)))
+
+
+def composed_compress(*overrides: str) -> dict:
+    GlobalHydra.instance().clear()
+    with initialize_config_module("configs", version_base="1.3"):
+        return resolved(completed(compose("compress", overrides=expanded(list(overrides)))))
 
 
 def grid(sweep: str) -> list[list[str]]:
@@ -55,5 +63,13 @@ def shrunk(config: dict, roots: dict) -> dict:
         model["img_size"] = 32
     if model["name"] == "simple_vit":
         model.update({"dim": 24, "depth": 1, "heads": 2, "mlp_dim": 32, "patch_size": 8})
+    if model["name"] == "torchvision":
+        model["architecture"] = "squeezenet1_1"
+    if model["name"] == "open_clip":
+        model.update({**TINY_CLIP, "pretrained": None})
+        if model["head"] == "zero_shot":
+            model["class_names"] = list("abcdefghij")
     data.update({key: None for key in ("train_size", "test_size", "size") if key in data})
+    if data["name"] == "imagenet":
+        data.update({"size": 32, "cache": None})
     return config

@@ -1,5 +1,7 @@
 """Trained networks that people bring: the same accuracy as where they were trained, smaller files, bad ones named."""
 
+import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,22 +9,28 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from composing import CONFIGS, TINY, composed
+from composing import CONFIGS, TINY, composed, composed_compress, shrunk
 from safetensors.torch import save_file
+from tiny_models import write_huggingface_vit
 
+import scripts.compress
 from pipeline.cells import read_record
-from pipeline.compression.checkpoint import load_compressed
+from pipeline.compressed import load
+from pipeline.data.cifar10 import load as load_cifar10
 from pipeline.data.module import PictureData
 from pipeline.evaluate import evaluate
+from pipeline.measure import Entry
 from pipeline.models import build_model
 from pipeline.models.checkpoint import load_into, read_state, settings_in
-from pipeline.results import read
+from pipeline.results import DENSE, read, read_speeds
 from pipeline.tables import UserError
-from scripts.compress import expanded, run
+from scripts.build import build_data, cell_of, data_options, file_hash, without_weights
+from scripts.compress import chosen_device, expanded, is_checkpoint, run, wanted
+from scripts.report import main as report
 from scripts.train import run as train
 
 DIGITS = ["data=digits", "model=resnet18", "model.width=4", "data.test_size=50", "compression.repair_size=64"]
-FEW = ["compression.ratios=[0.5]", "compression.methods=[fold,l1]"]
+FEW = ["ratios=[0.5]", "methods=[fold,l1]", "profile.seconds=0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +46,12 @@ def compress(checkpoint: Path, runs: Path, *overrides: str) -> Path:
     return run(composed_compress(f"checkpoint={checkpoint}", *DIGITS, *FEW, f"paths.runs={runs}", *overrides))
 
 
-def composed_compress(*overrides: str) -> dict:
-    return composed(*expanded(list(overrides)), script="compress")
-
-
 def test_a_checkpoint_of_ours_keeps_its_accuracy_and_gets_smaller(trained, tmp_path, capsys):
-    folder = compress(trained / "last.ckpt", tmp_path, "compression.save=true")
+    folder = compress(trained / "last.ckpt", tmp_path)
     shown = capsys.readouterr().out
+    assert re.match(r"50 pictures of 8x8, 10 classes, normalised by mean 0\.\d+ and std 0\.\d+ ", shown)
     assert "Dense accuracy" in shown
+    assert re.search(r"0\.5 .* MB .* ms \(\d+\.\dx\)", shown)
     assert str(folder) in shown.splitlines()[-1]
     ours = read(trained / "rows.parquet").filter(split="test")
     found = read(folder / "rows.parquet")
@@ -57,14 +63,70 @@ def test_a_checkpoint_of_ours_keeps_its_accuracy_and_gets_smaller(trained, tmp_p
     raw = found.filter(stage="raw")["loss"].to_list()
     assert raw == pytest.approx(ours.filter(stage="raw")["loss"].to_list(), rel=1e-4)
 
-    net = build_model("resnet18", classes=10, channels=1, width=4)
-    smaller, manifest = load_compressed(folder / "compressed" / "fold-r0.5-repaired.safetensors", net)
-    assert manifest["about"]["checkpoint"] == "last.ckpt"
+    kept = folder / "compressed" / "fold-r0.5-repaired.safetensors"
+    assert list(kept.parent.iterdir()) == [kept], "of a single checkpoint the first method's, in their last stage"
+    smaller, manifest = load(kept)
+    assert manifest["source"] == {"file": "last.ckpt", "sha256": file_hash(str(trained / "last.ckpt"))}
     data = PictureData("digits", test_size=50)
     data.setup()
+    pictures = manifest["about"]["pictures"]
+    assert (pictures["size"], pictures["mean"], pictures["classes"]) == (8, data.test_data.mean, data.classes)
     row = found.filter(method="fold", stage="repaired")
     metrics = evaluate(smaller, [data.test_data.__getitems__(range(50))])
     assert metrics.loss == pytest.approx(row["loss"].item(), rel=1e-4)
+
+
+def test_what_is_kept_loads_in_a_fresh_process_and_elsewhere(trained, tmp_path):
+    folder = compress(trained / "last.ckpt", tmp_path, "export=[onnx,program]", "methods=[l1]", "stages=[raw]")
+    kept = sorted(path.name for path in (folder / "compressed").iterdir())
+    assert kept == [f"l1-r0.5-raw{ending}" for ending in (".onnx", ".pt2", ".safetensors")]
+    program = (
+        "import sys, torch\n"
+        "from pipeline.compressed import load\n"
+        "model, _ = load(sys.argv[1] + '.safetensors')\n"
+        "assert not any(name.startswith(('scripts', 'configs', 'hydra')) for name in sys.modules)\n"
+        "x = torch.randn(3, 1, 8, 8)\n"
+        "exported = torch.export.load(sys.argv[1] + '.pt2').module()\n"
+        "torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(folder / "compressed" / "l1-r0.5-raw")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_export_that_fails_costs_a_warning(trained, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setitem(scripts.compress.EXPORTS, "program", (".pt2", broken))
+    with pytest.warns(RuntimeWarning, match=r"fold at ratio 0\.5 \(repaired\) cannot be exported: .*no such operation"):
+        folder = compress(trained / "last.ckpt", tmp_path, "export=[program]", "profile.runtimes=[]")
+    assert set(read(folder / "rows.parquet")["status"]) == {"ok"}
+    assert len(list((folder / "compressed").iterdir())) == 1
+    assert not (folder / "speed.parquet").exists()
+
+
+def test_each_size_is_timed_once(trained, tmp_path):
+    times = ["ratios=[0.25,0.5]", "profile.batch_sizes=[1,3]"]
+    speeds = read_speeds([compress(trained / "last.ckpt", tmp_path, *times) / "speed.parquet"])
+    assert list(speeds.select("method", "ratio", "runtime", "batch_size").iter_rows()) == [
+        (method, ratio, "eager", size)
+        for method, ratio in (("dense", 0.0), ("fold", 0.25), ("fold", 0.5))
+        for size in (1, 3)
+    ]
+    assert set(speeds["reason"]) == {""}
+    assert speeds["params"].is_sorted(descending=True)
+    assert (speeds["median"] > 0).all()
+
+
+def test_many_are_not_timed_and_none_is_kept_unless_asked_for(trained, tmp_path):
+    config = composed_compress(f"checkpoint={trained / 'last.ckpt'}", *DIGITS, *FEW, f"paths.runs={tmp_path}")
+    folder = run(config, sweeping=True)
+    assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["cell.json", "config.yaml", "rows.parquet"]
+    plan = [Entry(DENSE, 0.0, "raw")] + [Entry(m, 0.5, s) for m in ("fold", "l1") for s in ("raw", "repaired")]
+    assert wanted(True, plan, sweeping=True) == set(plan[1:])
+    assert wanted(None, plan, sweeping=False) == {Entry("fold", 0.5, "repaired")}
+    assert wanted(None, plan, sweeping=True) == wanted(False, plan, sweeping=False) == set()
 
 
 @pytest.mark.parametrize("form", ["plain", "data parallel", "compiled", "nested", "safetensors", "of 2017"])
@@ -135,23 +197,154 @@ def test_the_studys_file_names_say_the_recipe():
     assert settings_in("resnet20-12fca82f.th") == {}
 
 
-def test_a_folder_of_checkpoints(trained, tmp_path):
+def test_a_folder_of_checkpoints(trained, tmp_path, monkeypatch, capsys):
     """Many files in one command: one is broken, one is done before, names with signs that Hydra reads."""
     state = read_state(trained / "last.ckpt")
     (tmp_path / "nets").mkdir()
     for name in ("a_lr=0.1_wd=0.0.pt", "b_lr=0.2_wd=0.0.pt"):
         torch.save({**state, "net.linear.bias": torch.randn(10)}, tmp_path / "nets" / name)
-    (tmp_path / "nets" / "broken.pt").write_bytes(b"half a file")
+    for name in ("broken.pt", "copied.pt"):  # one cell, and two files to look for
+        (tmp_path / "nets" / name).write_bytes(b"half a file")
     command = [sys.executable, "-m", "scripts.compress", f"checkpoints={tmp_path / 'nets'}/**/*.pt", *DIGITS, *FEW]
     done = subprocess.run([*command, f"paths.runs={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    assert "2 of 3 done, 1 failed" in done.stdout, done.stdout + done.stderr
-    assert "broken.pt" in done.stdout.split("failed: ")[-1]
-    records = [read_record(folder) for folder in sorted((tmp_path / "runs").glob("compress-*"))]
-    assert sorted(record["config"]["named"].get("lr", "") for record in records) == ["", "0.1", "0.2"]
+    assert "2 of 4 done, 2 failed" in done.stdout, done.stdout + done.stderr
+    for name, reason in zip(("broken.pt", "copied.pt"), done.stdout.split("\nfailed: ")[1:], strict=True):
+        assert f"{name} is damaged or no checkpoint" in reason
+    folders = sorted((tmp_path / "runs").glob("compress-*"))
+    records = {folder: read_record(folder) for folder in folders}
+    assert sorted(record["config"]["named"].get("lr", "") for record in records.values()) == ["", "0.1", "0.2"]
+    (broken,) = [folder for folder, record in records.items() if record["state"] == "failed"]
+    (row,) = read(broken / "rows.parquet").to_dicts()
+    assert (row["status"], row["method"], row["cell"]) == ("failed", "dense", broken.name)
+    assert "is damaged or no checkpoint" in row["reason"]
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "runs")])
+    report()
+    shown = capsys.readouterr().out
+    assert f"{broken.name}: {row['reason']}" in shown
+    assert "2 done, 0 running, 1 failed" in shown
     again = subprocess.run([*command, f"paths.runs={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=240)
-    assert "2 of 3 done (2 before)" in again.stdout
+    assert "2 of 4 done (2 before)" in again.stdout
+
+
+def tiny(model: str, folder: Path, *overrides: str) -> dict:
+    """The config of `model` on pictures of 32x32 in a folder as of ImageNet, with a tiny network."""
+    config = composed_compress(f"model={model}", "data=imagenet", f"data.root={folder}", *FEW[:2], *overrides)
+    config["profile"]["runtimes"], config["compression"]["repair_size"] = [], 8
+    return shrunk(config, {})
+
+
+@pytest.mark.parametrize("model", ["vit_b32", "clip_vit_b32", "clip_vit_b32_zero_shot"])
+def test_imagenets_networks_on_pictures_of_their_kind(model, cifar_folder, tmp_path):
+    """Prepared as the network's library says, compressed with attention, norms tuned; a LayerNorm net has no repair."""
+    config = tiny(model, cifar_folder, "stages=[raw,repaired,norm_tuned]", f"paths.runs={tmp_path / 'runs'}")
+    everything = {"method": "fold", "parts": ["hidden", "residual", "width"]}
+    config["compression"]["methods"] = {"mlp": {"method": "fold"}, "all": everything}
+    config["checkpoint"] = str(tmp_path / "net_lr=0.1.pt")
+    built = build_model(classes=10, channels=3, **without_weights(config["model"]))
+    torch.save(built.state_dict(), config["checkpoint"])
+    folder = run(config)
+    rows = read(folder / "rows.parquet")
+    assert set(rows["status"]) == {"ok"}, set(rows["reason"])
+    assert [(r["method"], r["stage"]) for r in rows.to_dicts()] == [
+        ("dense", "raw"), ("mlp", "raw"), ("mlp", "norm_tuned"), ("all", "raw"), ("all", "norm_tuned")
+    ]  # fmt: skip
+    dense, mlp, _, most, _ = rows["params"]
+    assert dense > mlp > most
+    smaller, manifest = load(folder / "compressed" / "mlp-r0.5-norm_tuned.safetensors")
+    assert sum(p.numel() for p in smaller.parameters()) == mlp
+    mean = manifest["about"]["pictures"]["mean"]
+    assert mean == pytest.approx([0.5] * 3 if model == "vit_b32" else [0.48145466, 0.4578275, 0.40821073])
+
+
+def test_a_folder_of_hugging_face_is_weights_and_architecture(cifar_folder, tmp_path):
+    folder = write_huggingface_vit(tmp_path / "vit", classes=10)
+    config = tiny(
+        "huggingface", cifar_folder, f"checkpoint={folder}", "stages=[raw]", f"paths.runs={tmp_path / 'runs'}"
+    )
+    rows = read(run(config) / "rows.parquet")
+    assert set(rows["status"]) == {"ok"}, set(rows["reason"])
+    assert set(rows["model"]) == {"vit"}
+    cell = cell_of(config)
+    (tmp_path / "elsewhere").mkdir()
+    moved = folder.rename(tmp_path / "elsewhere" / "vit")
+    same = tiny("huggingface", cifar_folder, f"checkpoint={moved}", "stages=[raw]", f"paths.runs={tmp_path / 'runs'}")
+    assert cell_of(same) == cell
+    assert is_checkpoint(str(moved))
+    assert not is_checkpoint(str(tmp_path))
+
+
+def test_a_model_with_weights_of_its_own_needs_no_checkpoint(cifar_folder, tmp_path):
+    folder = write_huggingface_vit(tmp_path / "vit", classes=10)
+    with pytest.raises(UserError, match=r"model 'resnet18' has no trained weights; give them as checkpoint=FILE"):
+        run(composed_compress(*DIGITS, f"paths.runs={tmp_path}"))
+    config = tiny("huggingface", cifar_folder, f"model.architecture={folder}", "stages=[raw]", "checkpoint=null",
+                  f"paths.runs={tmp_path / 'runs'}")  # fmt: skip
+    given = tiny("huggingface", cifar_folder, f"checkpoint={folder}", "stages=[raw]", f"paths.runs={tmp_path / 'runs'}")
+    first, second = (read(run(c) / "rows.parquet") for c in (config, given))
+    assert first["loss"].to_list() == second["loss"].to_list()
+
+
+def test_pictures_are_made_ready_as_the_library_says_unless_told_otherwise(cifar_npz):
+    own = [0.5, 0.4, 0.3]
+    for model, overrides, mean in (
+        (["model=torchvision", "model.architecture=resnet18"], [], [0.485, 0.456, 0.406]),
+        (["model=torchvision", "model.architecture=resnet18"], [f"data.mean={own}"], own),
+        (["model=resnet18"], [], None),  # the network is ours, and the pictures say
+    ):
+        data = build_data(
+            composed_compress(*model, "data=cifar10", f"data.root={cifar_npz}", "data.val_fraction=0.2", *overrides)
+        )
+        expected = mean or load_cifar10(cifar_npz).mean
+        assert data.test_data.mean == pytest.approx(expected)
+    grey = build_data(composed_compress("model=timm", "data=digits"))
+    assert len(grey.test_data.mean) == 1, "timm fits its first layer to grey pictures, and has no mean for them"
+    named = data_options(
+        composed_compress("model=vit_b32", "data=imagenet", "data.root=x", "data.preprocessing=resnet50")
+    )
+    assert (named["usual"], named["size"]) == (None, None)
+
+
+def test_short_names_and_file_names_on_the_command_line(tmp_path):
+    for name in ("a.pt", "b,c=1.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert expanded(["methods=[fold]", "ratios=[0.5]", "data=digits", "methods", "checkpoint=null"]) == [
+        "compression.methods=[fold]", "compression.ratios=[0.5]", "data=digits", "methods", "checkpoint=null"
+    ]  # fmt: skip
+    assert expanded([f"checkpoints={tmp_path}/*.pt"]) == ["-m", f"checkpoint='{tmp_path}/a.pt','{tmp_path}/b,c=1.pt'"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["profile.runtimes=[fast]"], "unknown runtime 'fast'.*choose from: compiled, eager, onnx"),
+        (["profile.runtimes=eager"], r"profile\.runtimes must be a list, such as \[eager\]"),
+        (["profile.batch_sizes=[0]"], "batch size 0 must be at least 1"),
+        (["+profile.warmup=3"], "profile has no option 'warmup'"),
+        (["export=[onxn]"], "unknown export 'onxn'.*choose from: onnx, program"),
+        (["export=[program]", "save=false"], r"export= writes the networks that are kept, and none are; add save=true"),
+        (["parts=[hiden]"], "unknown part 'hiden'.*choose from: head, hidden, residual, width"),
+        (["parts=[width,head]"], "parts can hold 'width' or 'head', not both"),
+        (["parts=hidden"], r"parts must be a list, such as \[hidden\]"),
+        (["device=cuda:99"], r"device 'cuda:99' is not there"),
+        (["device=gpu"], r"device 'gpu' is not there"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(overrides, message, trained, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        compress(trained / "last.ckpt", tmp_path / "runs", *overrides)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists(), "nothing was started"
+
+
+def test_workers_of_joblib_take_the_gpus_in_turn(monkeypatch):
+    assert chosen_device("auto") == torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, index in {"MainProcess": 0, "LokyProcess-1": 1, "LokyProcess-2": 0, "LokyProcess-13": 1}.items():
+        monkeypatch.setattr(multiprocessing.current_process(), "name", name)
+        assert chosen_device("auto") == torch.device("cuda", index)
 
 
 def test_every_config_of_compress_is_whole():

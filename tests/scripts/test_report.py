@@ -170,6 +170,40 @@ def test_a_record_that_ends_meanwhile_is_not_missed(tmp_path, monkeypatch):
     assert order == ["record", "rows"]
 
 
+def time_networks(folder, dense=0.08, half=0.02, **other):
+    """What a cell that timed its networks has beside its rows."""
+    of = {"cell": folder.name, "model": "resnet18", "data": "cifar10", "device": "cpu", "threads": 2, **other}
+    lines = []
+    for method, ratio, median, params in (("dense", 0.0, dense, 10_000_000), ("fold", 0.5, half, 2_500_000)):
+        for size, reason in ((1, ""), (128, "out of memory" if method == "dense" else "")):
+            times = {"median": float("nan") if reason else median * size, "memory": None if reason else 3_000_000}
+            sizes = {"params": params, "macs": 40 * params, "size": 4 * params}
+            lines.append({**of, "method": method, "ratio": ratio, "runtime": "eager", "batch_size": size,
+                          "reason": reason, **times, **sizes})  # fmt: skip
+    pl.DataFrame(lines).write_parquet(folder / "speed.parquet")
+
+
+def test_sizes_and_speeds_are_medians_over_the_cells_of_a_model(tmp_path, report):
+    for cell, half in (("a-1", 0.02), ("b-2", 0.04), ("c-3", 0.01)):
+        time_networks(add(tmp_path, cell), half=half)
+    add(tmp_path, "d-4")  # whose networks nobody timed
+    lines = report(tmp_path)
+    (title,) = [i for i, line in enumerate(lines) if line.startswith("Size and speed of resnet18 on cifar10")]
+    assert "(cpu, 2 threads, median of 3 cells)" in lines[title]
+    assert lines[title + 4 : title + 6] == [
+        "dense 10.00 M 400 M 40.0 MB 80 ms - -",
+        "0.5 2.50 M 100 M 10.0 MB 20 ms (4.0x) 2,560 ms 3 MB",
+    ]
+    assert "3 times of eager are missing: out of memory" in lines
+
+
+def test_a_damaged_file_of_speeds_is_named(tmp_path, monkeypatch, capsys):
+    (add(tmp_path, "a-1") / "speed.parquet").write_bytes(b"PAR1 damaged PAR1")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    main()
+    assert re.fullmatch(r"warning: \S+a-1/speed.parquet is damaged \(.*\)\n", capsys.readouterr().err)
+
+
 def test_the_name_that_all_cells_share_is_in_the_title(tmp_path, report):
     add(tmp_path, "my-run-1f")
     add(tmp_path, "my-run-2e")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from composing import TINY, composed, grid, options, shrunk
+from tiny_models import write_huggingface_vit
 
+from pipeline.compressed import load
 from pipeline.results import read
 from pipeline.tables import UserError
 from scripts.build import cell_of
@@ -19,7 +21,11 @@ from scripts.train import run
 
 @pytest.fixture
 def roots(cifar_npz, cifar_folder, fashion):
-    return {"cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion}
+    return {"cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion, "imagenet": cifar_folder}
+
+
+# Models of other libraries, which take colour pictures. All but torchvision's (a SqueezeNet here) have norms.
+LIBRARIES = "timm simple_vit open_clip clip_vit_b32 clip_vit_b32_zero_shot vit_b32 huggingface".split()
 
 
 EVERY = [
@@ -32,11 +38,15 @@ EVERY = [
 @pytest.mark.parametrize(("group", "name"), EVERY, ids=lambda value: str(value))
 def test_every_config_builds_and_runs_one_batch(group, name, roots, tmp_path):
     data = [] if group in ("experiment", "data", "sweep") else ["data=digits"]
-    if (group, name) in (("model", "timm"), ("model", "simple_vit")):
+    if group == "model" and name in LIBRARIES:
         data = ["data=cifar10", "compression.stages=[raw,norm_tuned]"]
+    if (group, name) == ("model", "torchvision"):
+        data = ["data=cifar10", "compression.stages=[raw]"]
+    if (group, name) == ("model", "huggingface"):
+        data += [f"model.architecture={write_huggingface_vit(tmp_path / 'vit')}"]
     if (group, name) == ("optim", "timm"):
         data += ["optim.name=lion", "optim.lr=1e-4"]
-    if name in ("folder", "vit_b32_imagenet"):
+    if name in ("folder", "imagenet", "vit_b32_imagenet"):
         data = ["data.root=set-below"]
     if group == "sweep":  # its last cell, which has everything on
         data += grid(name)[-1]
@@ -63,6 +73,14 @@ def test_a_run_shows_and_keeps_everything(tmp_path, capsys):
     assert cell_of({**again, "seed": 1}) != folder.name
     weights = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
     assert any(name.startswith("net.") for name in weights)
+
+
+def test_what_training_keeps_loads_from_its_file_alone(tmp_path):
+    overrides = ["compression.save=true", "compression.every_n_epochs=0", f"paths.runs={tmp_path}"]
+    folder = run(shrunk(composed("experiment=quickstart", *TINY, *overrides), {}))
+    rows = read(folder / "rows.parquet").filter(method="fold", stage="repaired")
+    model, manifest = load(folder / "compressed/epoch001/fold-r0.5-repaired.safetensors")
+    assert manifest["params"] == sum(p.numel() for p in model.parameters()) == rows["params"].item()
 
 
 def test_the_same_config_gives_the_same_rows(tmp_path):

@@ -1,0 +1,97 @@
+"""What it costs to compress a large network: tracing, folding at nine ratios, and memory at the peak of it.
+
+    python -m benchmarks.large            # ViT-B/32, half a minute on two quiet cores
+
+In a process of its own that uses the library alone, as the scripts let glibc keep memory that is free. Random weights,
+which fold slower than trained ones: no two rows are alike. Memory is the resident set at its highest, less what Python
+and the libraries take once a tiny network has been compressed; the network itself is in it. The study's code takes
+474 s for one ratio of a SimpleViT of this size on two cores, its MLPs alone.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+RATIOS = [round(i / 10, 1) for i in range(1, 10)]
+PARTS = ("hidden", "residual", "width")
+
+
+def measured(architecture: str) -> dict[str, Any]:
+    """Seconds, and the highest resident set in MiB, of each step."""
+    import timm
+    import torch
+    from torch import nn
+
+    from pipeline.compression import channel_groups, compress, compressions
+    from pipeline.compression.compress import parameters
+
+    def resident() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    example = torch.randn(1, 3, 224, 224)
+    compress(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(1, 8))
+    before = resident()
+    net = timm.create_model(architecture).eval()
+    size = sum(t.numel() * t.element_size() for t in net.state_dict().values()) / 2**20
+    start = time.perf_counter()
+    groups = channel_groups(net, example, PARTS)
+    traced, memory = time.perf_counter(), resident()
+    sizes = {}
+    for compressed in compressions(net, example, "fold", RATIOS, groups=groups):
+        sizes[compressed.report.ratio] = parameters(compressed.model)
+        del compressed  # the next one needs the room
+    return {
+        "architecture": architecture,
+        "parts": PARTS,
+        "groups": len(groups),
+        "parameters": parameters(net),
+        "smaller": sizes,
+        "trace_s": traced - start,
+        "fold_s": time.perf_counter() - traced,
+        "network_mib": size,
+        "memory_traced": (memory - before) / size,
+        "memory_folded": (resident() - before) / size,
+    }
+
+
+def main() -> None:
+    from benchmarks.common import described, machine, write
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="vit_base_patch32_224", help="of timm, for pictures of 224 pixels")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/large"))
+    options = parser.parse_args()
+    child = f"import json; from large import measured; print(json.dumps(measured({options.architecture!r})))"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    child = f"import sys; sys.path[:0] = {paths!r}; {child}"
+    where = machine("timm")
+    done = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True)
+    r = json.loads(done.stdout.splitlines()[-1])
+    text = "\n".join(
+        [
+            f"# Folding {r['architecture']} at ratios {RATIOS[0]} to {RATIOS[-1]}",
+            "",
+            f"`python -m benchmarks.large`, n = 1, {described(where, 'timm')}.",
+            "",
+            f"{r['groups']} groups ({', '.join(PARTS)}), {r['parameters']:,} parameters, {r['network_mib']:.0f} MiB.",
+            "",
+            "| step | seconds | memory at the peak, in networks |",
+            "|---|---|---|",
+            f"| trace and check | {r['trace_s']:.1f} | {r['memory_traced']:.2f} |",
+            f"| nine folded networks | {r['fold_s']:.1f} | {r['memory_folded']:.2f} |",
+            f"| together | {r['trace_s'] + r['fold_s']:.1f} | {r['memory_folded']:.2f} |",
+        ]
+    )
+    write(options.out, {**r, "machine": where}, text)
+
+
+if __name__ == "__main__":
+    main()

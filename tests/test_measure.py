@@ -1,0 +1,88 @@
+"""What a measurement keeps and shares: traces by what is compressed, pictures where they fit."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pipeline.measure
+from pipeline.measure import Inputs, Measurement, passes
+from pipeline.tables import UserError
+
+CONTEXT = {"cell": "c", "model": "m", "data": "d", "seed": 0, "epoch": 0, "step": 0, "split": "test"}
+PICTURES = TensorDataset(torch.randn(12, 3, 8, 8), torch.arange(12) % 4)
+
+
+def vit() -> nn.Module:
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=4).eval()
+
+
+def rows_of(measurement: Measurement, net: nn.Module) -> list:
+    loader = DataLoader(PICTURES, 5)
+    inputs = Inputs(PICTURES.tensors[0][:1], passes(loader, tuple, PICTURES.tensors[0][:1]), [])
+    return measurement.rows(net, lambda: inputs, CONTEXT)
+
+
+def test_methods_with_parts_of_their_own_share_a_trace_of_the_same_parts(monkeypatch):
+    traced = []
+
+    def counting(net, example, parts):
+        traced.append(parts)
+        return real(net, example, parts)
+
+    real = pipeline.measure.channel_groups
+    monkeypatch.setattr(pipeline.measure, "channel_groups", counting)
+    methods = {"mlp": {"method": "l2"}, "again": {"method": "l1"}, "heads": {"method": "l2", "parts": ["head"]}}
+    measurement = Measurement(methods, [0.5], ["raw"], parts=["hidden"])
+    assert not measurement.traced
+    for net in (vit(), vit()):
+        rows = rows_of(measurement, net)
+        assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]
+        dense, mlp, again, heads = (row.params for row in rows)
+        assert len({dense, mlp, heads}) == 3
+        assert mlp == again
+    assert traced == [("hidden",), ("head",)]
+    assert measurement.traced
+    measurement.trace(vit(), PICTURES.tensors[0][:1])
+    assert len(traced) == 4, "another network may have another graph"
+
+
+@pytest.mark.parametrize(
+    ("methods", "parts", "message"),
+    [
+        (["fold"], ["heads"], "unknown part 'heads'.*did you mean 'head'.*choose from: head, hidden, residual, width"),
+        ({"a": {"method": "fold", "parts": ["widht"]}}, ["hidden"], "unknown part 'widht'"),
+        (["fold"], "hidden", r"parts must be a list, such as \[hidden\]"),
+    ],
+)
+def test_unknown_parts_are_refused_at_once(methods, parts, message):
+    with pytest.raises(UserError, match=message):
+        Measurement(methods, [0.5], ["raw"], parts=parts)
+
+
+def test_pictures_are_kept_where_they_fit_and_streamed_where_not(monkeypatch):
+    moved = []
+
+    def move(batch):
+        moved.append(len(batch[0]))
+        return tuple(batch)
+
+    loader, example = DataLoader(PICTURES, 5), PICTURES.tensors[0][:1]
+    size = PICTURES.tensors[0].numel() * 4
+    both = {}
+    for kept in (True, False):
+        monkeypatch.setattr(pipeline.measure, "KEPT", size if kept else size - 1)
+        moved.clear()
+        batches = passes(loader, move, example)
+        both[kept] = [list(batches), list(batches)]
+        assert moved == [5, 5, 2] * (1 if kept else 2)
+    torch.testing.assert_close(both[True], both[False], rtol=0, atol=0)
+
+
+def test_streamed_pictures_give_the_same_rows(monkeypatch):
+    net = vit()
+    kept = rows_of(Measurement(["fold"], [0.5], ["raw"]), net)
+    monkeypatch.setattr(pipeline.measure, "KEPT", 0)
+    streamed = rows_of(Measurement(["fold"], [0.5], ["raw"]), net)
+    assert [(row.acc, row.loss, row.n) for row in kept] == [(row.acc, row.loss, row.n) for row in streamed]
