@@ -58,8 +58,16 @@ def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
     """
     channels = np.arange(len(labels))
     counts = np.bincount(labels).astype(gram.dtype)
-    sums = csr_array((np.ones_like(gram[0]), (labels, channels)), (len(counts), len(labels))) @ gram
-    return counts, np.ascontiguousarray(sums.T), np.bincount(labels, sums[labels, channels])
+    onehot = csr_array((np.ones_like(gram[0]), (labels, channels)), (len(counts), len(labels)))
+    sums = np.empty((len(labels), len(counts)), gram.dtype)
+    for rows in blocks(len(labels), 1024):
+        sums[rows] = (onehot @ gram[:, rows]).T
+    return counts, sums, np.bincount(labels, sums[channels, labels])
+
+
+def blocks(count: int, size: int) -> list[slice]:
+    """0 ... count - 1 in parts: what is computed of 3,072 channels and half as many clusters at once fills no cache."""
+    return [slice(i, i + size) for i in range(0, count, size)]
 
 
 def kept_energy(gram: Array, labels: Array) -> float:
@@ -105,7 +113,7 @@ def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) ->
 
     for _ in range(sweeps):
         shared = np.flatnonzero(counts[labels] > 1)
-        gain = gains(shared)
+        gain = np.concatenate([gains(shared[part]) for part in blocks(len(shared), 256)] or [shared[:0]])
         order = np.argsort(-gain, kind="stable")
         movers = shared[order[gain[order] > tolerance]]
         if not len(movers):
