@@ -34,6 +34,8 @@ class Profile:
     memory: at the peak of a pass (see `peak_memory`); None where the runtime does not let us see it
     params, macs: of the network, macs for one sample; size: of its weights and buffers, which are its safetensors file
         but for the header
+    speedup: how many times as fast as the network that it was timed beside: the median over pairs of passes that follow
+        each other, so that what else the machine does meets both; NaN where there was none
     reason: why there are no times (NaN), if there are none
     """
 
@@ -47,6 +49,7 @@ class Profile:
     params: int
     macs: int
     size: int
+    speedup: float = math.nan
     reason: str = ""
 
 
@@ -99,11 +102,13 @@ def profile(
     batch_sizes: Sequence[int] = (1, 128),
     runtimes: Sequence[str] = ("eager",),
     seconds: float = 2.0,
+    beside: nn.Module | None = None,
 ) -> list[Profile]:
     """One Profile for each runtime and batch size, in this order.
 
     example: what the model is called with, on its device; larger batches are made of it (see `export.batch_of`).
     seconds: for the timed passes of one Profile, of which there are at least LEAST however long they take.
+    beside: a network to take turns with, such as the uncompressed one.
 
     The model is untouched. A runtime that fails gives its reason in place of times. Raises UserError for a runtime that
     is unknown or lacks its libraries, and for a batch size below 1.
@@ -113,7 +118,8 @@ def profile(
         need_onnx()
     if min(batch_sizes, default=1) < 1:
         raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
-    network = bare_copy(model).eval()
+    networks = [bare_copy(each).eval() for each in (model, beside) if each is not None]
+    network = networks[0]
     sizes = {
         "params": parameters(network),
         "macs": macs(network, batch_of(example, 1)),
@@ -121,15 +127,17 @@ def profile(
     }
     found = []
     for name in runtimes:
-        bind: Callable[[Example], Run] | None = None
+        binds: list[Callable[[Example], Run]] = []
         for batch_size in batch_sizes:
             try:
-                bind = bind or prepare[name](network, example)
-                run = bind(batch_of(example, batch_size))
-                (times,) = race([run], device_of(network), seconds)
-                memory = None if name == "onnx" else peak_memory(run, device_of(network))
+                binds = binds or [prepare[name](each, example) for each in networks]
+                runs = [bind(batch_of(example, batch_size)) for bind in binds]
+                times, *others = race(runs, device_of(network), seconds)
+                memory = None if name == "onnx" else peak_memory(runs[0], device_of(network))
                 low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-                found.append(Profile(name, batch_size, median, low, high, len(times), memory, **sizes))
+                pairs = [slow / own for other in others for own, slow in zip(times, other, strict=True)]
+                speedup = statistics.median(pairs) if pairs else math.nan
+                found.append(Profile(name, batch_size, median, low, high, len(times), memory, **sizes, speedup=speedup))
             except Exception as error:  # no compiler, no memory, an operation that a runtime does not have
                 none = (math.nan, math.nan, math.nan, 0, None)
                 found.append(Profile(name, batch_size, *none, **sizes, reason=one_line(error)))

@@ -167,16 +167,12 @@ def print_table(rows: pl.DataFrame, title: str, duel: bool = False) -> None:
 def speed_lines(speeds: pl.DataFrame) -> pl.DataFrame:
     """One line per (ratio, method, params, runtime, batch_size): medians over the cells of `read_speeds`.
 
-    median: seconds; speedup: over the uncompressed network of the same cell, runtime and batch size; macs: of one
-    sample; size, memory: bytes
+    median: seconds; speedup: over the uncompressed network, timed beside it; macs: of one sample; size, memory: bytes
     """
-    where = ["cell", "runtime", "batch_size"]
-    dense = speeds.filter(pl.col("method") == DENSE).select(*where, dense="median")
-    compared = speeds.join(dense, on=where, how="left", maintain_order="left")
-    compared = compared.with_columns(speedup=pl.col("dense") / pl.col("median")).fill_nan(None)
     values = ["median", "speedup", "macs", "size", "memory"]
     keys = ["ratio", "method", "params", "runtime", "batch_size"]
-    return compared.group_by(keys, maintain_order=True).agg(pl.col(values).median()).sort("ratio", maintain_order=True)
+    lines = speeds.fill_nan(None).group_by(keys, maintain_order=True).agg(pl.col(values).median())
+    return lines.sort("ratio", maintain_order=True)
 
 
 def speed_table(speeds: pl.DataFrame) -> Table:
@@ -196,7 +192,7 @@ def speed_table(speeds: pl.DataFrame) -> Table:
     for (ratio, method, params), of in by_network.items():
         label = DENSE if method == DENSE else f"{ratio:g}" + f" {method}" * (ratios.count(ratio) > 1)
         at = {(line["runtime"], line["batch_size"]): line for line in of.iter_rows(named=True)}
-        times = [timed(at.get(column), dense=method == DENSE) for column in columns]
+        times = [timed(at.get(column)) for column in columns]
         memory = at.get(largest, {}).get("memory")
         table.add_row(
             label,
@@ -209,11 +205,11 @@ def speed_table(speeds: pl.DataFrame) -> Table:
     return table
 
 
-def timed(line: dict[str, Any] | None, dense: bool) -> str:
+def timed(line: dict[str, Any] | None) -> str:
     """5.31 ms (2.4x), 1,234 ms (2.4x)"""
     if line is None or line["median"] is None:
         return "-"
-    faster = "" if dense or line["speedup"] is None else f" ({line['speedup']:.1f}x)"
+    faster = "" if line["speedup"] is None else f" ({line['speedup']:.1f}x)"
     milliseconds = 1000 * line["median"]
     return f"{milliseconds:,.0f} ms{faster}" if milliseconds >= 100 else f"{milliseconds:.3g} ms{faster}"
 

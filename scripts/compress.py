@@ -116,7 +116,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     if not sweeping:
         print(told(pictures_of(data), len(data.test_data)), flush=True)
     example = data.example.to(device)
-    speeds = Speeds(timing, example, {key: context[key] for key in ("cell", "model", "data")})
+    speeds = Speeds(net, timing, example, {key: context[key] for key in ("cell", "model", "data")})
     named = {"architecture": architecture_of(config, data), "source": source(config)}
 
     def move(batch: Batch) -> Batch:
@@ -155,8 +155,8 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
 class Speeds:
     """Size and speed of one network of each size: what methods leave at one ratio has the same shapes."""
 
-    def __init__(self, options: Config, example: Tensor, context: Config) -> None:
-        self.options, self.example, self.lines = options, example, []
+    def __init__(self, dense: nn.Module, options: Config, example: Tensor, context: Config) -> None:
+        self.dense, self.options, self.example, self.lines = dense, options, example, []
         self.context = {**context, "device": example.device.type, "threads": torch.get_num_threads()}
         self.seen: set[tuple[Any, ...]] = set()
 
@@ -165,7 +165,8 @@ class Speeds:
             return
         self.seen.add((entry.ratio, *sizes))
         of = {**self.context, "method": entry.method, "ratio": entry.ratio}
-        self.lines += [{**of, **asdict(found)} for found in profile(model, self.example, **self.options)]
+        beside = None if entry.method == DENSE else self.dense.to(self.example.device)
+        self.lines += [{**of, **asdict(found)} for found in profile(model, self.example, beside=beside, **self.options)]
 
     def write(self, path: Path) -> None:
         if self.lines:

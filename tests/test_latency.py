@@ -43,6 +43,15 @@ def test_profile_is_one_record_for_each_runtime_and_batch(tmp_path):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+def test_a_network_is_timed_beside_another():
+    (alone,) = profile(net(), EXAMPLE, (1,), seconds=0.0)
+    assert math.isnan(alone.speedup)
+    large = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(200)), net())
+    (found,) = profile(net(), EXAMPLE, (1,), seconds=0.05, beside=large)
+    assert found.speedup > 3
+    assert found.params == parameters(net())
+
+
 def test_peak_memory_is_exact(capfd):
     """Two activations live at once, and only while the second is made from the first."""
     model = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()).requires_grad_(False)

@@ -177,6 +177,7 @@ def time_networks(folder, dense=0.08, half=0.02, **other):
     for method, ratio, median, params in (("dense", 0.0, dense, 10_000_000), ("fold", 0.5, half, 2_500_000)):
         for size, reason in ((1, ""), (128, "out of memory" if method == "dense" else "")):
             times = {"median": float("nan") if reason else median * size, "memory": None if reason else 3_000_000}
+            times["speedup"] = float("nan") if method == "dense" or size == 128 else dense / median
             sizes = {"params": params, "macs": 40 * params, "size": 4 * params}
             lines.append({**of, "method": method, "ratio": ratio, "runtime": "eager", "batch_size": size,
                           "reason": reason, **times, **sizes})  # fmt: skip
