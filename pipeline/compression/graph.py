@@ -197,7 +197,7 @@ class Tracer:
         if fixed.any():
             self.freeze(
                 torch.from_numpy(pairs[:, fixed]),
-                "meets what is not a channel: the input, a constant or what a frozen operation puts out",
+                "meets the input, a constant or the output of a frozen operation",
             )
         once = np.unique(pairs[0, ~fixed] * self.count + pairs[1, ~fixed])  # many times faster than of pairs
         self.edges.append(np.stack([once // self.count, once % self.count]))
