@@ -1,9 +1,10 @@
-"""Random small networks out of steps that couple, move, cut or mix channels."""
+"""Random small networks, of pictures and of tokens, out of steps that couple, move, cut or mix channels."""
 
 import random
 
 import torch
 import torch.nn.functional as F
+from random_attention import ATTENTION
 from torch import nn
 
 
@@ -59,6 +60,22 @@ class Depthwise(nn.Module):
         return F.hardswish(self.norm(self.conv(x)))
 
 
+class Grouped(nn.Module):
+    """A convolution of some groups, perhaps another one behind it."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        groups = rng.choice([n for n in (2, 3, 4) if c % n == 0])
+        self.channels = groups * rng.choice([1, 2, 3])
+        size = rng.choice([1, 3])
+        self.conv = nn.Conv2d(c, self.channels, size, padding=size // 2, groups=groups, bias=rng.random() < 0.5)
+        self.norm = nn.BatchNorm2d(self.channels) if rng.random() < 0.5 else nn.Identity()
+        self.again = nn.Conv2d(self.channels, self.channels, 1, groups=groups) if rng.random() < 0.5 else nn.Identity()
+
+    def forward(self, x):
+        return self.again(F.silu(self.norm(self.conv(x))))
+
+
 class Gate(nn.Module):
     """Squeeze and excite, or one gate for all channels."""
 
@@ -85,7 +102,8 @@ class Transposed(nn.Module):
     def __init__(self, rng, c):
         super().__init__()
         self.channels = rng.choice([4, 6])
-        self.conv = nn.ConvTranspose2d(c, self.channels, 2, stride=2)
+        groups = 2 if c % 2 == 0 and rng.random() < 0.3 else 1
+        self.conv = nn.ConvTranspose2d(c, self.channels, 2, stride=2, groups=groups)
 
     def forward(self, x):
         return F.max_pool2d(self.conv(x), 2)
@@ -176,6 +194,11 @@ class Shuffle(Step):
         return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
+class TorchsShuffle(Step):
+    def function(self, x):
+        return F.channel_shuffle(x, 2)
+
+
 class Interleave(Step):
     def __init__(self, rng, c):
         super().__init__(rng, c, 2)
@@ -192,13 +215,150 @@ class Literal(Step):
         return F.relu(x.reshape(-1, self.channels, x.shape[2] * x.shape[3])).view(x.shape)
 
 
-CLEAR = (Conv, Conv, Residual, Concat, Depthwise, Gate, Parameter, Transposed, Pool, Upsample, PadSpace, PadChannels,
-         Cumulate, Roll, Normalise, Glu, Half, Flip)  # fmt: skip
+class Branches(nn.Module):
+    """Parts of the channels go different ways, as in ShuffleNetV2 and CSP networks."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        self.cut = rng.choice(["chunk", "split", "slices"])
+        self.half = c // 2
+        self.branch = Conv(rng, self.half)
+        self.channels = c - self.half + self.branch.channels
+        self.residual = self.branch.channels == self.half
+        self.all = rng.random() < 0.3
+        self.channels += self.half if self.all else 0
+
+    def forward(self, x):
+        a, b = {
+            "chunk": lambda: x.chunk(2, 1),
+            "split": lambda: x.split([x.shape[1] - self.half, self.half], 1),
+            "slices": lambda: (x[:, : -self.half], x[:, -self.half :]),
+        }[self.cut]()
+        y = self.branch(b)
+        y = b + y if self.residual else y
+        return torch.cat([a, b, y] if self.all else [a, y], 1)
+
+
+class Attend(nn.Module):
+    """Attention of the pixels to each other."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        self.attention = rng.choice(ATTENTION)(rng, c)
+        self.residual = rng.random() < 0.5
+        self.channels = c
+
+    def forward(self, x):
+        y = self.attention(x.flatten(2).transpose(1, 2))
+        y = y.transpose(1, 2).reshape(x.shape)
+        return x + y if self.residual else y
+
+
+# --- steps of tokens: (B, T, C)
+
+
+class Dense(nn.Module):
+    def __init__(self, rng, c):
+        super().__init__()
+        self.channels = rng.choice([4, 6, 8])
+        self.layer = nn.Linear(c, self.channels, bias=rng.random() < 0.7)
+        self.act = rng.choice([nn.GELU(), nn.ReLU(), nn.Identity()])
+
+    def forward(self, x):
+        return self.act(self.layer(x))
+
+
+class Mlp(nn.Module):
+    """Two layers, or three with a gate, whose halves may come out of one layer."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        inner = rng.choice([4, 6, 10])
+        self.kind = rng.choice(["plain", "plain", "gated", "chunked", "split", "glu"])
+        self.up = nn.Linear(c, inner * (2 if self.kind in ("chunked", "split", "glu") else 1), bias=rng.random() < 0.7)
+        self.gate = nn.Linear(c, inner) if self.kind == "gated" else None
+        self.down = nn.Linear(inner, c)
+        self.inner, self.channels = inner, c
+
+    def forward(self, x):
+        y = self.up(x)
+        if self.kind == "plain":
+            return self.down(F.gelu(y))
+        if self.kind == "glu":
+            return self.down(F.glu(y, -1))
+        if self.kind == "gated":
+            a, b = y, self.gate(x)
+        else:
+            a, b = y.chunk(2, -1) if self.kind == "chunked" else y.split(self.inner, -1)
+        return self.down(F.silu(a) * b)
+
+
+class AcrossTokens(nn.Module):
+    """The token mixing of MLP-Mixer (arXiv:2105.01601), which takes tokens for channels."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        self.channels, inner = c, rng.choice([4, 7])
+        self.mlp = nn.Sequential(nn.Linear(TOKENS, inner), nn.GELU(), nn.Linear(inner, TOKENS))
+
+    def forward(self, x):
+        return self.mlp(x.transpose(1, 2)).transpose(1, 2)
+
+
+class AlongTokens(nn.Module):
+    """A convolution over the tokens: of each channel, of groups of them or of all."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        groups = rng.choice([1, c, 2 if c % 2 == 0 else 1])
+        self.channels = c if groups == c else rng.choice([4, 6])
+        self.conv = nn.Conv1d(c, self.channels, 3, padding=1, groups=groups)
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Widen(nn.Module):
+    """More channels beside those there are."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        self.more, self.first = Dense(rng, c), rng.random() < 0.5
+        self.channels = c + self.more.channels
+
+    def forward(self, x):
+        return torch.cat([self.more(x), x] if self.first else [x, self.more(x)], -1)
+
+
+class Block(nn.Module):
+    """A residual step, with its norm before, behind or nowhere, and perhaps a gain for each channel."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        self.step = rng.choice((*ATTENTION, Mlp, Mlp, AcrossTokens))(rng, c)
+        norms = [nn.LayerNorm, nn.RMSNorm, lambda n: nn.LayerNorm(n, elementwise_affine=False), lambda n: nn.Identity()]
+        self.norm, self.before = rng.choice(norms)(c), rng.random() < 0.7
+        self.gain = nn.Parameter(torch.ones(c)) if rng.random() < 0.3 else None
+        self.channels = c
+
+    def forward(self, x):
+        y = self.step(self.norm(x) if self.before else x)
+        y = y if self.gain is None else y * self.gain
+        return x + y if self.before else self.norm(x + y)
+
+
+CLEAR = (Conv, Conv, Residual, Concat, Depthwise, Grouped, Gate, Parameter, Transposed, Pool, Upsample, PadSpace,
+         PadChannels, Cumulate, Roll, Normalise, Flip)  # fmt: skip
 # A trace of one size cannot tell these from what is sound.
-CLOUDED = (ViewGlu, Shuffle, Interleave, Literal)
+CLOUDED = (Half, Glu, Branches, ViewGlu, Shuffle, TorchsShuffle, Interleave, Literal, Attend, Attend)
+EVEN = (Half, Glu, Branches, ViewGlu, Shuffle, TorchsShuffle, Grouped)
+OF_TOKENS = (Block, Block, Block, Dense, AlongTokens, Widen, *ATTENTION)
+TOKENS = 5
 
 
 class RandomNet(nn.Module):
+    """(B, 3, 4, 4) -> (B, 3)."""
+
     def __init__(self, seed, steps):
         super().__init__()
         rng = random.Random(seed)
@@ -206,7 +366,7 @@ class RandomNet(nn.Module):
         for _ in range(rng.randint(3, 7)):
             c = self.stages[-1].channels
             kind = rng.choice(steps)
-            if c > 40 or c < 3 or (c % 2 and kind in (Glu, Half, ViewGlu, Shuffle)):
+            if c > 40 or c < 3 or (c % 2 and kind in EVEN):
                 kind = Conv
             self.stages.append(kind(rng, c))
         c = self.stages[-1].channels
@@ -217,3 +377,35 @@ class RandomNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.head(x.flatten(1) if self.flat else x.mean((2, 3)))
+
+
+class RandomTokenNet(nn.Module):
+    """(B, TOKENS) int64 -> (B, ...), of any of the heads that people put on top."""
+
+    def __init__(self, seed):
+        super().__init__()
+        rng = random.Random(seed)
+        self.embedding = nn.Embedding(11, rng.choice([4, 6, 8]))
+        c = self.embedding.embedding_dim
+        self.position = nn.Parameter(torch.zeros(rng.choice([(1, TOKENS, c), (TOKENS, c)])))
+        self.stages = nn.ModuleList()
+        for _ in range(rng.randint(1, 3)):
+            self.stages.append(rng.choice(OF_TOKENS)(rng, c if not self.stages else self.stages[-1].channels))
+        c = self.stages[-1].channels
+        self.norm = rng.choice([nn.LayerNorm, nn.RMSNorm, nn.Identity])(c)
+        self.top = rng.choice(["mean", "first", "flat", "each", "tied"])
+        if self.top == "tied" and c != self.embedding.embedding_dim:
+            self.top = "each"
+        self.head = nn.Linear(c * (TOKENS if self.top == "flat" else 1), 11, bias=self.top != "tied")
+        if self.top == "tied":
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        x = self.embedding(ids) + self.position
+        for stage in self.stages:
+            x = stage(x)
+        x = self.norm(x)
+        x = {"mean": lambda: x.mean(1), "first": lambda: x[:, 0], "flat": lambda: x.flatten(1)}.get(
+            self.top, lambda: x
+        )()
+        return self.head(x)

@@ -5,13 +5,11 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from random_nets import CLEAR, CLOUDED, RandomNet
 from torch import nn
-from toy_nets import Net, fold_error, frozen_reason, head, picture, randomise_, relative_error, uneven_projections
+from toy_nets import Net, fold_error, frozen_reason, head, picture, randomise_, uneven_projections
 
-from pipeline.compression import channel_groups, compress, graph
+from pipeline.compression import channel_groups, compress
 from pipeline.compression.projection import apply
-from pipeline.compression.verify import duplicate_
 from pipeline.tables import UserError
 
 
@@ -193,41 +191,3 @@ def test_data_dependent_control_flow_is_the_users():
 def test_nothing_to_compress():
     with pytest.raises(UserError, match=r"Linear has no channels that can be compressed \(.*output"):
         compress(nn.Linear(4, 4), torch.randn(2, 4))
-
-
-def lossless(seed, steps):
-    """Number of groups of a random network, after a fold with other draws than the tracer's own check made."""
-    model = randomise_(RandomNet(seed, steps), seed + 1, negative_gains=seed % 2 == 1).double()
-    example = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    groups = channel_groups(model, example)
-    for kept in (0.3, 0.6):
-        projections = uneven_projections(groups, seed, kept)
-        duplicate_(model, groups, projections)
-        with torch.no_grad():
-            expected, found = model(example), apply(model, groups, projections)(example)
-        assert relative_error(expected + example.mean(), found + example.mean()) < 1e-5, (seed, groups)
-    return len(groups)
-
-
-@pytest.mark.parametrize("seeds", [range(0, 16), range(16, 32)], ids=str)
-def test_random_networks(seeds):
-    found = [lossless(seed, (*CLEAR, *CLOUDED)) for seed in seeds]
-    assert sum(n > 0 for n in found) >= 0.8 * len(found)
-
-
-@pytest.mark.parametrize("seeds", [range(100, 108)], ids=str)
-def test_random_networks_without_the_check(seeds, monkeypatch):
-    """The trace is right by itself where no size hides in Python numbers."""
-    monkeypatch.setattr(graph, "verified", lambda model, args, kwargs, traced: traced)
-    found = [lossless(seed, CLEAR) for seed in seeds]
-    assert sum(n > 0 for n in found) >= 0.8 * len(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [range(i, i + 50) for i in range(1000, 1300, 50)], ids=str)
-def test_many_random_networks(seeds, monkeypatch):
-    for seed in seeds:
-        lossless(seed, (*CLEAR, *CLOUDED))
-    monkeypatch.setattr(graph, "verified", lambda model, args, kwargs, traced: traced)
-    for seed in seeds:
-        lossless(seed, CLEAR)
