@@ -10,6 +10,7 @@ of their times, and its spread the quartiles.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,7 +167,8 @@ def report(networks: dict[str, dict[str, Any]], pairs: list[Pairs], where: str) 
     lines = [
         "# How much faster folded networks run",
         f"Random weights, seed {SEED}, n = 1 network each; float32, convolutional networks channels-last; {where}. "
-        "Written by `python -m benchmarks.latency`. Dense and folded run by turns; *times faster* is the median over "
+        f"Written by `{' '.join(['python -m benchmarks.latency', *sys.argv[1:]])}`. "
+        "Dense and folded run by turns; *times faster* is the median over "
         "the pairs. *MACs allow*: how many times fewer multiplications there are, the limit for what is bound by "
         "them; norms, activations and softmax get cheaper in proportion to the channels at most.",
         "",
