@@ -572,6 +572,7 @@ def document(result: Mapping[str, Any]) -> str:
         *(f"| {' | '.join(cell(row) for cell in COLUMNS.values())} |" for row in rows),
     ]
     where = described(result["machine"], *LIBRARIES)
+    folds, prunes = max(row.fold_error for row in rows), max(row.prune_error for row in rows)
     whole = [row.architecture for row in rows if not row.groups and not row.failure]
     failed = [row.architecture for row in rows if row.failure]
     return f"""# What the tracer understands
@@ -579,8 +580,8 @@ def document(result: Mapping[str, Any]) -> str:
 Written by `python -m benchmarks.coverage`: {len(rows)} architectures at full size (where a name says less, less) with
 random weights, seed {result["seed"]}, n = 1; {result["jobs"]} processes at a time. {where}.
 
-The largest fold error is {max(row.fold_error for row in rows):.0e}, the largest prune error
-{max(row.prune_error for row in rows):.0e}; both are to stay under {EXACT:.0e}. Nothing can go of: {listed(whole)}.
+The largest fold error is {folds:.0e}, the largest prune error {prunes:.0e}; both are to
+stay under {EXACT:.0e}. Nothing can go of: {listed(whole)}.
 Failed: {listed(failed)}.
 
 - **hidden, residual, width, head**: coupled groups found of each part. `hidden` and `residual` are compressed by
@@ -591,7 +592,8 @@ Failed: {listed(failed)}.
 - **fold error**: relative error of the output after exact duplicates, in clusters of uneven size that differ from group
   to group, were folded. **prune error**: the same between the network without the dropped channels and the whole
   network in which everything that reads them is zero. Both on random weights, in double precision where the network
-  runs in it, all groups at once, the larger one of a trace with widths and of one with heads.
+  runs in it, all groups at once, the larger one of a trace with widths and of one with heads. Exactly 0 where norms
+  round to single precision by themselves.
 - **trace s**: `channel_groups` with widths; **fold s**: `compress` at ratio {result["ratio"]:g} after it, wall seconds.
 - **memory**: the most that building, tracing and folding took, over the parameters' bytes. Of small networks most of it
   is torch.export's own.
