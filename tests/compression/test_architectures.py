@@ -258,6 +258,7 @@ FROZEN = ("timm gmlp_ti16_224", "timm convnextv2_atto")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The tensor attributes.*were assigned during export:UserWarning")  # LeViT's cache
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_those_that_people_have(name):
     model, example = ARCHITECTURES[name].build().eval(), ARCHITECTURES[name].example()
