@@ -1,15 +1,15 @@
 """Folding as clustering: one dendrogram per channel group, a cut per size, refined under the same metric.
 
 Everything works on the Gram matrix G = W Wᵀ (C, C) of the channels' feature rows W (C, F), so that the cost after G is
-that of C and not of F. The quantity that is minimised is the parameter error ‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ,
+that of C and not of F. Large groups come in single precision (methods.GroupWeights.dtype). The quantity that is minimised is the parameter error ‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ,
 which is the k-means objective ("Cut Less, Fold More", eq. 4).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.cluster.hierarchy import linkage
-from scipy.sparse import csr_array
 from scipy.spatial.distance import squareform
 
 Array = np.ndarray
@@ -47,38 +47,56 @@ def special_folding(gram: Array, k: int) -> Array:
     dropped rows are replaced by their mean instead of by zero, and no choice of rows drops less than the smallest.
     """
     labels = np.full(len(gram), k - 1)
-    labels[np.argsort(-np.diag(gram), kind="stable")[: k - 1]] = np.arange(k - 1)
+    labels[by_norm(gram)[: k - 1]] = np.arange(k - 1)
     return labels
 
 
-def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
-    """Of every cluster j: nⱼ (k,), the sums G 1ⱼ (C, k), and 1ⱼᵀ G 1ⱼ (k,).
+def by_norm(gram: Array) -> Array:
+    """The channels, those of largest norm first."""
+    return np.argsort(-np.diag(gram), kind="stable")
 
-    As a sparse product, which adds C² numbers where a dense one with onehot(labels) takes C² k multiplications.
-    """
-    channels = np.arange(len(labels))
-    counts = np.bincount(labels).astype(gram.dtype)
-    onehot = csr_array((np.ones_like(gram[0]), (labels, channels)), (len(counts), len(labels)))
-    sums = np.empty((len(labels), len(counts)), gram.dtype)
-    for rows in blocks(len(labels), 1024):
-        sums[rows] = (onehot @ gram[:, rows]).T
-    return counts, sums, np.bincount(labels, sums[channels, labels])
+
+def special_energies(gram: Array, sizes: Sequence[int]) -> dict[int, float]:
+    """{k: kept energy of special_folding(gram, k)}; as the clusters are nested, every pair is looked at once."""
+    order = by_norm(gram)
+    energies, within, end = {}, 0.0, len(gram)
+    for k in sorted(sizes, reverse=True):
+        new, merged = order[k - 1 : end], order[end:]
+        within += float(gram[np.ix_(new, new)].sum() + 2 * gram[np.ix_(new, merged)].sum())
+        energies[k] = float(np.diag(gram)[order[: k - 1]].sum()) + within / (len(gram) - k + 1)
+        end = k - 1
+    return energies
+
+
+def kept_energy(gram: Array, labels: Array) -> float:
+    """Σ_j 1ⱼᵀ G 1ⱼ / nⱼ: what of tr G survives the projection; a channel of label -1 is dropped."""
+    kept = np.flatnonzero(labels >= 0)
+    order = kept[np.argsort(labels[kept], kind="stable")]
+    counts = np.bincount(labels[kept])
+    ends = counts.cumsum()
+    energy = np.diag(gram)[order[ends[counts == 1] - 1]].sum(dtype=np.float64)
+    for j in np.flatnonzero(counts > 1):
+        members = order[ends[j] - counts[j] : ends[j]]
+        energy += gram[members[:, None], members].sum(dtype=np.float64) / counts[j]
+    return float(energy)
+
+
+def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
+    """Of every cluster j: nⱼ (k,), the sums 1ⱼᵀ G as rows (k, C), and 1ⱼᵀ G 1ⱼ (k,)."""
+    counts = np.bincount(labels)
+    first = np.empty(len(counts), np.int64)
+    first[labels[::-1]] = np.arange(len(labels))[::-1]
+    sums = gram[first]  # most clusters are single channels; whole rows are added to the others
+    others = np.ones(len(labels), bool)
+    others[first] = False
+    for i in np.flatnonzero(others):
+        sums[labels[i]] += gram[i]
+    return counts.astype(gram.dtype), sums, np.bincount(labels, sums[labels, np.arange(len(labels))]).astype(gram.dtype)
 
 
 def blocks(count: int, size: int) -> list[slice]:
     """0 ... count - 1 in parts: what is computed of 3,072 channels and half as many clusters at once fills no cache."""
     return [slice(i, i + size) for i in range(0, count, size)]
-
-
-def kept_energy(gram: Array, labels: Array) -> float:
-    """Σ_j 1ⱼᵀ G 1ⱼ / nⱼ: what of tr G survives the projection."""
-    shared = np.bincount(labels)[labels] > 1
-    alone = np.diag(gram)[~shared].sum()
-    if not shared.any():
-        return float(alone)
-    members = np.flatnonzero(shared)
-    counts, _, within = cluster_sums(gram[np.ix_(members, members)], np.unique(labels[members], return_inverse=True)[1])
-    return float(alone + (within / counts).sum())
 
 
 def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) -> tuple[float, Array]:
@@ -97,23 +115,36 @@ def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) ->
     if k == 1 or k == len(labels):
         return kept_energy(gram, labels), labels
     counts, sums, within = cluster_sums(gram, labels)
-    tolerance = 1e-12 * squares.sum()
+    tolerance = np.finfo(gram.dtype).eps ** 0.75 * squares.mean()
 
-    def gains(i: Array) -> Array:
-        """By how much the best move of each of the channels i, which are not alone, lowers the error."""
-        d = sums[i] * (-2 / counts)
-        d += within / counts**2
-        d += squares[i, None]
-        own = np.arange(len(i)), labels[i]
+    def terms(j: Any) -> tuple[Array, Array, Array]:
+        """Channel i joins cluster j at a cost of: its own square times the first, plus the second, less i's sum times
+        the third."""
+        n = counts[j]
+        return n / (n + 1), within[j] / (n * (n + 1)), 2 / (n + 1)
+
+    joins = terms(slice(None))
+
+    def gains(i: Any) -> Array:
+        """By how much the best move of each of the channels i (indices or a slice) lowers the error; alone: inf."""
+        square, fixed, slope = (term[:, None] for term in joins)
+        d = sums[:, i] * -slope
+        d += fixed
+        d += square * squares[i]
+        own = labels[i], np.arange(d.shape[1])
         n = counts[labels[i]]
-        leave = n / (n - 1) * d[own]
-        d *= counts / (counts + 1)
+        leave = d[own] * (n + 1) / np.maximum(n - 1, tiny)
         d[own] = np.inf
-        return leave - d.min(1)
+        return leave - d.min(0)
 
+    tiny = np.finfo(gram.dtype).tiny
     for _ in range(sweeps):
         shared = np.flatnonzero(counts[labels] > 1)
-        gain = np.concatenate([gains(shared[part]) for part in blocks(len(shared), 256)] or [shared[:0]])
+        # A gather of columns costs as much as all else, so where most channels are shared take all of them.
+        every = 2 * len(shared) > len(labels)
+        parts = blocks(len(labels if every else shared), 256)
+        gain = np.concatenate([gains(part if every else shared[part]) for part in parts] or [np.empty(0)])
+        gain = gain[shared] if every else gain
         order = np.argsort(-gain, kind="stable")
         movers = shared[order[gain[order] > tolerance]]
         if not len(movers):
@@ -124,24 +155,27 @@ def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) ->
             if n == 1:
                 continue
             # `gains` for one channel, without the cost of its many small arrays
-            d = squares[i] - 2 / counts * sums[i] + within / counts**2
-            leave = n / (n - 1) * d[a]
-            d *= counts / (counts + 1)
+            d = joins[1] - joins[2] * sums[:, i]
+            d += joins[0] * squares[i]
+            leave = d[a] * (n + 1) / (n - 1)
             d[a] = np.inf
             b = d.argmin()
             if leave - d[b] <= tolerance:
                 continue
             won += leave - d[b]
-            within[a] += squares[i] - 2 * sums[i, a]
-            within[b] += squares[i] + 2 * sums[i, b]
-            sums[:, a] -= gram[i]
-            sums[:, b] += gram[i]
+            within[a] += squares[i] - 2 * sums[a, i]
+            within[b] += squares[i] + 2 * sums[b, i]
+            sums[a] -= gram[i]
+            sums[b] += gram[i]
             counts[a] -= 1
             counts[b] += 1
             labels[i] = b
+            for j in (a, b):
+                for term, value in zip(joins, terms(j), strict=True):
+                    term[j] = value
         if won < enough * (squares.sum() - (within / counts).sum()):
             break
-    return float((within / counts).sum()), labels
+    return float((within / counts).sum(dtype=np.float64)), labels
 
 
 # Of groups with more channels, such as those of a ViT's MLP, nine cuts cost seconds each: there only Ward's dendrogram
@@ -161,15 +195,13 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     large = len(gram) > LARGE
     trees = [dendrogram(gram, method) for method in (("ward", "average") if refined and not large else ("ward",))]
     levels = [dict(cuts(tree, sizes)) for tree in trees]
+    special = special_energies(gram, sizes)
     chosen = {}
     for k in sizes:
-        special = special_folding(gram, k)
-        candidates = [(kept_energy(gram, special), special)]
-        for level in levels:
-            candidates.append(
-                refine(gram, level[k], enough=1e-3 if large else 0.0)
-                if refined
-                else (kept_energy(gram, level[k]), level[k])
-            )
-        chosen[k] = max(candidates, key=lambda candidate: candidate[0])[1]
+        candidates = [
+            refine(gram, level[k], enough=1e-3 if large else 0.0) if refined else (kept_energy(gram, level[k]), level[k])
+            for level in levels
+        ]
+        energy, labels = max(candidates, key=lambda candidate: candidate[0])
+        chosen[k] = labels if energy >= special[k] else special_folding(gram, k)
     return chosen

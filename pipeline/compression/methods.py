@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from pipeline.compression.cluster import fold_labels
+from pipeline.compression.cluster import LARGE, fold_labels
 from pipeline.compression.group import Axis, ChannelGroup
 from pipeline.compression.projection import Projection, reconstruction_error
 from pipeline.tables import UserError, pick
@@ -44,11 +44,17 @@ class GroupWeights:
         pick("features", dict.fromkeys(FEATURES), self.features)
         pick("scale", dict.fromkeys(SCALES), self.scale)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64, and float32 where that would take seconds: large groups of weights that have no more digits."""
+        double = any(self.tensors[a.tensor].dtype == torch.float64 for a in (*self.group.writes, *self.group.reads))
+        return torch.float64 if double or self.group.size <= LARGE else torch.float32
+
     def rows(self, axis: Axis) -> Tensor:
-        """The entries of each channel along an axis, (C, F) float64."""
+        """The entries of each channel along an axis, (C, F) of self.dtype."""
         tensor = self.tensors[axis.tensor]
         chosen = tensor.index_select(axis.axis, axis.index.reshape(-1).to(tensor.device)).movedim(axis.axis, 0)
-        return chosen.reshape(len(axis.index), -1).double()
+        return chosen.reshape(len(axis.index), -1).to(self.dtype)
 
     @property
     def writers(self) -> list[Axis]:
@@ -57,7 +63,7 @@ class GroupWeights:
         return weights or [a for a in self.group.writes][:1]
 
     def blocks(self) -> list[Tensor]:
-        """The feature rows of the channels, one (C, F) float64 block per weight tensor."""
+        """The feature rows of the channels, one (C, F) block per weight tensor."""
         blocks = []
         if "writers" in self.features:
             blocks += [self._written(a) for a in self.writers]
@@ -88,8 +94,8 @@ class GroupWeights:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Gram matrix of the features, (C, C) float64 on the CPU."""
-        total = torch.zeros(self.group.size, self.group.size, dtype=torch.float64)
+        """Gram matrix of the features, (C, C) of self.dtype on the CPU."""
+        total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
         for block in self.blocks():
             rows = block.cpu().numpy()
             gram = torch.from_numpy(rows @ rows.T)  # of one array with itself NumPy computes one half only
@@ -97,7 +103,7 @@ class GroupWeights:
                 gram /= float(gram.trace())
             total += gram
         if self.scale == "channel":
-            norms = total.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+            norms = total.diagonal().clamp(min=torch.finfo(self.dtype).tiny).sqrt()
             total = total / norms[:, None] / norms
         return total
 

@@ -8,7 +8,7 @@ of their clusters. A method that solves for the readers gives its own matrix in 
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compression.attention import NarrowMultiheadAttention
+from pipeline.compression.cluster import kept_energy
 from pipeline.compression.group import Axis, ChannelGroup
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions of a weight
@@ -60,6 +61,11 @@ class Projection:
         kept = self.labels >= 0
         return first.scatter_reduce(0, self.labels[kept], torch.arange(len(self.labels))[kept], "amin")
 
+    @cached_property
+    def into(self) -> Tensor:
+        """Of every channel: the representative of its cluster, -1 = dropped, (C,) int64."""
+        return torch.where(self.labels >= 0, self.representatives[self.labels], -1)
+
     @property
     def is_identity(self) -> bool:
         return len(self.counts) == len(self.labels) and self.readers is None
@@ -76,48 +82,40 @@ class Projection:
 
 def merge(tensor: Tensor, projection: Projection, reduce: str, dim: int = 0) -> Tensor:
     """Cluster means ("mean") or sums ("sum") along `dim`, of size C before and k after."""
-    merged = weighted_sum(tensor, projection, None, dim)
+    merged = weighted_sum(tensor, projection.into, None, dim)
     if reduce == "mean":
-        sizes = [1] * tensor.dim()
-        sizes[dim] = -1
-        merged = merged / projection.counts.to(tensor.device).view(sizes)
+        merged = merged / projection.counts.to(tensor.device).view(_along(dim, tensor))
     return merged.to(tensor.dtype)
 
 
-def weighted_sum(tensor: Tensor, projection: Projection, weights: Tensor | None, dim: int = 0) -> Tensor:
-    """Σ of weights[i] times entry i over each cluster; weights: (C,), or None for ones. Half comes out as float32."""
+def weighted_sum(tensor: Tensor, into: Tensor, weights: Tensor | None, dim: int = 0) -> Tensor:
+    """What stands along `dim`, each entry times its weight and added to the entry it goes `into`; -1: dropped.
+
+    into: (size,) of indices of entries that go into themselves: these are left, in their order.
+    weights: (size,), or None for ones. Half precision comes out as float32: it would lose what a large sum adds last.
+    """
     device = tensor.device
-    # Half precision would lose what a sum over a large cluster adds last.
     wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
-    def taken(channels: Tensor) -> Tensor:
-        chosen = tensor.index_select(dim, channels.to(device)).to(wide)
+    def taken(entries: Tensor) -> Tensor:
+        chosen = tensor.index_select(dim, entries.to(device)).to(wide)
         if weights is not None:
-            sizes = [1] * tensor.dim()
-            sizes[dim] = -1
-            chosen *= weights.to(device, wide)[channels.to(device)].view(sizes)
+            chosen *= weights.to(device, wide)[entries.to(device)].view(_along(dim, tensor))
         return chosen
 
-    # First members are copied and only the others added: most clusters are single channels.
-    others = projection.labels >= 0
-    others[projection.representatives] = False
-    rest = others.nonzero().squeeze(1)
-    return taken(projection.representatives).index_add_(dim, projection.labels[rest].to(device), taken(rest))
+    stays = into == torch.arange(len(into))
+    # What stays is copied and only the others added: most clusters are single channels.
+    others = (~stays & (into >= 0)).nonzero().squeeze(1)
+    place = stays.cumsum(0) - 1
+    return taken(stays.nonzero().squeeze(1)).index_add_(dim, place[into[others]].to(device), taken(others))
 
 
 def reconstruction_error(gram: Tensor, projection: Projection) -> float:
     """Relative parameter error ‖W - P W‖ / ‖W‖ from the Gram matrix W Wᵀ (C, C) alone; dropped rows count whole."""
     if projection.is_identity:
         return 0.0
-    gram = gram.cpu().double()
-    total, kept = float(gram.trace()), 0.0
-    members = (projection.labels >= 0).nonzero().squeeze(1)
-    labels = projection.labels[members]
-    for rows in torch.arange(len(members)).split(512):  # (512, k) sums at a time: those of all channels are large
-        sums = gram.new_zeros(len(rows), len(projection.counts))
-        sums.index_add_(1, labels, gram[members[rows]][:, members])
-        own = labels[rows]
-        kept += float((sums[torch.arange(len(rows)), own] / projection.counts[own]).sum())
+    total = float(gram.diagonal().double().sum())
+    kept = kept_energy(gram.cpu().numpy(), projection.labels.numpy())
     return (max(total - kept, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
@@ -214,61 +212,68 @@ def compressed_tensors(
     norm_scale: bool = True,
 ) -> dict[str, Tensor]:
     """The tensors that change, by name, in their new shapes. `tensors` is not written to."""
-    edited: dict[str, Tensor] = {}
-    gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-
-    def is_whole(axis: Axis) -> bool:
-        """Are the channels all that stands along the axis, in order? Then nothing need be gathered and put back."""
-        size = tensors[axis.tensor].shape[axis.axis]
-        return axis.index.shape == (size, 1) and torch.equal(axis.index[:, 0], torch.arange(size))
-
-    def channels(axis: Axis) -> Tensor:
-        """What stands along an axis so far, channels first: (C, m, ...)."""
-        old = edited.get(axis.tensor, tensors[axis.tensor])
-        if is_whole(axis):
-            return old.movedim(axis.axis, 0).unsqueeze(1)
-        chosen = old.index_select(axis.axis, axis.index.reshape(-1).to(old.device)).movedim(axis.axis, 0)
-        return chosen.reshape(*axis.index.shape, *chosen.shape[1:])
-
-    def put(axis: Axis, projection: Projection, new: Tensor) -> None:
-        """Write the new channels, (k, m, ...), to the places of their representatives; the other places are gone."""
-        if is_whole(axis):
-            edited[axis.tensor] = new.flatten(0, 1).movedim(0, axis.axis)
-            return
-        if axis.tensor not in edited:  # one copy, however many groups (the heads of a layer) write to it
-            edited[axis.tensor] = tensors[axis.tensor].clone()
-        old = edited[axis.tensor]
-        stay = axis.index[projection.representatives].reshape(-1).to(old.device)
-        old.index_copy_(axis.axis, stay, new.flatten(0, 1).movedim(0, axis.axis))
-        is_gone = torch.ones(len(axis.index), dtype=torch.bool)
-        is_gone[projection.representatives] = False
-        gone[axis.tensor, axis.axis].append(axis.index[is_gone].reshape(-1))
-
     work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
-    # All writers before all readers: a merged norm sets its weight's rows from the columns as they were.
+    edits: dict[tuple[str, int], list[_Edit]] = defaultdict(list)
     for group, projection in work:
         by_norm = _merge_norms(group, projection, tensors) if norm_scale and projection.counts.max() > 1 else {}
-        for write in group.writes:
-            old = channels(write)
-            new = by_norm.get(write.tensor)
-            put(
-                write,
-                projection,
-                merge(old, projection, "mean") if new is None else new.to(old).view(-1, *old.shape[1:]),
-            )
-    for group, projection in work:
-        for read in group.reads:
-            old, matrix = channels(read), projection.readers
-            new = merge(old, projection, "sum") if matrix is None else torch.tensordot(matrix.to(old), old, 1)
-            if read.query and group.temperature:
-                new = new * (len(projection.counts) / group.size) ** group.temperature
-            put(read, projection, new)
-    for (name, axis), positions in gone.items():
-        size = tensors[name].shape[axis]
-        stays = torch.ones(size, dtype=torch.bool)
-        stays[torch.cat(positions)] = False
-        edited[name] = edited[name].index_select(axis, stays.nonzero().squeeze(1).to(edited[name].device))
+        for axis in group.writes:
+            edits[axis.tensor, axis.axis].append(_Edit(axis, projection, True, by_norm.get(axis.tensor)))
+        temperature = (len(projection.counts) / group.size) ** group.temperature
+        for axis in group.reads:
+            factor = temperature if axis.query else 1.0
+            edits[axis.tensor, axis.axis].append(_Edit(axis, projection, False, factor=factor))
+    edited: dict[str, Tensor] = {}
+    # All that is written before all that is only read: a merged norm sets its weight's rows from the columns as they
+    # were. Of one axis all groups at once: the heads of a layer, and keys beside queries, share a weight.
+    for (name, dim), along in sorted(edits.items(), key=lambda item: not any(e.is_write for e in item[1])):
+        edited[name] = _edited(edited.get(name, tensors[name]), dim, along)
     return {name: t.contiguous() for name, t in edited.items()}
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What becomes of one group's channels along one axis of a tensor.
+
+    values: (k, ...), in place of the cluster means
+    factor: of the cluster sums
+    """
+
+    axis: Axis
+    projection: Projection
+    is_write: bool
+    values: Tensor | None = None
+    factor: float = 1.0
+
+
+def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit]) -> Tensor:
+    """The tensor with these edits along `dim`, done as one projection of all that stands there."""
+    size = tensor.shape[dim]
+    into = torch.arange(size)  # of each position: the one whose place it shares, -1 where it is dropped
+    divisor = torch.ones(size, dtype=torch.float64)
+    for edit in edits:
+        where, index = edit.projection.into, edit.axis.index
+        first = index[edit.projection.representatives]
+        into[index] = torch.where(where[:, None] >= 0, index[where], -1)
+        divisor[first] = edit.projection.counts[:, None].double() if edit.is_write else 1 / edit.factor
+    merged = weighted_sum(tensor, into, None, dim)
+    stays = into == torch.arange(size)
+    divisor = divisor[stays]
+    if (divisor != 1).any():
+        merged /= divisor.to(tensor.device, merged.dtype).view(_along(dim, tensor))
+    for edit in edits:
+        index, values = edit.axis.index, edit.values
+        if not edit.is_write and edit.projection.readers is not None:
+            old = tensor.index_select(dim, index.reshape(-1).to(tensor.device)).movedim(dim, 0).unflatten(0, index.shape)
+            values = torch.tensordot(edit.projection.readers.to(old), old, 1).flatten(0, 1) * edit.factor
+        if values is not None:
+            places = (stays.cumsum(0) - 1)[index[edit.projection.representatives]].reshape(-1).to(tensor.device)
+            merged.index_copy_(dim, places, values.to(merged).movedim(0, dim))
+    return merged.to(tensor.dtype)
+
+
+def _along(dim: int, tensor: Tensor) -> list[int]:
+    """The shape in which a vector stands along `dim` of the tensor."""
+    return [-1 if d == dim else 1 for d in range(tensor.dim())]
 
 
 def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -329,7 +334,7 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         of_own = labels.clamp(min=0)
         counts = projection.counts.to(s.device)[of_own]
         plain = (counts == 1) | dead[of_own]
-        new[norm.writer] = weighted_sum(weight, projection, torch.where(plain, 1.0, s / safe[of_own]) / counts)
+        new[norm.writer] = weighted_sum(weight, projection.into, torch.where(plain, 1.0, s / safe[of_own]) / counts)
         offset = mean(t)
         if bias is not None:
             new_bias = mean(bias)
