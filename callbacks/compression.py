@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.group import DEFAULT_PARTS
-from pipeline.compression.methods import FOLDING
 from pipeline.measure import Entry, Inputs, Measurement, passes, sample
 from pipeline.results import DENSE, Row, RowStore, code_version, foldability
 from pipeline.tables import UserError
@@ -34,7 +33,8 @@ from pipeline.tables import UserError
 class CompressionCallback(Callback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
-    methods: names in METHODS, or {label: {"method": name, options of `compressions` and of the method}}
+    methods: names in METHODS, also with "+synthetic" or "+data" behind (compensated on pictures, see Measurement), or
+        {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
     stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
@@ -137,8 +137,7 @@ class CompressionCallback(Callback):
             with self.measurement.or_warn(f"rows stay in memory: {self.store.path} cannot be written"):
                 self.store.write()
         suffix = "" if split == "val" else f"_{split}"
-        folds = {label: options["method"] in FOLDING for label, options in self.measurement.methods.items()}
-        for name, value in summary(rows, folds).items():
+        for name, value in summary(rows, self.measurement.folds).items():
             pl_module.log(name.replace("/", f"{suffix}/", 1), value, rank_zero_only=False, sync_dist=False)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Row]:
@@ -280,7 +279,7 @@ class CompressionCallback(Callback):
 
 
 def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
-    """The numbers that an epoch logs. folds: of each method label, whether it folds (or prunes)."""
+    """The numbers that an epoch logs. folds: of the methods that the gap compares, whether they fold (or prune)."""
     logged: dict[str, float] = {}
     curves: dict[tuple[str, str], dict[float, float]] = {}
     dense = math.nan
@@ -294,7 +293,7 @@ def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
     for stage in dict.fromkeys(stage for stage, _ in curves):
         areas = {method: foldability(dense, curve) for (s, method), curve in curves.items() if s == stage}
         logged.update({f"foldability/{method}_{stage}": area for method, area in areas.items()})
-        folded, pruned = ([a for m, a in areas.items() if folds[m] is kind] for kind in (True, False))
+        folded, pruned = ([a for m, a in areas.items() if folds.get(m) is kind] for kind in (True, False))
         if folded and pruned:
             logged[f"foldability/gap_{stage}"] = max(folded) - max(pruned)
     return logged

@@ -17,14 +17,17 @@ from pipeline.compression import ChannelGroups, Compressed, channel_groups, comp
 from pipeline.compression.compress import Counted, check_finite, check_groups, check_ratios, macs, parameters
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
-from pipeline.compression.methods import METHODS
+from pipeline.compression.methods import FOLDING, METHODS
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
+from pipeline.compression.synthetic import synthesize
 from pipeline.evaluate import Metrics, evaluate
 from pipeline.results import DENSE, STAGES, Row
 from pipeline.tables import UserError, one_line, pick
 
 Batch = tuple[Tensor, Tensor]
+PICTURES = ("synthetic", "data")  # that a method may be compensated on
+CALIBRATION = 512  # unlabelled training pictures for that
 KEPT = 2**31  # bytes of the machine's memory that evaluation batches may take
 
 
@@ -63,7 +66,9 @@ class Inputs(NamedTuple):
 class Measurement:
     """Compress copies of a network by every method and ratio, evaluate each at every stage.
 
-    methods: names in METHODS, or {label: {"method": name, options of `compressions` and of the method}}
+    methods: names in METHODS, also with "+synthetic" or "+data" behind (compensated on pictures made from the network
+        itself, or on unlabelled training pictures), or {label: {"method": name, "pictures": "synthetic" or "data",
+        options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
     round_to: leave multiples of so many channels; seed: of methods that draw
@@ -86,11 +91,12 @@ class Measurement:
         for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
             if isinstance(values, str | float | int):
                 raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
-        named = methods if isinstance(methods, Mapping) else {name: {"method": name} for name in methods}
-        self.methods = {label: {"method": label, **(options or {})} for label, options in named.items()}
+        named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+        self.methods = {label: {**_spelled_out(label), **(options or {})} for label, options in named.items()}
         self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
         for options in self.methods.values():
             pick("method", METHODS, options["method"])
+            pick("pictures", {None: None, **dict.fromkeys(PICTURES)}, options["pictures"])
             for part in self._parts(options):
                 pick("part", dict.fromkeys(PARTS), part)
         if DENSE in self.methods:
@@ -109,7 +115,12 @@ class Measurement:
     @property
     def mends(self) -> bool:
         """Are training samples needed?"""
-        return bool(set(self.stages) - {"raw"})
+        return bool(set(self.stages) - {"raw"}) or any(o["pictures"] == "data" for o in self.methods.values())
+
+    @property
+    def folds(self) -> dict[str, bool]:
+        """Of the labels of methods that see no pictures: do they fold, or prune?"""
+        return {label: o["method"] in FOLDING for label, o in self.methods.items() if not o["pictures"]}
 
     @property
     def traced(self) -> bool:
@@ -163,7 +174,7 @@ class Measurement:
                 found[plan[0]] = evaluated(net, batches, values, forward)
             count = len(self.methods) * len(self.ratios)
             with tqdm(total=count, leave=False, dynamic_ncols=True, **(bar or {"disable": True})) as shown:
-                for entries, compressed, values in self._compressed(net, example, plan[1:], found):
+                for entries, compressed, values in self._compressed(net, example, mending, plan[1:], found):
                     shown.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
                     for entry in entries:
                         with self._or_fail(found, [entry], str(entry), values):
@@ -184,15 +195,34 @@ class Measurement:
         return [Entry(DENSE, 0.0, "raw"), *smaller]
 
     def _compressed(
-        self, net: nn.Module, example: Tensor, plan: Sequence[Entry], found: dict[Entry, Found]
+        self,
+        net: nn.Module,
+        example: Tensor,
+        mending: Sequence[Batch],
+        plan: Sequence[Entry],
+        found: dict[Entry, Found],
     ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
         """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
+        made: dict[str, Tensor] = {}
+
+        def pictures(kind: str | None) -> Tensor | None:
+            if kind == "synthetic" and kind not in made:
+                made[kind] = synthesize(net, example, seed=self.shared["seed"])
+            elif kind == "data" and kind not in made:
+                made[kind] = torch.cat([batch for batch, _ in mending])[:CALIBRATION]
+            return made[kind] if kind else None
+
         for label in dict.fromkeys(entry.method for entry in plan):
             options, own = self.methods[label], [entry for entry in plan if entry.method == label]
             with self._or_fail(found, own, label):
                 groups = self._traced(net, example, options)
-                arguments = {**self.shared, "counted": self._counted, **options}
                 start = time.perf_counter()
+                arguments = {
+                    **self.shared,
+                    "counted": self._counted,
+                    **options,
+                    "pictures": pictures(options["pictures"]),
+                }
                 smaller = compressions(net, example, ratios=self.ratios, groups=groups, **arguments)
                 for ratio, compressed in zip(self.ratios, smaller, strict=True):
                     report = compressed.report
@@ -226,6 +256,12 @@ class Measurement:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"{self.who}: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _spelled_out(label: str) -> dict[str, Any]:
+    """The options that a label stands for where none are given: "fold+synthetic" is fold, compensated."""
+    method, _, pictures = label.partition("+")
+    return {"method": method, "pictures": pictures or None}
 
 
 class Streamed:

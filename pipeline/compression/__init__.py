@@ -5,6 +5,7 @@ from pipeline.compression.graph import channel_groups
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.methods import METHODS
 from pipeline.compression.projection import Projection
+from pipeline.compression.synthetic import synthesize
 
 __all__ = [
     "METHODS",
@@ -16,4 +17,5 @@ __all__ = [
     "channel_groups",
     "compress",
     "compressions",
+    "synthesize",
 ]

@@ -1,8 +1,9 @@
 """Folding as clustering: one dendrogram per channel group, a cut per size, refined under the same metric.
 
 Everything works on the Gram matrix G = W Wᵀ (C, C) of the channels' feature rows W (C, F), so that the cost after G is
-that of C and not of F. Large groups come in single precision (methods.GroupWeights.dtype). The quantity that is minimised is the parameter error ‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ,
-which is the k-means objective ("Cut Less, Fold More", eq. 4).
+that of C and not of F. Large groups come in single precision (methods.GroupWeights.dtype). The quantity that is
+minimised is the parameter error ‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ, which is the k-means objective ("Cut Less, Fold
+More", eq. 4).
 """
 
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,9 @@ def blocks(count: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) -> tuple[float, Array]:
+def refine(
+    gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0, zero: bool = False
+) -> tuple[float, Array]:
     """(kept energy, labels) after moving single channels between clusters while that lowers the error; none is emptied.
 
     Hartigan's rule: moving channel i from cluster a to b changes the error by
@@ -108,13 +111,16 @@ def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) ->
     local optimum of this rule is one of k-means as well, not the other way round (Telgarsky and Vattani 2010).
 
     enough: a sweep that lowers the error by less than this fraction of it is the last
+    zero: the last cluster is dropped: its center is 0 and not its mean, and what it holds is no part of the energy
     """
     labels = labels.copy()
     squares = np.diag(gram)
     k = labels.max() + 1
-    if k == 1 or k == len(labels):
+    if not zero and k in (1, len(labels)):
         return kept_energy(gram, labels), labels
     counts, sums, within = cluster_sums(gram, labels)
+    if zero:
+        counts[-1] += 1e12  # as many channels that are 0
     tolerance = np.finfo(gram.dtype).eps ** 0.75 * squares.mean()
 
     def terms(j: Any) -> tuple[Array, Array, Array]:
@@ -184,6 +190,31 @@ def refine(gram: Array, labels: Array, sweeps: int = 20, enough: float = 0.0) ->
 LARGE = 1024
 
 
+def mixed_labels(gram: Array, sizes: Sequence[int]) -> dict[int, Array]:
+    """The best mix of folding and pruning found at every size: {k: labels (C,)}, -1 = dropped.
+
+    k clusters and one more around zero, which costs no channel: never a larger error than folding to k or than keeping
+    any k channels. Candidates are folding to k + 1 less the cluster that keeps the least, folding to k, and pruning.
+    """
+    folded = fold_labels(gram, sorted({min(n, len(gram)) for k in sizes for n in (k, k + 1)}))
+    chosen = {}
+    for k in sizes:
+        if k == len(gram):
+            chosen[k] = folded[k]
+            continue
+        start = folded[k + 1]
+        counts, _, within = cluster_sums(gram, start)
+        last = (within / counts).argmin()
+        dropped = np.where(start == last, k, start - (start > last))
+        pruned = np.full(len(gram), k)
+        pruned[by_norm(gram)[:k]] = np.arange(k)
+        candidates = [refine(gram, one, zero=True) for one in (dropped, pruned)]
+        candidates.append((kept_energy(gram, folded[k]), folded[k]))
+        labels = max(candidates, key=lambda candidate: candidate[0])[1]
+        chosen[k] = np.where(labels == k, -1, labels)
+    return chosen
+
+
 def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict[int, Array]:
     """The best folding found at every size: {k: labels (C,)}.
 
@@ -199,9 +230,45 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     chosen = {}
     for k in sizes:
         candidates = [
-            refine(gram, level[k], enough=1e-3 if large else 0.0) if refined else (kept_energy(gram, level[k]), level[k])
+            refine(gram, level[k], enough=1e-3 if large else 0.0)
+            if refined
+            else (kept_energy(gram, level[k]), level[k])
             for level in levels
         ]
         energy, labels = max(candidates, key=lambda candidate: candidate[0])
         chosen[k] = labels if energy >= special[k] else special_folding(gram, k)
     return chosen
+
+
+STEPS = 512  # in which all channels of a large group are dropped, some at a time
+RIDGE = 1e-3
+
+
+def surgeon_order(moments: Array, contributions: Array) -> Array:
+    """(C,): the channels in the order in which the brain surgeon drops them, the most expendable first.
+
+    moments: E[a aᵀ] (C, C) of activations a; contributions: VᵀV (C, C) of the readers V, which are solved anew after
+    every step. Both are kept up to date by the block form of the rank-one rules.
+    """
+    count = len(moments)
+    inverse = np.linalg.inv(moments + RIDGE * np.diag(moments).mean() * np.eye(count, dtype=moments.dtype))
+    left = np.arange(count)
+    order = []
+    while len(left):
+        costs = np.diag(contributions) / np.diag(inverse)
+        step = -(-count // STEPS)
+        gone = np.argsort(costs, kind="stable")[:step]
+        stay = np.setdiff1d(np.arange(len(left)), gone)
+        order.append(left[gone])
+        # W' = W - W_gone U with U = (H⁻¹_gone,gone)⁻¹ H⁻¹_gone,stay, of which only WᵀW is needed
+        moved = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, stay)])
+        crossed = contributions[np.ix_(stay, gone)] @ moved
+        contributions = (
+            contributions[np.ix_(stay, stay)]
+            - crossed
+            - crossed.T
+            + moved.T @ contributions[np.ix_(gone, gone)] @ moved
+        )
+        inverse = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, gone)] @ moved
+        left = left[stay]
+    return np.concatenate(order)

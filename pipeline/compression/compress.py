@@ -1,7 +1,7 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.compression.compensate import RIDGE, compensate_, observe
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.graph import Example, call_arguments, channel_groups
 from pipeline.compression.group import DEFAULT_PARTS, ChannelGroups, Frozen
@@ -95,7 +96,7 @@ def compress(model, example, method="fold", ratio=0.5, **options):
     """A smaller copy of `model`: an ordinary nn.Module in which every channel group has lost `ratio` of its channels.
 
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
-    method: a name in METHODS: fold, l1, l2, random.
+    method: a name in METHODS: fold, l1, l2, ...
     ratio: fraction of each group's channels to remove, 0 <= ratio < 1, or a sequence of them; then a list comes back,
         and what the ratios can share is computed once.
     options: those of `compressions`, and those of the method (fold: refine; l1, l2: score).
@@ -122,6 +123,8 @@ def compressions(
     norm_scale: bool = True,
     round_to: int = 1,
     seed: int = 0,
+    pictures: Example | None = None,
+    ridge: float = RIDGE,
     counted: Counted | None = None,
     **options,
 ) -> Iterator[Compressed]:
@@ -133,6 +136,8 @@ def compressions(
     norm_scale: merge a weight and its norm as one affine map (see projection.apply).
     round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
     seed: of methods that draw.
+    pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
+        see activations, and what reads the channels is solved on them with a `ridge` (see compensate_).
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
@@ -143,18 +148,25 @@ def compressions(
     check_groups(model, groups)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
+    seen = None if pictures is None else observe(model, groups, pictures)
     # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
     plans: list[dict[int, tuple[Projection, GroupReport]]] = []
     for group in groups:
-        weights = GroupWeights(group, tensors, features, scale, norm, seed)
+        weights = GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {})
         sizes = sorted({channels_left(group.size, ratio, round_to) for ratio in ratios})
         chosen = call(f"method {method!r}", choose, weights, sizes, **options)
         plans.append({k: (p, reported(weights, p)) for k, p in chosen.items()})
     before = parameters(model), macs(model, example, counted)
+
+    def mended(smaller: nn.Module, projections: Sequence[Projection]) -> nn.Module:
+        if seen:
+            compensate_(smaller, model, groups, projections, seen, norm_scale=norm_scale, ridge=ridge)
+        return smaller
+
     for ratio in ratios:
         plan = [plan[channels_left(g.size, ratio, round_to)] for g, plan in zip(groups, plans, strict=True)]
         # Without a name here, so that only the caller holds it: two of a large network may not fit.
-        yield _made(model, example, groups, plan, norm_scale, counted, method, ratio, before)
+        yield _made(model, example, groups, plan, norm_scale, mended, counted, method, ratio, before)
 
 
 def _made(
@@ -163,6 +175,7 @@ def _made(
     groups: ChannelGroups,
     plan: Sequence[tuple[Projection, GroupReport]],
     norm_scale: bool,
+    mended: Callable[[nn.Module, Sequence[Projection]], nn.Module],
     counted: Counted,
     method: str,
     ratio: float,
@@ -170,7 +183,7 @@ def _made(
 ) -> Compressed:
     """before: parameters and MACs of the model"""
     projections, rows = [p for p, _ in plan], tuple(row for _, row in plan)
-    smaller = apply(model, groups, projections, norm_scale)
+    smaller = mended(apply(model, groups, projections, norm_scale), projections)
     report = Report(
         method=method,
         ratio=float(ratio),

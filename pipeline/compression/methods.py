@@ -6,13 +6,13 @@ so that what the sizes can share is computed once. Adding a method is one functi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from pipeline.compression.cluster import LARGE, fold_labels
+from pipeline.compression.cluster import LARGE, fold_labels, mixed_labels, special_folding, surgeon_order
 from pipeline.compression.group import Axis, ChannelGroup
 from pipeline.compression.projection import Projection, reconstruction_error
 from pipeline.tables import UserError, pick
@@ -28,6 +28,7 @@ class GroupWeights:
     features: which weights describe a channel: "writers", "readers" or "writers+readers"
     scale: "none", "tensor" (every weight tensor counts the same) or "channel" (every channel has norm 1: angles alone)
     norm: put the scale and shift of the norm behind a weight, and biases, into the description
+    inputs: {weight: (rows, inputs)}, what its layer reads on some pictures (see compensate.observe)
 
     Measured on a CIFAR-10 ResNet-20 and a narrow ResNet18 (docs/features.md): writers and readers together lead, the
     norm is better left out, and scale "none" and "tensor" tie; "tensor" leads once repaired.
@@ -39,6 +40,7 @@ class GroupWeights:
     scale: str = "tensor"
     norm: bool = False
     seed: int = 0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pick("features", dict.fromkeys(FEATURES), self.features)
@@ -107,6 +109,35 @@ class GroupWeights:
             total = total / norms[:, None] / norms
         return total
 
+    @cached_property
+    def activations(self) -> Tensor | None:
+        """Second moments of the channels' activations, (C, C), of trace 1; None where none were seen.
+
+        The mean over the layers that read the channels, each counting the same.
+        """
+        found = []
+        for axis in self.group.reads:
+            if axis.tensor in self.inputs and not axis.query:
+                seen = self.inputs[axis.tensor]
+                # (rows, C, m): where a channel is m inputs, each of them is one more row
+                rows = seen[:, axis.index.to(seen.device)].transpose(1, 2).flatten(0, 1)
+                moments = (rows.T @ rows).to("cpu", self.dtype)
+                found.append(moments / moments.trace().clamp(min=torch.finfo(torch.float32).tiny))
+        return torch.stack(found).mean(0) if found else None
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """What folding clusters by, (C, C): the Gram matrix, and as much of the activations where they are known."""
+        if self.activations is None or not self.gram.trace() > 0:
+            return self.gram
+        return self.gram / self.gram.trace() + self.activations
+
+    @cached_property
+    def contributions(self) -> Tensor:
+        """Vᵀ V (C, C) of all weights V (outputs, C) that read the channels."""
+        rows = [self.rows(axis) for axis in self.group.reads if self.tensors[axis.tensor].dim() > 1]
+        return sum((r @ r.T for r in rows), torch.zeros(self.group.size, self.group.size, dtype=self.dtype)).cpu()
+
     def error(self, projection: Projection) -> float:
         """Relative parameter error of the projection in these features."""
         return reconstruction_error(self.gram, projection)
@@ -121,7 +152,7 @@ def fold(weights: GroupWeights, sizes: Sequence[int], *, refine: bool = True) ->
 
     After model folding (Wang et al. 2025, arXiv:2502.10216), whose k-means this replaces.
     """
-    labels = fold_labels(weights.gram.numpy(), sizes, refine)
+    labels = fold_labels(weights.similarity.numpy(), sizes, refine)
     return {k: Projection(torch.from_numpy(labels[k])) for k in sizes}
 
 
@@ -156,12 +187,97 @@ def random(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
     return keep_largest(torch.rand(weights.group.size, generator=generator), sizes)
 
 
+def random_fold(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Merge channels drawn by `seed`, in clusters as even as can be: what folding gains without looking."""
+    order = torch.randperm(weights.group.size, generator=torch.Generator().manual_seed(weights.seed))
+    labels = torch.empty_like(order)
+    found = {}
+    for k in sizes:
+        labels[order] = torch.arange(len(order)) % k
+        found[k] = Projection(labels)
+    return found
+
+
+def special(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """The folding of theorem 1 of "Cut Less, Fold More": all but the k - 1 largest channels become one."""
+    return {k: Projection(torch.from_numpy(special_folding(weights.gram.numpy(), k))) for k in sizes}
+
+
+def mix(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Merge some channels and drop others: folding with one more cluster, around zero."""
+    labels = mixed_labels(weights.similarity.numpy(), sizes)
+    return {k: Projection(torch.from_numpy(labels[k])) for k in sizes}
+
+
+def kmeans(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Merge by k-means (scikit-learn, k-means++ once), as the study does, but on our features: for comparison."""
+    from sklearn.cluster import KMeans
+
+    # Rows with the group's Gram matrix stand for its features: C of them instead of thousands.
+    values, vectors = torch.linalg.eigh(weights.similarity.double())
+    rows = (vectors * values.clamp(min=0).sqrt()).numpy()
+    found = {}
+    for k in sizes:
+        labels = KMeans(k, n_init=1, random_state=weights.seed).fit(rows).labels_
+        found[k] = Projection(torch.from_numpy(labels).long().unique(return_inverse=True)[1])
+    return found
+
+
+def geometric_median(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Drop the channels nearest to all others (FPGM, He et al. 2019, arXiv:1811.00250): those are replaceable."""
+    rows = torch.cat([weights.rows(a) for a in weights.writers[:1]], 1)
+    return keep_largest(torch.cdist(rows, rows).sum(1), sizes)
+
+
+def norm_scale(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Keep the channels whose norm has the largest |gain| (network slimming, Liu et al. 2017, arXiv:1708.06519).
+
+    A group without a norm of its own has no such gain: there the L2 norm decides.
+    """
+    gains = [n.weight for n in weights.group.norms if n.weight is not None]
+    axes = [a for a in weights.group.writes if a.tensor in gains[:1]]
+    if not axes:
+        return magnitude(weights, sizes, p=2)
+    return keep_largest(weights.rows(axes[0]).abs().sum(1), sizes)
+
+
+def wanda(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Keep the channels with the largest |weight| x activation in what reads them (Sun et al. 2023, arXiv:2306.11695).
+
+    Squared and summed over the channel. Without pictures every activation counts the same.
+    """
+    scores = weights.contributions.diagonal()
+    return keep_largest(scores if weights.activations is None else scores * weights.activations.diagonal(), sizes)
+
+
+def brain_surgeon(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Drop one channel after the other, that whose loss the readers of the others make up for best.
+
+    Optimal brain surgeon (Hassibi and Stork 1992) for whole channels, as in ZipLM (arXiv:2302.04089): with the second
+    moments H of the activations and readers V, dropping q and solving V anew costs ‖V_q‖² / (H⁻¹)_qq. Pictures give
+    H; without them it is that of linear channels with white inputs, their Gram matrix.
+    """
+    moments = weights.gram if weights.activations is None else weights.activations
+    dropped = surgeon_order(moments.numpy(), weights.contributions.numpy())
+    last = torch.empty(len(dropped))
+    last[torch.from_numpy(dropped)] = torch.arange(len(dropped), dtype=last.dtype)
+    return keep_largest(last, sizes)
+
+
 METHODS: dict[str, Method] = {
     "fold": fold,
+    "mix": mix,
+    "kmeans": kmeans,
+    "special": special,
+    "random_fold": random_fold,
     "l1": partial(magnitude, p=1),
     "l2": partial(magnitude, p=2),
+    "obs": brain_surgeon,
+    "wanda": wanda,
+    "fpgm": geometric_median,
+    "bn_scale": norm_scale,
     "random": random,
 }
 
 # Of METHODS, those that merge channels; the others drop them.
-FOLDING = frozenset({"fold"})
+FOLDING = frozenset({"fold", "mix", "kmeans", "special", "random_fold"})

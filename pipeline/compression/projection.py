@@ -3,7 +3,7 @@
 With M = onehot(labels), (C, k), the projector P = M (MᵀM)⁻¹ Mᵀ is orthogonal. Pruning uses every label once; folding
 gives every channel a label. What writes the channels takes the cluster mean, (MᵀM)⁻¹ Mᵀ W; what reads them takes the
 cluster sum, V M. So V P W = merge(V, sum) @ merge(W, mean), and exact duplicates merge without loss whatever the sizes
-of their clusters. A method that solves for the readers gives its own matrix in place of the sum.
+of their clusters. Where pictures are at hand, what reads the channels is solved anew instead (compensate.py).
 """
 
 import copy
@@ -27,12 +27,10 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the nu
 class Projection:
     """labels: (C,) int64, the new channel of each old one, -1 = dropped.
 
-    readers: optional (k, C) matrix B; what reads the channels becomes V Bᵀ instead of the cluster sums V M.
-    Labels are renumbered so that new channels stand in the order of their first members; rows of B must follow that.
+    Labels are renumbered so that new channels stand in the order of their first members.
     """
 
     labels: Tensor
-    readers: Tensor | None = None
 
     def __post_init__(self) -> None:
         labels = self.labels.detach().cpu().long()
@@ -45,8 +43,6 @@ class Projection:
         if (first == len(labels)).any():
             raise ValueError(f"labels must use every number from 0 to {int(used.max())}")
         rank = first.argsort().argsort()
-        if self.readers is not None and not torch.equal(rank, torch.arange(len(rank))):
-            raise ValueError("with a readers matrix, labels must be numbered in the order of their first channels")
         object.__setattr__(self, "labels", torch.where(labels >= 0, rank[labels.clamp(min=0)], -1))
 
     @cached_property
@@ -68,7 +64,7 @@ class Projection:
 
     @property
     def is_identity(self) -> bool:
-        return len(self.counts) == len(self.labels) and self.readers is None
+        return len(self.counts) == len(self.labels)
 
     def onehot(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """M: (C, k)."""
@@ -210,8 +206,12 @@ def compressed_tensors(
     groups: Iterable[ChannelGroup],
     projections: Iterable[Projection],
     norm_scale: bool = True,
+    reads: bool = True,
 ) -> dict[str, Tensor]:
-    """The tensors that change, by name, in their new shapes. `tensors` is not written to."""
+    """The tensors that change, by name, in their new shapes. `tensors` is not written to.
+
+    reads: False leaves the inputs of what reads the channels as they are.
+    """
     work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
     edits: dict[tuple[str, int], list[_Edit]] = defaultdict(list)
     for group, projection in work:
@@ -219,7 +219,7 @@ def compressed_tensors(
         for axis in group.writes:
             edits[axis.tensor, axis.axis].append(_Edit(axis, projection, True, by_norm.get(axis.tensor)))
         temperature = (len(projection.counts) / group.size) ** group.temperature
-        for axis in group.reads:
+        for axis in group.reads if reads else ():
             factor = temperature if axis.query else 1.0
             edits[axis.tensor, axis.axis].append(_Edit(axis, projection, False, factor=factor))
     edited: dict[str, Tensor] = {}
@@ -261,13 +261,9 @@ def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit]) -> Tensor:
     if (divisor != 1).any():
         merged /= divisor.to(tensor.device, merged.dtype).view(_along(dim, tensor))
     for edit in edits:
-        index, values = edit.axis.index, edit.values
-        if not edit.is_write and edit.projection.readers is not None:
-            old = tensor.index_select(dim, index.reshape(-1).to(tensor.device)).movedim(dim, 0).unflatten(0, index.shape)
-            values = torch.tensordot(edit.projection.readers.to(old), old, 1).flatten(0, 1) * edit.factor
-        if values is not None:
-            places = (stays.cumsum(0) - 1)[index[edit.projection.representatives]].reshape(-1).to(tensor.device)
-            merged.index_copy_(dim, places, values.to(merged).movedim(0, dim))
+        if edit.values is not None:
+            places = (stays.cumsum(0) - 1)[edit.axis.index[edit.projection.representatives]].reshape(-1)
+            merged.index_copy_(dim, places.to(tensor.device), edit.values.to(merged).movedim(0, dim))
     return merged.to(tensor.dtype)
 
 

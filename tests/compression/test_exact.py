@@ -79,21 +79,6 @@ def test_pruned_channels_of_zero_weight_were_not_needed():
         assert relative_error(model(example), apply(model, groups, projections)(example)) < 1e-9
 
 
-def test_readers_matrix_stands_in_for_the_sum():
-    """Dropped channels that are sums of kept ones come back through the readers."""
-    model = randomise_(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))).double()
-    with torch.no_grad():
-        for tensor in (model[0].weight, model[0].bias):
-            tensor[2] = 2 * tensor[0] - tensor[1]
-    x = torch.randn(5, 4, dtype=torch.float64)
-    groups = channel_groups(model, x)
-    readers = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]])
-    smaller = apply(model, groups, [Projection(torch.tensor([0, 1, -1]), readers)])
-    assert smaller[1].weight.shape == (2, 2)
-    with torch.no_grad():
-        assert relative_error(model(x), smaller(x)) < 1e-12
-
-
 def test_what_a_network_has_for_groups():
     """The coupling map by hand, where it is short."""
     build, example = NETS["cifar_resnet"]

@@ -6,7 +6,7 @@ from toy_nets import uneven_labels
 
 from pipeline.compression import METHODS, Projection, channel_groups
 from pipeline.compression.methods import GroupWeights
-from pipeline.compression.projection import apply, merge, reconstruction_error
+from pipeline.compression.projection import merge, reconstruction_error
 
 
 def random_projections(count=40):
@@ -74,12 +74,6 @@ def test_labels_that_make_no_sense(labels, match):
         Projection(torch.tensor(labels, dtype=torch.int64))
 
 
-def test_readers_need_labels_in_order():
-    with pytest.raises(ValueError, match="in the order"):
-        Projection(torch.tensor([1, 0]), torch.eye(2))
-    assert not Projection(torch.tensor([0, 1]), torch.eye(2)).is_identity
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_sums_in_float32(dtype):
     ones = torch.ones(5000, 1, dtype=dtype)
@@ -116,20 +110,3 @@ def test_special_folding_beats_the_pruning_it_stands_for(trained):
         labels = METHODS["random"](GroupWeights(group, weights.tensors, seed=seed), [2])[2].labels
         special = Projection(torch.where(labels < 0, 2, labels))
         assert weights.error(special) <= weights.error(Projection(labels))
-
-
-def test_a_readers_matrix_takes_the_place_of_the_sum():
-    """V' = V Bᵀ; with B = Mᵀ that is the cluster sum again."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)).double()
-    groups = channel_groups(model, torch.randn(1, 3).double())
-    labels = torch.tensor([0, 1, 0, -1, 1])
-    summed = apply(model, groups, [Projection(labels)])
-    same = apply(model, groups, [Projection(labels, Projection(labels).onehot().T)])
-    torch.testing.assert_close(same[2].weight, summed[2].weight)
-    b = torch.randn(2, 5).double()
-    solved = apply(model, groups, [Projection(labels, b)])
-    torch.testing.assert_close(solved[2].weight, model[2].weight @ b.T)
-    torch.testing.assert_close(solved[0].weight, summed[0].weight)
-    with pytest.raises(ValueError, match="numbered in the order of their first channels"):
-        Projection(torch.tensor([1, 0, 1, -1, 0]), b)

@@ -79,7 +79,7 @@ def test_the_command_shows_cells_states_and_means(runs):
     assert "e-5: loss is [nan]" in lines
     assert "3 done, 1 running, 1 failed, 1 broken" in lines
     assert "Mean accuracy (%) over 3 done cells, test pictures; dense 90.0%" in lines
-    raw = lines[lines.index("raw (no data seen)") :]
+    raw = lines[lines.index("raw (as compressed)") :]
     assert raw[1:7] == [
         "fold 56.7 46.7",
         "l1 43.3 33.3",

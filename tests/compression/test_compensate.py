@@ -1,0 +1,200 @@
+"""Pictures make up for what compression takes away: readers and statistics that follow, and methods that look."""
+
+import pytest
+import torch
+from torch import nn
+from toy_nets import NETS, duplicated, randomise_, relative_error
+
+from pipeline.compression import METHODS, Projection, channel_groups, compress, synthesize
+from pipeline.compression.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
+from pipeline.compression.compensate import compensate_, observe
+from pipeline.compression.methods import FOLDING, GroupWeights
+from pipeline.compression.projection import apply, compressed_tensors, named_tensors
+from pipeline.models import build_model
+from pipeline.tables import UserError
+
+
+def compensated(model, groups, projections, pictures, **options):
+    smaller = apply(model, groups, projections)
+    solved = compensate_(smaller, model, groups, projections, observe(model, groups, pictures), **options)
+    return smaller, solved
+
+
+def pruned(groups, step=2):
+    """Every other channel of every group."""
+    found = []
+    for group in groups:
+        labels = torch.full((group.size,), -1)
+        labels[::step] = torch.arange(len(labels[::step]))
+        found.append(Projection(labels))
+    return found
+
+
+def test_channels_that_are_sums_of_others_are_not_missed():
+    model = randomise_(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))).double()
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[2] = 2 * tensor[0] - tensor[1]
+    x = torch.randn(50, 4, dtype=torch.float64)
+    groups, labels = channel_groups(model, x), Projection(torch.tensor([0, 1, -1]))
+    smaller, solved = compensated(model, groups, [labels], x, ridge=1e-14)
+    assert solved == ["1.weight"]
+    assert smaller[1].weight.shape == (2, 2)
+    with torch.no_grad():
+        assert relative_error(model(x), smaller(x)) < 1e-10
+        assert relative_error(model(x), apply(model, groups, [labels])(x)) > 0.1
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_was_lossless_stays_so(name):
+    """Duplicates: readers and statistics are found again as they were, on pictures that nothing was trained on."""
+    model, example, groups, projections = duplicated(name)
+    pictures = torch.randn(32, *example.shape[1:]).to(example) if isinstance(example, torch.Tensor) else None
+    if pictures is None or not pictures.is_floating_point():
+        pytest.skip("its inputs are no pictures")
+    smaller, _ = compensated(model, groups, projections, pictures, ridge=1e-9)
+    with torch.no_grad():
+        assert relative_error(model(pictures), smaller(pictures)) < 1e-3
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_every_reader_is_the_least_squares_solution(fold):
+    """What is left of its output has nothing in common with what it reads: the normal equations, tap by tap."""
+    model = randomise_(build_model("resnet18", 10, 3, width=4)).double()
+    pictures = torch.randn(64, 3, 16, 16, dtype=torch.float64)
+    groups, tensors = channel_groups(model, pictures[:1]), {n: t.detach() for n, t in named_tensors(model).items()}
+    weights = [GroupWeights(g, tensors) for g in groups]
+    projections = (
+        [METHODS["fold"](w, [w.group.size // 2])[w.group.size // 2] for w in weights] if fold else pruned(groups)
+    )
+    smaller, solved = compensated(model, groups, projections, pictures, ridge=1e-12)
+    assert {"linear.weight", "layer2.0.shortcut.0.weight", "layer4.1.conv2.weight"} <= set(solved)
+    outputs = {**tensors, **compressed_tensors(tensors, groups, projections, reads=False)}
+    before, after = (observe(net, groups, pictures).inputs for net in (model, smaller))
+
+    def left(weights, name):
+        """The error of a reader and its product with the inputs, relative to its output."""
+        wanted = torch.tensordot(before[name], outputs[name], ([1], [1]))
+        rest = wanted - torch.tensordot(after[name], weights[name], ([1], [1]))
+        product = torch.tensordot(after[name], rest, ([0], [0])).norm() / after[name].norm() / wanted.norm()
+        return float(rest.norm() / wanted.norm()), float(product)
+
+    plain = apply(model, groups, projections).state_dict()
+    for name in solved:
+        error, product = left(smaller.state_dict(), name)
+        assert product < 1e-6, name
+        assert error < left(plain, name)[0], name
+
+
+def test_statistics_follow_what_the_smaller_network_computes():
+    """Noise of another spread than the training pictures: statistics change by what the compression did to them."""
+    model = randomise_(build_model("resnet20", 10, 3))
+    pictures = 3 * torch.randn(64, 3, 16, 16)
+    groups = channel_groups(model, pictures[:1])
+    same = [Projection(torch.arange(g.size)) for g in groups]
+    smaller, solved = compensated(model, groups, same, pictures)
+    assert not solved
+    for (name, old), (_, new) in zip(model.named_buffers(), smaller.named_buffers(), strict=True):
+        torch.testing.assert_close(new, old, msg=name)
+    smaller, _ = compensated(model, groups, pruned(groups), pictures)
+    norm = "layer1.0.bn2.running_var"
+    assert not torch.allclose(smaller.state_dict()[norm], model.state_dict()[norm])
+
+
+def test_compensation_brings_back_accuracy(trained):
+    """The outputs come nearer for every method, on pictures that were not among those it was solved on."""
+    generator = torch.Generator().manual_seed(0)
+    pictures, others = (torch.randn(200, 3, 8, 8, generator=generator) for _ in range(2))
+    for method in ("fold", "mix", "l2", "obs"):
+        plain, _ = compress(trained, pictures[:1], method, 0.5)
+        better, report = compress(trained, pictures[:1], method, 0.5, pictures=pictures)
+        assert report.params_after == sum(p.numel() for p in plain.parameters())
+        with torch.no_grad():
+            wanted = trained(others)
+            assert relative_error(wanted, better(others)) < 0.9 * relative_error(wanted, plain(others)), method
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_every_kind_of_network(method, seen):
+    for name in ("resnet18", "vit", "mobile", "shuffled"):
+        build, example = NETS[name]
+        model = randomise_(build()).eval()
+        pictures = torch.randn(16, *example.shape[1:]) if seen else None
+        smaller, report = compress(model, example, method, 0.5, pictures=pictures)
+        for row in report.groups:
+            assert row.after == max(1, int(row.before * 0.5 + 1e-9)) == len(row.labels[row.labels >= 0].unique())
+            merges = bool(torch.bincount(row.labels[row.labels >= 0]).max() > 1)
+            assert not merges or method in FOLDING
+            assert not (row.labels < 0).any() or method not in FOLDING or method == "mix"
+        again, _ = compress(model, example, method, 0.5, pictures=pictures)
+        with torch.no_grad():
+            assert torch.equal(smaller(example), again(example))
+
+
+def test_mix_is_never_worse_than_folding_or_pruning():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 8, generator=generator).double()
+    rows[:10] *= 0.1
+    rows[10:20] += rows[10] * 2
+    gram = (rows @ rows.T).numpy()
+    sizes = [1, 5, 12, 29, 30]
+    mixed, folded = mixed_labels(gram, sizes), fold_labels(gram, sizes)
+    strictly = 0
+    for k in sizes:
+        kept = sorted(gram.diagonal())[::-1][:k]
+        energy = kept_energy(gram, mixed[k])
+        assert len(set(mixed[k]) - {-1}) == k
+        assert energy >= max(kept_energy(gram, folded[k]), sum(kept)) * (1 - 1e-12)
+        strictly += energy > 1.0001 * max(kept_energy(gram, folded[k]), sum(kept))
+    assert strictly >= 2
+
+
+def test_the_brain_surgeon_drops_what_is_missed_least():
+    """Against solving every candidate's readers from scratch."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(100, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double()
+    v = torch.randn(4, 6, generator=generator).double()
+    moments = (a.T @ a / 100).numpy()
+    order = surgeon_order(moments, (v.T @ v).numpy())
+    assert sorted(order) == list(range(6))
+
+    def loss(kept):
+        solved = torch.linalg.lstsq(a[:, kept], a @ v.T).solution
+        return float((a[:, kept] @ solved - a @ v.T).square().sum())
+
+    left = list(range(6))
+    for q in order[:-1]:
+        best = min(left, key=lambda c: loss([i for i in left if i != c]))
+        assert q == best
+        left.remove(q)
+
+
+def test_synthetic_pictures_have_the_statistics_that_the_network_knows():
+    model = randomise_(build_model("resnet20", 10, 3))
+    for _ in range(5):  # statistics of pictures that are not noise
+        model.train()(torch.rand(64, 3, 16, 16) * 2 + 1)
+    model.eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    example = torch.zeros(1, 3, 16, 16)
+    noise, pictures = (synthesize(model, example, 32, steps) for steps in (0, 30))
+    assert pictures.shape == noise.shape == (32, 3, 16, 16)
+    assert not pictures.requires_grad
+    assert torch.equal(pictures, synthesize(model, example, 32, 30))
+    assert not torch.equal(pictures, synthesize(model, example, 32, 30, seed=1))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+    def mismatch(x):
+        seen = observe(model, [], x).statistics
+        return sum(float((seen[n] / model.state_dict()[n]).log().abs().mean()) for n in seen if n.endswith("var"))
+
+    assert mismatch(pictures) < 0.7 * mismatch(noise)
+
+
+def test_networks_without_statistics_get_noise_and_tokens_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    pictures = synthesize(model, torch.zeros(1, 3, 4, 4), 500)
+    assert pictures.mean().abs() < 0.05
+    assert abs(pictures.std() - 1) < 1e-3
+    with pytest.raises(UserError, match="pass unlabelled data"):
+        synthesize(model, torch.zeros(1, 8, dtype=torch.long))
