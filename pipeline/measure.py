@@ -27,6 +27,12 @@ from pipeline.tables import UserError, one_line, pick
 
 Batch = tuple[Tensor, Tensor]
 PICTURES = ("synthetic", "data")  # that a method may be compensated on
+# What may stand behind a method's name, "fold+data", and the options that it is short for.
+COMPENSATIONS: dict[str, dict[str, Any]] = {
+    "synthetic": {"pictures": "synthetic"},
+    "data": {"pictures": "data"},
+    "grail": {"pictures": "data", "solve_on": "dense"},
+}
 CALIBRATION = 512  # unlabelled training pictures for that
 KEPT = 2**31  # bytes of the machine's memory that evaluation batches may take
 
@@ -66,9 +72,9 @@ class Inputs(NamedTuple):
 class Measurement:
     """Compress copies of a network by every method and ratio, evaluate each at every stage.
 
-    methods: names in METHODS, also with "+synthetic" or "+data" behind (compensated on pictures made from the network
-        itself, or on unlabelled training pictures), or {label: {"method": name, "pictures": "synthetic" or "data",
-        options of `compressions` and of the method}}
+    methods: names in METHODS, also with one of COMPENSATIONS behind ("fold+synthetic": on pictures made from the
+        network itself, "fold+data": on unlabelled training pictures, "l1+grail": on these as GRAIL does), or
+        {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
     round_to: leave multiples of so many channels; seed: of methods that draw
@@ -260,8 +266,8 @@ class Measurement:
 
 def _spelled_out(label: str) -> dict[str, Any]:
     """The options that a label stands for where none are given: "fold+synthetic" is fold, compensated."""
-    method, _, pictures = label.partition("+")
-    return {"method": method, "pictures": pictures or None}
+    method, plus, how = label.partition("+")
+    return {"method": method, "pictures": None, **(pick("compensation", COMPENSATIONS, how) if plus else {})}
 
 
 class Streamed:

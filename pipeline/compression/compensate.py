@@ -4,8 +4,8 @@ A layer that read x (I inputs) with the weight W now reads x' (I' inputs) from a
 compressed, and compensated already. Its new weight W' has the least E‖W x - W' x'‖² + λ m ‖W' - S‖², where S are the
 cluster sums, to which it keeps where the pictures do not say (ridge regression; m is the mean of E[x'²]).
 
-GRAIL (arXiv:2602.23795) solves on the Gram matrix E[x xᵀ] of the dense network, which says how to make up for channels
-that are gone from an exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
+GRAIL (arXiv:2602.23795) takes for x' the cluster means of the dense network's x, which is right for kept channels of an
+exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
 mended as far as it can be seen in x', and for merged channels nothing is assumed. Statistics of BatchNorm are
 re-estimated on the way (as in REPAIR, arXiv:2211.08403), before what reads behind them is solved: the other way round
 they would undo it. All of it takes one pass through each of the networks.
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
-from pipeline.compression.projection import Projection, compressed_tensors, named_tensors
+from pipeline.compression.projection import Projection, compressed_tensors, merged_inputs, named_tensors
 from pipeline.compression.repair import tracked_norms
+from pipeline.tables import pick
 
 Hook = Callable[[Any, tuple[Tensor, ...]], None]
 
@@ -80,14 +81,17 @@ def compensate_(
     *,
     norm_scale: bool = True,
     ridge: float = RIDGE,
+    solve_on: str = "smaller",
 ) -> list[str]:
     """In place: re-estimate the BatchNorms of `smaller` and solve its readers, in the order of the forward pass.
 
     smaller: apply(model, groups, projections, norm_scale); seen: observe(model, groups, pictures).
     A statistic changes by as much as it does on the pictures, so pictures that are not quite the training ones will do.
+    solve_on: "smaller", or "dense" for GRAIL: x' are the cluster means of x, and statistics stay as they are.
     Returns the weights that were solved. What else reads channels (queries; weights that a forward uses without
     calling their layer, or more than once) keeps its cluster sums.
     """
+    pick("solve_on", dict.fromkeys(("smaller", "dense")), solve_on)
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]
@@ -101,7 +105,8 @@ def compensate_(
     solved: list[str] = []
 
     def solve(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
-        before, after, dim = seen.inputs[name], _rows(layer, given[0]), changed[name]
+        before, dim = seen.inputs[name], changed[name]
+        after = _rows(layer, given[0]) if solve_on == "smaller" else merged_inputs(before, name, groups, projections)
         moments, crossed = (after.T @ after).double(), (after.T @ before).double()
         wanted, now = written[name].double().movedim(dim, 0), layer.weight.double().movedim(dim, 0)
         missing = torch.tensordot(crossed, wanted, 1) - torch.tensordot(moments, now, 1)
@@ -124,6 +129,7 @@ def compensate_(
         if name in changed
     ]
     norms = [name.removesuffix(".running_var") for name in seen.statistics if name.endswith(".running_var")]
+    norms = norms if solve_on == "smaller" else []
     hooks += [(smaller.get_submodule(name), partial(estimate, name)) for name in norms]
     _watched(smaller, hooks, seen.pictures)
     return solved

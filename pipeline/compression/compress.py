@@ -125,6 +125,7 @@ def compressions(
     seed: int = 0,
     pictures: Example | None = None,
     ridge: float = RIDGE,
+    solve_on: str = "smaller",
     counted: Counted | None = None,
     **options,
 ) -> Iterator[Compressed]:
@@ -137,7 +138,7 @@ def compressions(
     round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
     seed: of methods that draw.
     pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
-        see activations, and what reads the channels is solved on them with a `ridge` (see compensate_).
+        see activations, and what reads the channels is solved on them (ridge, solve_on: see compensate_).
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
@@ -160,7 +161,9 @@ def compressions(
 
     def mended(smaller: nn.Module, projections: Sequence[Projection]) -> nn.Module:
         if seen:
-            compensate_(smaller, model, groups, projections, seen, norm_scale=norm_scale, ridge=ridge)
+            compensate_(
+                smaller, model, groups, projections, seen, norm_scale=norm_scale, ridge=ridge, solve_on=solve_on
+            )
         return smaller
 
     for ratio in ratios:

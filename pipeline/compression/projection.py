@@ -230,6 +230,15 @@ def compressed_tensors(
     return {name: t.contiguous() for name, t in edited.items()}
 
 
+def merged_inputs(
+    inputs: Tensor, reader: str, groups: Iterable[ChannelGroup], projections: Iterable[Projection]
+) -> Tensor:
+    """Cluster means of what a reader is given, (rows, inputs) -> (rows, inputs left)."""
+    pairs = zip(groups, projections, strict=True)
+    edits = [_Edit(axis, p, True) for g, p in pairs for axis in g.reads if axis.tensor == reader and not p.is_identity]
+    return _edited(inputs, 1, edits)
+
+
 @dataclass(frozen=True)
 class _Edit:
     """What becomes of one group's channels along one axis of a tensor.
