@@ -177,6 +177,8 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path):
         "vit_b32_imagenet": 36,
         "narrow_resnet18_adam_cifar10": 16,
         "narrow_resnet18_sgd_cifar10": 16,
+        "accuracy_resnets_cifar10": 24,
+        "accuracy_vit_cifar10": 12,
     }.items(),
 )
 def test_presets_have_the_cells_of_the_study(sweep, cells):
