@@ -1,9 +1,10 @@
 """How much accuracy the methods leave, of real networks, without data and with 512 unlabelled pictures.
 
     python -m scripts.train sweep=accuracy_resnets_cifar10 data.root=cifar10.npz     # and accuracy_vit_cifar10
-    python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=resnet18 data.root=cifar10.npz \\
-        data.test_size=2000 compression.repair_size=1024 save=false profile.runtimes=[] paths.runs=runs/accuracy \\
-        'methods=[fold,l1,l2,mix,l1+synthetic,fold+synthetic,mix+synthetic,obs+synthetic,l1+grail,fold+grail,l1+data,fold+data,mix+data,obs+data]'
+    python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=resnet18 \\
+        data.root=cifar10.npz data.test_size=2000 compression.repair_size=1024 save=false profile.runtimes=[] \\
+        'methods=[fold,l1,l2,mix,l1+synthetic,fold+synthetic,mix+synthetic,obs+synthetic,l1+grail,fold+grail,
+        l1+data,fold+data,mix+data,obs+data]' paths.runs=runs/accuracy
     python -m scripts.report runs/accuracy --out benchmarks/results/accuracy.parquet
     python -m benchmarks.accuracy
 
@@ -72,8 +73,8 @@ def page(rows: pl.DataFrame) -> list[str]:
         "",
         "## Raw: share of the loss that is won back, in %",
         "",
-        "Loss: dense accuracy less that of the best of fold, l1 and l2, network by network; ± half of a 95% interval over "
-        "the networks (Student's t).",
+        "Loss: dense accuracy less that of the best of fold, l1 and l2, network by network; ± half of a 95% interval "
+        "over the networks (Student's t).",
         "",
         *table(raw, "won", margin=True),
         "",

@@ -33,7 +33,7 @@ from pipeline.tables import UserError
 class CompressionCallback(Callback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
-    methods: names in METHODS, also with "+synthetic" or "+data" behind (compensated on pictures, see Measurement), or
+    methods: names in METHODS, also with "+synthetic", "+data" ... behind (compensated on pictures, see Measurement), or
         {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run

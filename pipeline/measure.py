@@ -27,11 +27,13 @@ from pipeline.tables import UserError, one_line, pick
 
 Batch = tuple[Tensor, Tensor]
 PICTURES = ("synthetic", "data")  # that a method may be compensated on
-# What may stand behind a method's name, "fold+data", and the options that it is short for.
-COMPENSATIONS: dict[str, dict[str, Any]] = {
+# What may stand behind a method's name, "mix+data+macs", and the options that it is short for.
+ADDITIONS: dict[str, dict[str, Any]] = {
     "synthetic": {"pictures": "synthetic"},
     "data": {"pictures": "data"},
     "grail": {"pictures": "data", "solve_on": "dense"},
+    "macs": {"allocate": "macs"},
+    "params": {"allocate": "params"},
 }
 CALIBRATION = 512  # unlabelled training pictures for that
 KEPT = 2**31  # bytes of the machine's memory that evaluation batches may take
@@ -72,8 +74,9 @@ class Inputs(NamedTuple):
 class Measurement:
     """Compress copies of a network by every method and ratio, evaluate each at every stage.
 
-    methods: names in METHODS, also with one of COMPENSATIONS behind ("fold+synthetic": on pictures made from the
-        network itself, "fold+data": on unlabelled training pictures, "l1+grail": on these as GRAIL does), or
+    methods: names in METHODS, also with some of ADDITIONS behind ("fold+synthetic": compensated on pictures made from
+        the network itself, "fold+data": on unlabelled training pictures, "l1+grail": on these as GRAIL does,
+        "fold+data+macs": also sizes by what groups can spare), or
         {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
     ratios: fractions of channels to remove, 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
@@ -98,11 +101,15 @@ class Measurement:
             if isinstance(values, str | float | int):
                 raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
         named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
-        self.methods = {label: {**_spelled_out(label), **(options or {})} for label, options in named.items()}
+        self.methods = {
+            label: {"method": label, "pictures": None, **options} if options else _spelled_out(label)
+            for label, options in named.items()
+        }
         self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
         for options in self.methods.values():
             pick("method", METHODS, options["method"])
-            pick("pictures", {None: None, **dict.fromkeys(PICTURES)}, options["pictures"])
+            if options["pictures"] is not None:
+                pick("pictures", dict.fromkeys(PICTURES), options["pictures"])
             for part in self._parts(options):
                 pick("part", dict.fromkeys(PARTS), part)
         if DENSE in self.methods:
@@ -266,8 +273,11 @@ class Measurement:
 
 def _spelled_out(label: str) -> dict[str, Any]:
     """The options that a label stands for where none are given: "fold+synthetic" is fold, compensated."""
-    method, plus, how = label.partition("+")
-    return {"method": method, "pictures": None, **(pick("compensation", COMPENSATIONS, how) if plus else {})}
+    method, *additions = label.split("+")
+    options: dict[str, Any] = {"method": method, "pictures": None}
+    for addition in additions:
+        options |= pick("addition to a method", ADDITIONS, addition)
+    return options
 
 
 class Streamed:

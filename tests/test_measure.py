@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pipeline.measure
 from pipeline.measure import Inputs, Measurement, passes
+from pipeline.models import build_model
 from pipeline.tables import UserError
 
 CONTEXT = {"cell": "c", "model": "m", "data": "d", "seed": 0, "epoch": 0, "step": 0, "split": "test"}
@@ -86,3 +87,36 @@ def test_streamed_pictures_give_the_same_rows(monkeypatch):
     monkeypatch.setattr(pipeline.measure, "KEPT", 0)
     streamed = rows_of(Measurement(["fold"], [0.5], ["raw"]), net)
     assert [(row.acc, row.loss, row.n) for row in kept] == [(row.acc, row.loss, row.n) for row in streamed]
+
+
+def test_a_label_says_how_a_method_is_compensated(monkeypatch):
+    """Synthetic pictures are made once a network; unlabelled ones are the training samples of repair."""
+    made = []
+    monkeypatch.setattr(
+        pipeline.measure, "synthesize", lambda net, example, seed: made.append(seed) or PICTURES.tensors[0]
+    )
+    labels = ["fold", "fold+synthetic", "l1+synthetic", "obs+data", "l1+grail", "l2+data+params"]
+    measurement = Measurement(labels, [0.5], ["raw"], seed=3)
+    assert measurement.mends
+    assert measurement.folds == {"fold": True}
+    net = build_model("resnet20", 4, 3)
+    mending = [tuple(PICTURES.tensors)]
+    rows = measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
+    assert [row.status for row in rows] == ["ok"] * 7, [row.reason for row in rows]
+    assert [row.method for row in rows] == ["dense", *labels]
+    assert made == [3]
+    losses = [row.loss for row in rows]
+    assert len(set(losses)) == len(losses), "each is another network"
+    assert not Measurement(["fold", "fold+synthetic"], [0.5], ["raw"]).mends
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["fold+sythetic"], r"unknown addition to a method 'sythetic' \(did you mean 'synthetic'\?\)"),
+        ({"mine": {"method": "fold", "pictures": "real"}}, "unknown pictures 'real'; choose from: .*data"),
+    ],
+)
+def test_pictures_that_there_are_not(methods, message):
+    with pytest.raises(UserError, match=message):
+        Measurement(methods, [0.5], ["raw"])

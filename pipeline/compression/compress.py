@@ -1,7 +1,7 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.compression.allocate import BUDGETS, allocated
 from pipeline.compression.compensate import RIDGE, compensate_, observe
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.graph import Example, call_arguments, channel_groups
-from pipeline.compression.group import DEFAULT_PARTS, ChannelGroups, Frozen
-from pipeline.compression.methods import METHODS, GroupWeights
+from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroups, Frozen
+from pipeline.compression.methods import METHODS, GroupWeights, Projections
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers
 from pipeline.tables import UserError, call, pick
 
@@ -126,6 +127,8 @@ def compressions(
     pictures: Example | None = None,
     ridge: float = RIDGE,
     solve_on: str = "smaller",
+    allocate: str = "uniform",
+    protect: Sequence[str] = (),
     counted: Counted | None = None,
     **options,
 ) -> Iterator[Compressed]:
@@ -139,6 +142,9 @@ def compressions(
     seed: of methods that draw.
     pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
         see activations, and what reads the channels is solved on them (ridge, solve_on: see compensate_).
+    allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
+        than by uniform sizes, and groups that can spare more lose more (needs pictures; see allocate.py).
+    protect: names of groups that keep all their channels, or what these begin with ("layer1.", "conv1").
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
@@ -150,13 +156,37 @@ def compressions(
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
     seen = None if pictures is None else observe(model, groups, pictures)
+
+    def weights_of(group: ChannelGroup) -> GroupWeights:
+        return GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {})
+
+    def chosen(weights: GroupWeights, sizes: Iterable[int]) -> Projections:
+        return call(f"method {method!r}", choose, weights, sorted(set(sizes)), **options)
+
+    def planned(group: ChannelGroup, sizes: Iterable[int]) -> dict[int, tuple[Projection, GroupReport]]:
+        weights = weights_of(group)
+        return {k: (p, reported(weights, p)) for k, p in chosen(weights, sizes).items()}
+
+    whole = protected(groups, protect)
+    sizes = {
+        ratio: [g.size if g in whole else channels_left(g.size, ratio, round_to) for g in groups] for ratio in ratios
+    }
+    if allocate != "uniform":
+        pick("allocate", dict.fromkeys(("uniform", *BUDGETS)), allocate)
+        if seen is None:
+            raise UserError(f"allocate={allocate} measures what each group can spare, so it needs pictures")
+        sizes = allocated(
+            model,
+            example,
+            groups,
+            seen,
+            lambda group, of_group: chosen(weights_of(group), of_group),
+            sizes,
+            allocate,
+            lambda size, left: channels_left(size, 1 - left, round_to),
+        )
     # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
-    plans: list[dict[int, tuple[Projection, GroupReport]]] = []
-    for group in groups:
-        weights = GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {})
-        sizes = sorted({channels_left(group.size, ratio, round_to) for ratio in ratios})
-        chosen = call(f"method {method!r}", choose, weights, sizes, **options)
-        plans.append({k: (p, reported(weights, p)) for k, p in chosen.items()})
+    plans = [planned(group, [sizes[ratio][i] for ratio in ratios]) for i, group in enumerate(groups)]
     before = parameters(model), macs(model, example, counted)
 
     def mended(smaller: nn.Module, projections: Sequence[Projection]) -> nn.Module:
@@ -167,7 +197,7 @@ def compressions(
         return smaller
 
     for ratio in ratios:
-        plan = [plan[channels_left(g.size, ratio, round_to)] for g, plan in zip(groups, plans, strict=True)]
+        plan = [plan[k] for k, plan in zip(sizes[ratio], plans, strict=True)]
         # Without a name here, so that only the caller holds it: two of a large network may not fit.
         yield _made(model, example, groups, plan, norm_scale, mended, counted, method, ratio, before)
 
@@ -215,6 +245,15 @@ def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
     if left == size or round_to == 1:
         return left
     return min(size, max(1, (left + round_to // 2) // round_to) * round_to)
+
+
+def protected(groups: ChannelGroups, names: Sequence[str]) -> list[ChannelGroup]:
+    """The groups whose name begins with one of these. UserError for one that is no group's."""
+    for name in names:
+        if not any(group.name.startswith(name) for group in groups):
+            known = ", ".join(dict.fromkeys(group.tie or group.name for group in groups))
+            raise UserError(f"protect: no group's name begins with {name!r}; there are {known}")
+    return [group for group in groups if group.name.startswith(tuple(names))]
 
 
 def check_groups(model: nn.Module, groups: ChannelGroups) -> None:

@@ -1,0 +1,150 @@
+"""How many channels each group keeps, under one budget for the whole network.
+
+What a group can spare is measured: it alone is compressed to some sizes, compensated, and the output of the network on
+the pictures compared with the dense one's. Assuming that these errors add up, sizes are then found greedily: of all
+steps that save anything, the one that costs the least error per multiplication (or parameter) saved comes next, until
+the budget of the uniform ratio is reached. (Errors of the parameters, or of each layer's own output, do not compare
+between layers: tried, and no better than uniform sizes, see docs/log.md.)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.compression.compensate import Seen, compensate_
+from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.group import ChannelGroup, ChannelGroups
+from pipeline.compression.projection import Projection, apply, named_tensors
+
+BUDGETS = ("macs", "params")
+MEASURED = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # fractions of the channels at which a group is measured
+LEVELS = [round(1 - i / 20, 2) for i in range(19)]  # and that it may be given: 1.0, 0.95 ... 0.1
+AHEAD = 3  # levels that one step may skip, so that a dear one does not hide a cheap one
+
+Choose = Callable[[ChannelGroup, Sequence[int]], Mapping[int, Projection]]
+
+
+@torch.no_grad()
+def allocated(
+    model: nn.Module,
+    example: Example,
+    groups: ChannelGroups,
+    seen: Seen,
+    choose: Choose,
+    uniform: Mapping[float, Sequence[int]],
+    budget: str,
+    rounded: Callable[[int, float], int],
+) -> dict[float, list[int]]:
+    """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
+
+    choose: the projections of a group at some sizes; rounded: channels of a size that a fraction leaves.
+    A group that keeps all its channels in `uniform` keeps them here. Groups of one tie get the same size.
+    """
+    cost = costs(model, example, groups, budget)
+    free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
+    errors = [measured(model, groups, tie, seen, choose, rounded) for tie in free]
+    levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
+    found = {}
+    for ratio in sorted(uniform):
+        sizes, place, limit = [g.size for g in groups], [0] * len(free), cost(uniform[ratio])
+        now = cost(sizes)
+        while now > limit:
+            steps = []
+            for u, tie in enumerate(free):
+                for p in range(place[u] + 1, min(place[u] + 1 + AHEAD, len(levels[u]))):
+                    smaller = list(sizes)
+                    for i in tie:
+                        smaller[i] = levels[u][p]
+                    after = cost(smaller)
+                    if after < now:
+                        loss = errors[u](levels[u][p]) - errors[u](levels[u][place[u]])
+                        steps.append((loss / (now - after), u, p, after, smaller))
+            if not steps:
+                break  # nothing left to take: as small as the levels go
+            _, u, p, now, sizes = min(steps, key=lambda step: step[:3])
+            place[u] = p
+        found[ratio] = sizes
+    return found
+
+
+def measured(
+    model: nn.Module,
+    groups: ChannelGroups,
+    tie: Sequence[int],
+    seen: Seen,
+    choose: Choose,
+    rounded: Callable[[int, float], int],
+) -> Callable[[int], float]:
+    """The relative squared error of the network's output on the pictures by the size of the groups of one tie.
+
+    Made monotone, and straight between the sizes that were measured.
+    """
+    size = groups[tie[0]].size
+    sizes = sorted({rounded(size, f) for f in MEASURED})
+    chosen = {i: choose(groups[i], sizes) for i in tie}
+    dense = outputs(model, seen.pictures)
+    spread = (dense - dense.mean(0)).square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
+    errors = []
+    for k in sizes:
+        of_tie, projections = [groups[i] for i in tie], [chosen[i][k] for i in tie]
+        smaller = apply(model, of_tie, projections)
+        compensate_(smaller, model, of_tie, projections, seen)
+        errors.append(float((outputs(smaller, seen.pictures) - dense).square().sum() / spread))
+    curve = np.maximum.accumulate([0.0, *reversed(errors)])[::-1]
+    return lambda k: float(np.interp(k, [*sizes, size], curve))
+
+
+def outputs(model: nn.Module, pictures: Example) -> Tensor:
+    """(N, outputs): all floating-point outputs of the network side by side."""
+    args, kwargs = call_arguments(pictures)
+    model.eval()
+    leaves = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+    return torch.cat([t.flatten(1) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()], 1)
+
+
+def costs(model: nn.Module, example: Example, groups: ChannelGroups, budget: str) -> Callable[[Sequence[int]], float]:
+    """A function from the sizes of all groups to the parameters, or to the MACs of the layers that a forward calls."""
+    tensors = named_tensors(model)
+    times = {name: 1.0 for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+    if budget == "macs":
+        times = places(model, example)
+    at: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (group, positions of a channel) that stand along each axis
+    for i, group in enumerate(groups):
+        for axis in (*group.writes, *group.reads):
+            at.setdefault((axis.tensor, axis.axis), []).append((i, axis.index.shape[1]))
+    full = [group.size for group in groups]
+
+    def cost(sizes: Sequence[int]) -> float:
+        total = 0.0
+        for name, count in times.items():
+            for dim, n in enumerate(tensors[name].shape):
+                count *= n - sum(m * (full[i] - sizes[i]) for i, m in at.get((name, dim), ()))
+            total += count
+        return total
+
+    return cost
+
+
+def places(model: nn.Module, example: Example) -> dict[str, float]:
+    """{weight: how many times a forward pass multiplies with it}, of linear layers and convolutions that it calls."""
+    found: dict[str, float] = {}
+
+    def count(name: str, layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            times = given[0].numel() / layer.in_channels
+        else:
+            times = output.numel() / output.shape[1 if isinstance(layer, nn.modules.conv._ConvNd) else -1]
+        found[name] = found.get(name, 0.0) + times
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    handles = [m.register_forward_hook(partial(count, f"{n}.weight")) for n, m in layers.items()]
+    try:
+        outputs(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

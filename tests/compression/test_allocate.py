@@ -1,0 +1,87 @@
+"""Sizes by what groups can spare, under the budget of uniform ones."""
+
+import pytest
+import torch
+from torch import nn
+from toy_nets import NETS, randomise_
+
+from pipeline.compression import channel_groups, compress
+from pipeline.compression.allocate import costs
+from pipeline.compression.compress import macs, parameters
+from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.tables import UserError
+
+
+@pytest.mark.parametrize("budget", ["macs", "params"])
+@pytest.mark.parametrize("name", ["resnet18", "vgg", "transposed", "vit"])
+def test_costs_are_those_of_the_smaller_network(name, budget):
+    """Against what is really left: every parameter, and the MACs of layers (attention's own products stay)."""
+    build, example = NETS[name]
+    model = randomise_(build()).eval()
+    groups = channel_groups(model, example)
+    cost = costs(model, example, groups, budget)
+    smaller, report = compress(model, example, "l1", 0.4, groups=groups)
+    before, after = [g.size for g in groups], [g.after for g in report.groups]
+    counted = parameters if budget == "params" else lambda net: macs(net, example)
+    assert cost(before) - cost(after) == pytest.approx(counted(model) - counted(smaller), rel=1e-9)
+
+
+def test_what_nobody_reads_goes_first_and_no_budget_is_broken():
+    model = randomise_(
+        nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4))
+    ).eval()
+    with torch.no_grad():
+        model[4].weight[:, 4:] = 0  # 16 of the second group's channels are not needed
+    pictures = torch.randn(200, 8)
+    uniform = compress(model, pictures[:1], "obs", [0.2, 0.5], pictures=pictures)
+    for budget in ("params", "macs"):
+        sized = compress(model, pictures[:1], "obs", [0.2, 0.5], pictures=pictures, allocate=budget)
+        for even, own in zip(uniform, sized, strict=True):
+            first, second = own.report.groups
+            assert second.after < even.report.groups[1].after < first.after
+            left = {"params": lambda r: r.params_after, "macs": lambda r: r.macs_after}[budget]
+            assert 0.8 * left(even.report) < left(own.report) <= left(even.report)
+            with torch.no_grad():
+                wanted = model(pictures)
+                errors = [float((net(pictures) - wanted).square().sum()) for net in (even.model, own.model)]
+            assert errors[1] < errors[0]
+
+
+def test_heads_of_a_layer_keep_one_size():
+    build, example = NETS["vit"]
+    model, pictures = randomise_(build()).eval(), torch.randn(8, *example.shape[1:])
+    parts = (*DEFAULT_PARTS, "width")
+    smaller, report = compress(model, example, "fold", 0.5, parts=parts, pictures=pictures, allocate="macs")
+    sizes = {}
+    for group in report.groups:
+        sizes.setdefault(group.tie or group.name, set()).add(group.after)
+    assert all(len(of_tie) == 1 for of_tie in sizes.values())
+    assert len({n for of_tie in sizes.values() for n in of_tie}) > 1
+    assert smaller(example).shape == model(example).shape
+
+
+def test_protected_groups_stay_whole():
+    build, example = NETS["resnet18"]
+    model = randomise_(build()).eval()
+    for options in ({}, {"pictures": torch.randn(8, *example.shape[1:]), "allocate": "params"}):
+        _, report = compress(model, example, "fold", 0.5, protect=["conv1", "layer1."], **options)
+        whole = {group.name for group in report.groups if group.after == group.before}
+        protected = {g.name for g in report.groups if g.name.startswith(("conv1", "layer1."))}
+        assert protected <= whole < {group.name for group in report.groups}
+        assert len(protected) == 3
+        if not options:
+            assert whole == protected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allocate": "macs"}, "allocate=macs measures what each group can spare, so it needs pictures"),
+        ({"allocate": "flops"}, "unknown allocate 'flops'; choose from: macs, params, uniform"),
+        ({"protect": ["layer9"]}, "no group's name begins with 'layer9'; there are conv1"),
+    ],
+)
+def test_bad_input(options, message):
+    build, example = NETS["resnet18"]
+    with pytest.raises(UserError, match=message):
+        compress(build(), example, "fold", 0.5, **options)
