@@ -43,7 +43,7 @@ def main() -> None:
 
 def page(rows: pl.DataFrame) -> list[str]:
     dense = dict(dense_rows(rows).group_by(NETWORK, maintain_order=True).agg(pl.col("acc").first()).iter_rows())
-    names = dict(rows.select(NETWORK, "model").unique(maintain_order=True).iter_rows())
+    names = {cell: cell.rpartition("-")[0] for cell in dense}
     found = measured(rows).with_columns(dense=pl.col(NETWORK).replace_strict(dense), acc=100 * pl.col("acc"))
     found = found.with_columns(dense=100 * pl.col("dense"))
     of_study = pl.col("acc").filter(pl.col("method").is_in(STUDY)).max().over(NETWORK, "stage", "ratio")
@@ -76,11 +76,11 @@ def page(rows: pl.DataFrame) -> list[str]:
         "Loss: dense accuracy less that of the best of fold, l1 and l2, network by network; ± half of a 95% interval "
         "over the networks (Student's t).",
         "",
-        *table(raw, "won", margin=True),
+        *table(raw.filter(~pl.col("method").is_in(STUDY)), "won", margin=True),
         "",
         "## Repaired: points over the best of fold, l1 and l2",
         "",
-        *table(repaired, "gain", margin=True),
+        *table(repaired.filter(~pl.col("method").is_in(STUDY)), "gain", margin=True),
         "",
         "## Raw: points over l1+grail",
         "",
