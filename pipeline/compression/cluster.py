@@ -241,7 +241,7 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
 
 
 STEPS = 512  # in which all channels of a large group are dropped, some at a time
-RIDGE = 1e-3
+RIDGE = 1e-3  # of second moments of activations, times the mean of their diagonal
 
 
 def surgeon_order(moments: Array, contributions: Array) -> Array:

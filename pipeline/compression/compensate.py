@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.compression.cluster import RIDGE
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.projection import Projection, compressed_tensors, merged_inputs, named_tensors
@@ -28,7 +29,6 @@ from pipeline.tables import pick
 Hook = Callable[[Any, tuple[Tensor, ...]], None]
 
 ROWS = 8192  # inputs of a layer that are looked at: pixels or tokens, drawn from all pictures
-RIDGE = 1e-3
 
 
 class Seen(NamedTuple):

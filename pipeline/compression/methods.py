@@ -136,7 +136,7 @@ class GroupWeights:
     def contributions(self) -> Tensor:
         """Vᵀ V (C, C) of all weights V (outputs, C) that read the channels."""
         rows = [self.rows(axis) for axis in self.group.reads if self.tensors[axis.tensor].dim() > 1]
-        return sum((r @ r.T for r in rows), torch.zeros(self.group.size, self.group.size, dtype=self.dtype)).cpu()
+        return sum(((r @ r.T).cpu() for r in rows), torch.zeros(self.group.size, self.group.size, dtype=self.dtype))
 
     def error(self, projection: Projection) -> float:
         """Relative parameter error of the projection in these features."""
