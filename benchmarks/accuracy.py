@@ -6,6 +6,9 @@
         'methods=[fold,l1,l2,mix,l1+synthetic,fold+synthetic,mix+synthetic,obs+synthetic,l1+grail,fold+grail,
         l1+data,fold+data,mix+data,obs+data]' paths.runs=runs/accuracy
     python -m scripts.report runs/accuracy --out benchmarks/results/accuracy.parquet
+    # and with 'methods=[mix+synthetic,mix+synthetic+macs,mix+data,mix+data+macs]' ratios=[0.3,0.5,0.7] stages=[raw]
+    # paths.runs=runs/allocation:
+    python -m scripts.report runs/allocation --out benchmarks/results/allocation.parquet
     python -m benchmarks.accuracy
 
 One `scripts.compress` a network; ResNet-20 and -32 are those of akamaster/pytorch_resnet_cifar10 (model=resnet20,
@@ -22,6 +25,7 @@ from pipeline.results import DENSE, measured
 from pipeline.study import dense_rows, plot_curves
 
 ROWS = Path("benchmarks/results/accuracy.parquet")
+ALLOCATION = Path("benchmarks/results/allocation.parquet")
 PAGE = Path("docs/accuracy.md")
 MARK = "<!-- written by python -m benchmarks.accuracy from here on -->"
 STUDY = ["fold", "l1", "l2"]
@@ -35,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = pl.read_parquet(args.rows)
     text = PAGE.read_text().split(MARK)[0].rstrip() if PAGE.exists() else "# How much accuracy the methods leave"
-    PAGE.write_text("\n".join([text, "", MARK, "", *page(rows)]) + "\n")
+    PAGE.write_text("\n".join([text, "", MARK, "", *page(rows), "", *sizes(pl.read_parquet(ALLOCATION))]) + "\n")
     networks = rows[NETWORK].n_unique()
     shown = rows.filter(pl.col("method").is_in([DENSE, *SHOWN]))
     plot_curves(shown, PAGE.with_suffix(".png"), f"Mean accuracy of {networks} networks on CIFAR-10")
@@ -49,12 +53,9 @@ def page(rows: pl.DataFrame) -> list[str]:
     of_study = pl.col("acc").filter(pl.col("method").is_in(STUDY)).max().over(NETWORK, "stage", "ratio")
     grail = pl.col("acc").filter(pl.col("method") == "l1+grail").first().over(NETWORK, "stage", "ratio")
     found = found.with_columns(study=of_study, grail=grail)
-    loss = pl.col("dense") - pl.col("study")
-    found = found.with_columns(
-        gain=pl.col("acc") - pl.col("study"),
-        over_grail=pl.col("acc") - pl.col("grail"),
-        won=100 * (pl.col("acc") - pl.col("study")) / loss,
-    )
+    mean_loss = (pl.col("dense") - pl.col("study")).mean().over("method", "stage", "ratio")
+    found = found.with_columns(gain=pl.col("acc") - pl.col("study"), over_grail=pl.col("acc") - pl.col("grail"))
+    found = found.with_columns(won=100 * pl.col("gain") / mean_loss)  # its mean: mean gain by mean loss
     raw, repaired = (found.filter(pl.col("stage") == stage) for stage in ("raw", "repaired"))
     return [
         f"{len(dense)} networks, n = 1 checkpoint each, {found['n'].max():,} test pictures: "
@@ -73,10 +74,15 @@ def page(rows: pl.DataFrame) -> list[str]:
         "",
         "## Raw: share of the loss that is won back, in %",
         "",
-        "Loss: dense accuracy less that of the best of fold, l1 and l2, network by network; ± half of a 95% interval "
-        "over the networks (Student's t).",
+        "Loss: dense accuracy less that of the best of fold, l1 and l2, network by network; mean gain by mean loss.",
         "",
-        *table(raw.filter(~pl.col("method").is_in(STUDY)), "won", margin=True),
+        *table(raw.filter(~pl.col("method").is_in(STUDY)), "won"),
+        "",
+        "## Raw: points over the best of fold, l1 and l2",
+        "",
+        "± half of a 95% interval over the networks (Student's t), here and below.",
+        "",
+        *table(raw.filter(~pl.col("method").is_in(STUDY)), "gain", margin=True),
         "",
         "## Repaired: points over the best of fold, l1 and l2",
         "",
@@ -117,6 +123,18 @@ def of_networks(found: pl.DataFrame, names: dict[str, str]) -> list[str]:
     for (cell,), group in found.partition_by(NETWORK, as_dict=True, maintain_order=True).items():
         at = dict(zip(group["method"], group["acc"], strict=True))
         lines.append(line(names[cell], [f"{group['dense'][0]:.1f}", *(f"{at[m]:.1f}" for m in methods)]))
+    return lines
+
+
+def sizes(rows: pl.DataFrame) -> list[str]:
+    """Every network of the rows whose methods differ in how sizes are allocated: accuracy and MACs."""
+    found = measured(rows).filter(pl.col("stage") == "raw")
+    ratios = sorted(set(found["ratio"]))
+    lines = ["## Sizes by what groups can spare, at equal MACs: raw accuracy (million MACs)", ""]
+    lines += [line("network", ["method", *(f"{r:g}" for r in ratios)]), "|---|---|" + "---|" * len(ratios)]
+    for (cell, method), group in found.partition_by(NETWORK, "method", as_dict=True, maintain_order=True).items():
+        at = {r: f"{100 * acc:.1f} ({count / 1e6:.1f})" for r, acc, count in group["ratio", "acc", "macs"].iter_rows()}
+        lines.append(line(cell.rpartition("-")[0], [method, *(at[r] for r in ratios)]))
     return lines
 
 
