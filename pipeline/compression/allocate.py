@@ -38,36 +38,57 @@ def allocated(
     uniform: Mapping[float, Sequence[int]],
     budget: str,
     rounded: Callable[[int, float], int],
+    exact: Callable[[Sequence[int]], float],
 ) -> dict[float, list[int]]:
     """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
 
-    choose: the projections of a group at some sizes; rounded: channels of a size that a fraction leaves.
+    choose: the projections of a group at some sizes; rounded: channels of a size that a fraction leaves; exact: MACs or
+    parameters of the network at given sizes, of which `costs` knows the layers that the forward calls.
     A group that keeps all its channels in `uniform` keeps them here. Groups of one tie get the same size.
     """
     cost = costs(model, example, groups, budget)
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
     errors = [measured(model, groups, tie, seen, choose, rounded) for tie in free]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
-    found = {}
-    for ratio in sorted(uniform):
-        sizes, place, limit = [g.size for g in groups], [0] * len(free), cost(uniform[ratio])
-        now = cost(sizes)
-        while now > limit:
-            steps = []
-            for u, tie in enumerate(free):
-                for p in range(place[u] + 1, min(place[u] + 1 + AHEAD, len(levels[u]))):
-                    smaller = list(sizes)
-                    for i in tie:
-                        smaller[i] = levels[u][p]
-                    after = cost(smaller)
-                    if after < now:
-                        loss = errors[u](levels[u][p]) - errors[u](levels[u][place[u]])
-                        steps.append((loss / (now - after), u, p, after, smaller))
+
+    def sizes_at(place: Sequence[int]) -> list[int]:
+        sizes = [group.size for group in groups]
+        for tie, of_tie, p in zip(free, levels, place, strict=True):
+            for i in tie:
+                sizes[i] = of_tie[p]
+        return sizes
+
+    def shrunk(place: Sequence[int], limit: float) -> list[int]:
+        """The place in `levels` of every tie, taken down until the sizes cost no more than the limit."""
+        place = list(place)
+
+        def moved(u: int, p: int) -> float:
+            return cost(sizes_at([*place[:u], p, *place[u + 1 :]]))
+
+        def loss(u: int, p: int) -> float:
+            return errors[u](levels[u][p]) - errors[u](levels[u][place[u]])
+
+        while (now := cost(sizes_at(place))) > limit:
+            ahead = [(u, p) for u, at in enumerate(place) for p in range(at + 1, min(at + 1 + AHEAD, len(levels[u])))]
+            steps = [(loss(u, p) / saved, u, p) for u, p in ahead if (saved := now - moved(u, p)) > 0]
             if not steps:
-                break  # nothing left to take: as small as the levels go
-            _, u, p, now, sizes = min(steps, key=lambda step: step[:3])
-            place[u] = p
-        found[ratio] = sizes
+                break
+            _, u, place[u] = min(steps)
+        # What the last step took too much goes back where it mends most.
+        while back := [(loss(u, p - 1), u) for u, p in enumerate(place) if p and moved(u, p - 1) <= limit]:
+            place[min(back)[1]] -= 1
+        return place
+
+    found = {}
+    for ratio, even in uniform.items():
+        place, limit, over = [0] * len(free), cost(even), 1.0
+        while over > 0:
+            place = shrunk(place, limit)
+            over = exact(sizes_at(place)) - exact(even)
+            limit = cost(sizes_at(place)) - over
+            if all(p == len(of_tie) - 1 for p, of_tie in zip(place, levels, strict=True)):
+                break
+        found[ratio] = sizes_at(place)
     return found
 
 

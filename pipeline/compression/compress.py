@@ -167,6 +167,11 @@ def compressions(
         weights = weights_of(group)
         return {k: (p, reported(weights, p)) for k, p in chosen(weights, sizes).items()}
 
+    def left_at(sizes: Sequence[int]) -> int:
+        """What `allocate` counts of the network at these sizes, whichever channels they are."""
+        smaller = apply(model, groups, [first_channels(g.size, k) for g, k in zip(groups, sizes, strict=True)])
+        return parameters(smaller) if allocate == "params" else macs(smaller, example, counted)
+
     whole = protected(groups, protect)
     sizes = {
         ratio: [g.size if g in whole else channels_left(g.size, ratio, round_to) for g in groups] for ratio in ratios
@@ -184,6 +189,7 @@ def compressions(
             sizes,
             allocate,
             lambda size, left: channels_left(size, 1 - left, round_to),
+            left_at,
         )
     # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
     plans = [planned(group, [sizes[ratio][i] for ratio in ratios]) for i, group in enumerate(groups)]
@@ -229,6 +235,10 @@ def _made(
         numbers=new_numbers(model, groups, projections),
     )
     return Compressed(smaller, report)
+
+
+def first_channels(size: int, left: int) -> Projection:
+    return Projection(torch.where(torch.arange(size) < left, torch.arange(size), -1))
 
 
 def reported(weights: GroupWeights, projection: Projection) -> GroupReport:

@@ -73,6 +73,19 @@ def test_protected_groups_stay_whole():
             assert whole == protected
 
 
+@pytest.mark.parametrize("budget", ["macs", "params"])
+@pytest.mark.parametrize("name", ["vgg", "vit", "shuffled"])
+def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget):
+    """Attention multiplies outside of layers, too; and what a last coarse step took too much goes back."""
+    build, example = NETS[name]
+    model, pictures = randomise_(build()).eval(), torch.randn(16, *example.shape[1:])
+    options = {"parts": (*DEFAULT_PARTS, "width"), "pictures": pictures}
+    for ratio in (0.3, 0.6):
+        even, own = (compress(model, example, "l2", ratio, allocate=a, **options).report for a in ("uniform", budget))
+        left, limit = ((r.macs_after, r.params_after)[budget == "params"] for r in (own, even))
+        assert 0.7 * limit < left <= limit
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
