@@ -48,7 +48,8 @@ def allocated(
     """
     cost = costs(model, example, groups, budget)
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
-    errors = [measured(model, groups, tie, seen, choose, rounded) for tie in free]
+    dense = outputs(model, seen.pictures)
+    errors = [measured(model, groups, tie, seen, dense, choose, rounded) for tie in free]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
 
     def sizes_at(place: Sequence[int]) -> list[int]:
@@ -81,13 +82,11 @@ def allocated(
 
     found = {}
     for ratio, even in uniform.items():
-        place, limit, over = [0] * len(free), cost(even), 1.0
-        while over > 0:
-            place = shrunk(place, limit)
-            over = exact(sizes_at(place)) - exact(even)
-            limit = cost(sizes_at(place)) - over
-            if all(p == len(of_tie) - 1 for p, of_tie in zip(place, levels, strict=True)):
-                break
+        allowed = exact(even)
+        place = shrunk([0] * len(free), cost(even))
+        smallest = [len(of_tie) - 1 for of_tie in levels]
+        while (over := exact(sizes_at(place)) - allowed) > 0 and place != smallest:
+            place = shrunk(place, cost(sizes_at(place)) - over)
         found[ratio] = sizes_at(place)
     return found
 
@@ -97,17 +96,17 @@ def measured(
     groups: ChannelGroups,
     tie: Sequence[int],
     seen: Seen,
+    dense: Tensor,
     choose: Choose,
     rounded: Callable[[int, float], int],
 ) -> Callable[[int], float]:
     """The relative squared error of the network's output on the pictures by the size of the groups of one tie.
 
-    Made monotone, and straight between the sizes that were measured.
+    dense: the model's outputs. Made monotone, and straight between the sizes that were measured.
     """
     size = groups[tie[0]].size
     sizes = sorted({rounded(size, f) for f in MEASURED})
     chosen = {i: choose(groups[i], sizes) for i in tie}
-    dense = outputs(model, seen.pictures)
     spread = (dense - dense.mean(0)).square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
     errors = []
     for k in sizes:

@@ -101,7 +101,8 @@ def compensate_(
         """All tensors with the new outputs, and the inputs of before."""
         return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
 
-    written, on_pictures = narrowed(tensors), narrowed({**tensors, **seen.statistics})
+    written = narrowed(tensors)
+    on_pictures = narrowed({**tensors, **seen.statistics}) if seen.statistics and solve_on == "smaller" else {}
     solved: list[str] = []
 
     def solve(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
@@ -135,9 +136,9 @@ def compensate_(
     return solved
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean of (N, C, ...) over all but the channels."""
-    return torch.var_mean(_wide(x).transpose(0, 1).flatten(1), 1, correction=0)
+def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:
+    """Variance (correction as of torch.var) and mean of (N, C, ...) over all but the channels."""
+    return torch.var_mean(_wide(x).transpose(0, 1).flatten(1), 1, correction=correction)
 
 
 def input_dim(layer: nn.Module) -> int | None:

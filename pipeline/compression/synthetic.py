@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compression.compensate import channel_moments
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.repair import tracked_norms
 from pipeline.tables import UserError
@@ -33,7 +34,7 @@ def synthesize(
     mismatches: list[Tensor] = []
 
     def compare(norm: Any, given: tuple[Tensor, ...]) -> None:
-        var, mean = torch.var_mean(given[0].transpose(0, 1).flatten(1).float(), 1)
+        var, mean = channel_moments(given[0], correction=1)  # as BatchNorm keeps it
         expected = norm.running_var + norm.eps
         mismatches.append(((mean - norm.running_mean) ** 2 / expected).mean())
         mismatches.append(((var / expected).clamp(min=1e-3).log() ** 2).mean())
