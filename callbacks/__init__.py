@@ -1,6 +1,7 @@
-"""Lightning callbacks: when something is measured, never how."""
+"""Lightning callbacks: when something is compressed and measured, never how."""
 
 from callbacks.compression import CompressionCallback
 from callbacks.resume import EpochSeed
+from callbacks.shrink import Shrink
 
-__all__ = ["CompressionCallback", "EpochSeed"]
+__all__ = ["CompressionCallback", "EpochSeed", "Shrink"]

@@ -8,29 +8,28 @@ optimizer, the metrics and the global step are left as they are.
 """
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from callbacks.network import NetworkCallback
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.group import DEFAULT_PARTS
-from pipeline.measure import Entry, Inputs, Measurement, passes, sample
+from pipeline.measure import Entry, Inputs, Measurement, passes
 from pipeline.results import DENSE, Row, RowStore, code_version, foldability
 from pipeline.tables import UserError
 
 
-class CompressionCallback(Callback):
+class CompressionCallback(NetworkCallback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
     methods: names in METHODS, also with "+synthetic", "+data" ... behind (compensated on pictures, see Measurement), or
@@ -79,12 +78,11 @@ class CompressionCallback(Callback):
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.measurement = Measurement(methods, ratios, stages, round_to, seed, parts, who=type(self).__name__)
+        measurement = Measurement(methods, ratios, stages, round_to, seed, parts, who=type(self).__name__)
+        super().__init__(measurement, network, eval_data, repair_data, repair_size, batch_size, seed)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
-        self.every_n_epochs, self.network, self.seed = every_n_epochs, network, seed
-        self.eval_data, self.repair_data = eval_data, repair_data
-        self.repair_size, self.batch_size = repair_size, batch_size
+        self.every_n_epochs = every_n_epochs
         self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
         self.context = {"cell": "", "model": "", "data": "", "seed": seed, **(context or {})}
         self.store = RowStore(rows)
@@ -95,14 +93,6 @@ class CompressionCallback(Callback):
         return self.store.rows
 
     # --- when
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise UserError(
-                f"CompressionCallback cannot see whole weights under {type(trainer.strategy).__name__}; "
-                "use strategy 'ddp', or compress the saved checkpoints"
-            )
-        self._net(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse at the start what cannot work at the end of the first epoch."""
@@ -170,86 +160,7 @@ class CompressionCallback(Callback):
             bar={"desc": f"Compressing ({split})", "disable": hidden},
         )
 
-    # --- pictures
-
-    def _eval_loader(self, trainer: Trainer, split: str) -> DataLoader:
-        """This process's share, every world_size-th sample: Lightning's own loader would repeat some to fill up."""
-        given = self.eval_data if split == "val" else None
-        if given is None:
-            given = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
-        if given is None and split == "val" and trainer.datamodule is not None:
-            given = trainer.datamodule.val_dataloader()
-        if isinstance(given, list | tuple):
-            given = given[0] if given else None
-        if given is None:
-            raise UserError(
-                "CompressionCallback has nothing to measure on; give the Trainer validation data or pass eval_data="
-            )
-        size = given.batch_size if isinstance(given, DataLoader) else None
-        return self._own_loader(given, slice(trainer.global_rank, None, trainer.world_size), size)
-
-    def _repair_set(self, trainer: Trainer) -> Dataset | DataLoader | None:
-        if not self.measurement.mends:
-            return None
-        data = self.repair_data
-        if data is None:
-            data = getattr(trainer.datamodule, "repair_data", None)
-        if data is None:
-            raise UserError(
-                "stages 'repaired' and 'norm_tuned' need training pictures without augmentation; pass repair_data= to "
-                "CompressionCallback, or stages=['raw']"
-            )
-        return data
-
-    def _repair_batches(self, trainer: Trainer) -> DataLoader:
-        """The same batches on every process, so that all get the same statistics."""
-        data = self._repair_set(trainer)
-        size = self.batch_size or 256
-        drawn = sample(len(getattr(data, "dataset", data)), self.repair_size, self.seed, size)
-        return self._own_loader(data, drawn, min(size, len(drawn)))
-
-    def _own_loader(self, data: Dataset | DataLoader, which: slice | list[int], batch_size: int | None) -> DataLoader:
-        dataset = data.dataset if isinstance(data, DataLoader) else data
-        indices = range(len(dataset))[which] if isinstance(which, slice) else which
-        size = self.batch_size or batch_size or 256
-        given = isinstance(data, DataLoader)
-        return DataLoader(
-            Subset(dataset, indices),
-            size,
-            num_workers=data.num_workers if given else 0,
-            collate_fn=data.collate_fn if given else getattr(dataset, "collate", None),
-            generator=torch.Generator(),  # of its own, because iterating a loader draws from the global one
-        )
-
-    def _mover(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], tuple[Tensor, Tensor]]:
-        def move(batch: Any) -> tuple[Tensor, Tensor]:
-            if not isinstance(batch, list | tuple) or len(batch) < 2:
-                raise UserError(f"CompressionCallback needs (inputs, labels) batches, got {type(batch).__name__}")
-            batch = pl_module.transfer_batch_to_device(tuple(batch[:2]), trainer.strategy.root_device, 0)
-            inputs, labels = trainer.precision_plugin.convert_input(batch)
-            return inputs, labels
-
-        return move
-
-    def _example(self, loader: DataLoader, move: Callable) -> Tensor:
-        """A batch of one on the device, fetched in this process: others would fetch whole batches ahead."""
-        first = Subset(loader.dataset, range(1))
-        return move(next(iter(DataLoader(first, collate_fn=loader.collate_fn, generator=torch.Generator()))))[0]
-
     # --- the network
-
-    def _net(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            net = operator.attrgetter(self.network)(pl_module)
-        except AttributeError:
-            net = None
-        if not isinstance(net, nn.Module):
-            children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-            raise UserError(
-                f"{type(pl_module).__name__} has no network {self.network!r}; "
-                f"pass network= to CompressionCallback with one of its modules: {children}"
-            )
-        return net
 
     def _measured_net(self, trainer: Trainer, pl_module: LightningModule, split: str) -> nn.Module:
         """The network whose accuracy counts: during training with WeightAveraging (EMA, SWA) the averaged one.

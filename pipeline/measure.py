@@ -121,7 +121,7 @@ class Measurement:
             raise UserError("compression needs at least one method, one ratio and one stage")
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
         self.who = who
-        self._groups: dict[tuple[str, ...], ChannelGroups] = {}
+        self._groups: dict[tuple[Any, ...], ChannelGroups] = {}
         self._counted: Counted = {}
         self._warned: set[str] = set()
 
@@ -143,14 +143,16 @@ class Measurement:
     def trace(self, net: nn.Module, example: Tensor) -> None:
         """Find the channel groups now, and forget those of another network. UserError when there are none."""
         self._groups = {}
-        for options in self.methods.values():
-            check_groups(net, self._traced(net, example, options))
+        for label in self.methods:
+            check_groups(net, self.groups(label, net, example))
 
-    def _traced(self, net: nn.Module, example: Tensor, options: Mapping[str, Any]) -> ChannelGroups:
-        parts = self._parts(options)
-        if parts not in self._groups:
-            self._groups[parts] = channel_groups(net, example, parts)
-        return self._groups[parts]
+    def groups(self, label: str, net: nn.Module, example: Tensor) -> ChannelGroups:
+        """What the method of this label compresses, traced once for networks of the same shapes."""
+        parts = self._parts(self.methods[label])
+        shapes = tuple(t.shape for t in named_tensors(net).values())  # a network may be made smaller while it trains
+        if (parts, shapes) not in self._groups:
+            self._groups[parts, shapes] = channel_groups(net, example, parts)
+        return self._groups[parts, shapes]
 
     def _parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple({**self.shared, **options}["parts"])
@@ -217,32 +219,40 @@ class Measurement:
     ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
         """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
         made: dict[str, Tensor] = {}
-
-        def pictures(kind: str | None) -> Tensor | None:
-            if kind == "synthetic" and kind not in made:
-                made[kind] = synthesize(net, example, seed=self.shared["seed"])
-            elif kind == "data" and kind not in made:
-                made[kind] = torch.cat([batch for batch, _ in mending])[:CALIBRATION]
-            return made[kind] if kind else None
-
         for label in dict.fromkeys(entry.method for entry in plan):
-            options, own = self.methods[label], [entry for entry in plan if entry.method == label]
+            own = [entry for entry in plan if entry.method == label]
             with self._or_fail(found, own, label):
-                groups = self._traced(net, example, options)
                 start = time.perf_counter()
-                arguments = {
-                    **self.shared,
-                    "counted": self._counted,
-                    **options,
-                    "pictures": pictures(options["pictures"]),
-                }
-                smaller = compressions(net, example, ratios=self.ratios, groups=groups, **arguments)
+                smaller = self.compressed(label, net, example, mending, made)
                 for ratio, compressed in zip(self.ratios, smaller, strict=True):
                     report = compressed.report
                     values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
                     values["seconds"] = time.perf_counter() - start
                     yield [entry for entry in own if entry.ratio == ratio], compressed, values
                     start = time.perf_counter()
+
+    def compressed(
+        self,
+        label: str,
+        net: nn.Module,
+        example: Tensor,
+        mending: Sequence[Batch],
+        made: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Iterator[Compressed]:
+        """The network at every ratio by the method of this label, as it is, without a later stage.
+
+        made: pictures that were made for this network before, added to; options: of `compressions`, before our own
+        """
+        options = {**self.methods[label], **options}
+        kind, made = options.pop("pictures"), {} if made is None else made
+        if kind == "synthetic" and kind not in made:
+            made[kind] = synthesize(net, example, seed=self.shared["seed"])
+        elif kind == "data" and kind not in made:
+            made[kind] = torch.cat([batch for batch, _ in mending])[:CALIBRATION]
+        arguments = {**self.shared, "ratios": self.ratios, "counted": self._counted, **options}
+        groups = self.groups(label, net, example)
+        yield from compressions(net, example, groups=groups, pictures=made[kind] if kind else None, **arguments)
 
     @contextmanager
     def _or_fail(

@@ -1,6 +1,6 @@
 """The Lightning modules: what is trained, by which loss, and how it is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from pipeline.compression.projection import named_tensors, resized
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.optim.sam import Ascent, frozen_statistics
 from pipeline.tables import UserError, call, pick
@@ -30,6 +31,7 @@ class Classification(LightningModule):
         SGD's weight_decay is l2 outside of the loss, which SAM's ascent does not see
     sam: {"rho" (0: none), "adaptive", "bn_second_pass": "freeze" BatchNorm's running statistics in SAM's second pass
         or "update" them twice a batch}; see pipeline.optim.sam
+    restarts: fractions of the training at which the schedule starts anew
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Classification(LightningModule):
         l1: float = 0.0,
         l2: float = 0.0,
         sam: Mapping[str, Any] | None = None,
+        restarts: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.net = net
-        self.optim, self.schedule = dict(optim), dict(schedule)
+        self.optim, self.schedule, self.restarts = dict(optim), dict(schedule), tuple(restarts)
         for name, value in {"label_smoothing": label_smoothing, "l1": l1, "l2": l2}.items():
             if value < 0:
                 raise UserError(f"{name} {value} must not be negative")
@@ -59,7 +62,7 @@ class Classification(LightningModule):
 
     def build_ascent(self, rho: float = 0.0, adaptive: bool = False, bn_second_pass: str = "freeze") -> Ascent | None:
         self.second_pass = pick("optim.sam.bn_second_pass", SECOND_PASS, bn_second_pass)
-        return Ascent(self.net.parameters(), rho, adaptive) if rho else None
+        return Ascent(rho, adaptive) if rho else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.net(inputs)
@@ -84,9 +87,17 @@ class Classification(LightningModule):
             loss = self.objective(batch)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         # Gradients of fp16 vanish without their scale; the step uses their direction alone.
-        self.ascent.climb_(loss if scaler is None else scaler.scale(loss))
+        self.ascent.climb_(loss if scaler is None else scaler.scale(loss), self.net.parameters())
         with self.second_pass(self.net):
             return self.objective(batch, log=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A network that was smaller when the checkpoint was written (callbacks.Shrink) becomes as small again."""
+        own = named_tensors(self.net)
+        found = {name.removeprefix("net."): tensor for name, tensor in checkpoint["state_dict"].items()}
+        changed = {name: t for name, t in found.items() if name in own and t.shape != own[name].shape}
+        if changed:
+            self.net = resized(self.net, changed, checkpoint.get("numbers"))
 
     def on_after_backward(self) -> None:
         if self.ascent is not None:
@@ -123,5 +134,6 @@ class Classification(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.net.parameters(), **self.optim)
-        schedule = build_schedule(optimizer, int(self.trainer.estimated_stepping_batches), self.schedule)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, steps, self.schedule, self.restarts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -15,10 +15,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from callbacks import CompressionCallback, EpochSeed
+from callbacks import CompressionCallback, EpochSeed, Shrink
 from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
+from callbacks.shrink import ratios_of_steps
 from pipeline.cells import flat
 from pipeline.compression.checkpoint import source_of
 from pipeline.data import DATASETS
@@ -26,13 +28,14 @@ from pipeline.data.module import PictureData
 from pipeline.data.picture_set import DataSource, PictureSet
 from pipeline.loggers import WANDB_MODES, wandb_logger
 from pipeline.models import build_model, input_config
-from pipeline.models.checkpoint import weight_files
+from pipeline.models.checkpoint import load_into, read_state, weight_files
 from pipeline.optim import build_optimizer
 from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import Classification
 
 Config = dict[str, Any]
+SMALLER = "smaller.safetensors"  # what a run leaves that made its network smaller
 
 
 def resolved(config: DictConfig) -> Config:
@@ -70,8 +73,10 @@ def cell_of(config: Config) -> str:
     source = DATASETS.get(config["data"]["name"])
     if source and source.root_names_data:
         what["data.root"] = Path(config["data"]["root"]).name
-    if config.get("checkpoint") is not None:
+    if config["checkpoint"] is not None:
         what["checkpoint"] = file_hash(config["checkpoint"])
+    if config.get("shrink", {}).get("method") is None:  # what is off is no part of a cell
+        what = {key: value for key, value in what.items() if not under(key, ["shrink"])}
     architecture = Path(str(config["model"].get("architecture", "")))
     if architecture.name and architecture.is_dir():  # of Hugging Face, wherever it lies
         what["model.architecture"] = architecture.name
@@ -156,11 +161,26 @@ def architecture_of(config: Config, data: PictureData) -> Config:
     return {**without_weights(config["model"]), "classes": data.num_classes, "channels": data.channels}
 
 
+def build_net(config: Config, data: PictureData, tell: bool = False) -> nn.Module:
+    """The network, with the weights of the checkpoint where one is given. tell: say what of the file is not in it."""
+    path = config["checkpoint"]
+    model = config["model"] if path is None else without_weights(config["model"])
+    net = build_model(classes=data.num_classes, channels=data.channels, **model)
+    if path is not None:
+        left_out = load_into(net, read_state(path), path)
+        if left_out and tell:
+            names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+            print(f"{len(left_out)} tensors of {path} are no part of the network and left out: {names}")
+    return net
+
+
 def build_task(config: Config, data: PictureData) -> Classification:
-    net = build_model(classes=data.num_classes, channels=data.channels, **config["model"])
+    net = build_net(config, data)
     net = net.to(memory_format=torch.channels_last)  # convolutions train 1.7 times as fast on a CPU
     optim = config["optim"]
     loss = {key: optim[key] for key in ("l1", "l2", "sam")} | {"label_smoothing": config["label_smoothing"]}
+    shrink, epochs = config["shrink"], config["trainer"]["max_epochs"]
+    restarts = [epoch / epochs for epoch in shrink_steps(config)] if shrink["rewind"] else []
     task = call(
         "optim",
         Classification,
@@ -168,6 +188,7 @@ def build_task(config: Config, data: PictureData) -> Classification:
         classes=data.num_classes,
         optim=without(optim, "schedule", "l1", "l2", "sam", "ema"),
         schedule=optim["schedule"],
+        restarts=restarts,
         **loss,
     )
     build_optimizer(net.parameters(), **task.optim)  # once to see whether it can be made, before anything is started
@@ -188,6 +209,30 @@ def build_compression(config: Config, cell: str, folder: Path, data: PictureData
     )
 
 
+def shrink_steps(config: Config) -> dict[int, float]:
+    """The ratio after each step of making the network itself smaller, by the epochs before it."""
+    options = config["shrink"]
+    if options["method"] is None:
+        return {}
+    return call("shrink", ratios_of_steps, **without(options, "method", "rewind"))
+
+
+def build_shrink(config: Config, folder: Path, data: PictureData) -> list[Callback]:
+    if config["shrink"]["method"] is None:
+        return []
+    options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
+    options |= without(config["shrink"], "rewind")
+    shrink = call(
+        "shrink",
+        Shrink,
+        **options,
+        save_to=folder / SMALLER,
+        architecture=architecture_of(config, data),
+        seed=config["seed"],
+    )
+    return [shrink]
+
+
 def row_context(config: Config, cell: str) -> dict[str, Any]:
     """The fields of a Row that the config says."""
     model = config["model"]
@@ -197,7 +242,12 @@ def row_context(config: Config, cell: str) -> dict[str, Any]:
 
 
 def build_trainer(
-    config: Config, cell: str, folder: Path, compression: CompressionCallback, quiet: bool = False
+    config: Config,
+    cell: str,
+    folder: Path,
+    compression: CompressionCallback,
+    shrink: Sequence[Callback] = (),
+    quiet: bool = False,
 ) -> Trainer:
     """quiet: no progress bars, which many cells at once would write over each other's."""
     options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
@@ -206,6 +256,7 @@ def build_trainer(
         raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
     callbacks: list[Callback] = [
         EpochSeed(config["seed"]),
+        *shrink,
         compression,
         latest_checkpoint(folder),
     ]

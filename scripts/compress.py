@@ -34,13 +34,13 @@ from pipeline.data.module import PictureData
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import RUNTIMES, profile
 from pipeline.measure import Batch, Entry, Inputs, Measurement, passes, sample
-from pipeline.models import build_model
-from pipeline.models.checkpoint import IN_FOLDER, load_into, read_state, settings_in
+from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.tables import UserError, call, one_line, pick
 from scripts.build import (
     Config,
     architecture_of,
+    build_net,
     data_options,
     file_hash,
     load_data,
@@ -107,7 +107,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     data = data_of(json.dumps(data_options(config)))
     measurement = measurement_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
     repair_data = data.repair_data if measurement.mends else None
-    net = trained(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
+    net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
     if not measurement.traced:
         measurement.trace(net, data.example)
     keep = wanted(config["compression"]["save"], measurement.plan(net), sweeping)
@@ -223,18 +223,6 @@ def chosen_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise UserError(f"device {name!r} is not there ({one_line(error)}); use auto or cpu") from error
-
-
-def trained(config: Config, data: PictureData, tell: bool) -> nn.Module:
-    """The network with its weights. tell: say what of the file is not in it."""
-    net = build_model(classes=data.num_classes, channels=data.channels, **config["model"])
-    path = config["checkpoint"]
-    if path is not None:
-        left_out = load_into(net, read_state(path), path)
-        if left_out and tell:
-            names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-            print(f"{len(left_out)} tensors of {path} are no part of the network and left out: {names}")
-    return net
 
 
 def source(config: Config) -> dict[str, str]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from pipeline.loggers import close
 from pipeline.tables import one_line
-from scripts.build import Config, build_compression, build_data, build_task, build_trainer
+from scripts.build import Config, build_compression, build_data, build_shrink, build_task, build_trainer
 from scripts.cell import launch, run_cell
 from scripts.sweep import check_launcher
 
@@ -45,9 +45,10 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     data = build_data(config)
     task = build_task(config, data)
     compression = build_compression(config, folder.name, folder, data)
+    shrink = build_shrink(config, folder, data)
 
     def train() -> None:
-        trainer = build_trainer(config, folder.name, folder, compression, quiet=sweeping)
+        trainer = build_trainer(config, folder.name, folder, compression, shrink, quiet=sweeping)
         try:
             checkpoint = resumable(folder / CHECKPOINT)
             if trainer.is_global_zero and not sweeping:

@@ -129,6 +129,7 @@ def compressions(
     solve_on: str = "smaller",
     allocate: str = "uniform",
     protect: Sequence[str] = (),
+    full: Mapping[str, int] | None = None,
     counted: Counted | None = None,
     **options,
 ) -> Iterator[Compressed]:
@@ -145,6 +146,7 @@ def compressions(
     allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
         than by uniform sizes, and groups that can spare more lose more (needs pictures; see allocate.py).
     protect: names of groups that keep all their channels, or what these begin with ("layer1.", "conv1").
+    full: {group name: channels} that ratios count from, of a network that has been made smaller before; None: its own.
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
@@ -174,7 +176,11 @@ def compressions(
 
     whole = protected(groups, protect)
     sizes = {
-        ratio: [g.size if g in whole else channels_left(g.size, ratio, round_to) for g in groups] for ratio in ratios
+        ratio: [
+            g.size if g in whole else min(g.size, channels_left((full or {}).get(g.name, g.size), ratio, round_to))
+            for g in groups
+        ]
+        for ratio in ratios
     }
     if allocate != "uniform":
         pick("allocate", dict.fromkeys(("uniform", *BUDGETS)), allocate)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -129,9 +130,22 @@ SCHEDULES: dict[str, Callable[..., Factor]] = {
 }
 
 
-def build_schedule(optimizer: Optimizer, steps: int, schedule: Mapping[str, Any]) -> LRScheduler:
-    """The schedule {"name": ..., its options} over `steps` optimizer steps; step it after each of them."""
+def build_schedule(
+    optimizer: Optimizer, steps: int, schedule: Mapping[str, Any], restarts: Iterable[float] = ()
+) -> LRScheduler:
+    """The schedule {"name": ..., its options} over `steps` optimizer steps; step it after each of them.
+
+    restarts: fractions of the steps at which it starts anew, each time over the steps up to the next (learning rate
+        rewinding, arXiv:2003.02389)
+    """
     name = schedule["name"]
     options = {key: value for key, value in schedule.items() if key != "name"}
     factor = call(f"schedule {name!r}", pick("schedule", SCHEDULES, name), **options)
-    return LambdaLR(optimizer, lambda step: factor(min(step, steps), steps))
+    starts = sorted({0, *(round(f * steps) for f in restarts), steps})
+
+    def of_part(step: int) -> float:
+        step = min(step, steps)
+        start, end = next((a, b) for a, b in pairwise(starts) if step < b or b == steps)
+        return factor(step - start, end - start)
+
+    return LambdaLR(optimizer, of_part)

@@ -3,7 +3,7 @@
 Both passes happen inside a training step, and the optimizer never hears of it:
 
     loss = objective(batch)
-    ascent.climb_(loss)         # weights w -> w + e, where e = rho T^2 g / |T g|, g = dloss/dw, T = 1 or |w|
+    ascent.climb_(loss, net.parameters())  # weights w -> w + e, where e = rho T^2 g / |T g|, g = dloss/dw, T = 1 or |w|
     return objective(batch)     # whoever trains calls backward: the gradient at w + e
     ...
     ascent.restore_()           # after backward, before the optimizer's step
@@ -31,27 +31,30 @@ class Ascent:
     adaptive: measure each step in units of its weight's size (ASAM; wants a rho about ten times larger)
     """
 
-    def __init__(self, parameters: Iterable[Tensor], rho: float, adaptive: bool = False) -> None:
+    def __init__(self, rho: float, adaptive: bool = False) -> None:
         if not rho > 0:
             raise UserError(f"sam.rho {rho} must be positive, or 0 for none")
-        self.parameters, self.rho, self.adaptive = list(parameters), rho, adaptive
-        self._home: list[Tensor] = []
+        self.rho, self.adaptive = rho, adaptive
+        self._home: list[tuple[Tensor, Tensor]] = []  # weights that are away, and where they belong
 
-    def climb_(self, loss: Tensor) -> None:
+    def climb_(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
         """Move the weights to where the loss, to first order, is highest. Leaves every `.grad` alone.
+
+        parameters: the weights, of which those move that need gradients.
+
 
         Under data parallelism each process climbs by its own part of the batch (the m-sharpness of the paper), since
         no gradient is exchanged here.
         """
         assert not self._home, "restore_ comes first"
-        weights = [p for p in self.parameters if p.requires_grad]
+        weights = [p for p in parameters if p.requires_grad]
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         grads = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
         with torch.no_grad():
             sizes = torch._foreach_abs(weights) if self.adaptive else None
             steps = perturbation(grads if sizes is None else torch._foreach_mul(grads, sizes), self.rho)
             # Kept, not computed back: w + e - e is not w, and processes would drift apart.
-            self._home = [w.clone() for w in weights]
+            self._home = [(w, w.clone()) for w in weights]
             torch._foreach_add_(weights, steps if sizes is None else torch._foreach_mul(steps, sizes))
         # Autocast keeps half-precision copies of the weights: with stale ones the second pass would be at w again.
         torch.clear_autocast_cache()
@@ -60,7 +63,8 @@ class Ascent:
     def restore_(self) -> None:
         """Put the weights back, bit for bit. Does nothing when they are at home."""
         if self._home:
-            torch._foreach_copy_([p for p in self.parameters if p.requires_grad], self._home)
+            weights, home = zip(*self._home, strict=True)
+            torch._foreach_copy_(weights, home)
             self._home = []
 
 

@@ -57,10 +57,8 @@ def stripes(n: int, seed: int) -> TensorDataset:
 TRAIN, VAL, TEST = stripes(96, 0), stripes(61, 1), stripes(40, 2)
 
 
-def fit(folder: Path, callbacks: list, module: Plain | None = None, epochs: int = 2, **options) -> tuple:
-    lightning.seed_everything(3, verbose=False)
-    module = module or Plain()
-    trainer = Trainer(
+def trainer_for(folder: Path, callbacks: list, epochs: int, **options) -> Trainer:
+    return Trainer(
         **{"logger": False, "enable_checkpointing": False, **options},
         default_root_dir=folder,
         max_epochs=epochs,
@@ -70,6 +68,12 @@ def fit(folder: Path, callbacks: list, module: Plain | None = None, epochs: int 
         enable_model_summary=False,
         log_every_n_steps=1,
     )
+
+
+def fit(folder: Path, callbacks: list, module: Plain | None = None, epochs: int = 2, **options) -> tuple:
+    lightning.seed_everything(3, verbose=False)
+    module = module or Plain()
+    trainer = trainer_for(folder, callbacks, epochs, **options)
     trainer.fit(module, DataLoader(TRAIN, 16, shuffle=True), DataLoader(VAL, 32))
     return module, trainer
 

@@ -129,10 +129,10 @@ def test_accumulation_takes_the_gradients_of_every_part_at_its_own_peak():
     fitted = task({"name": "sgd", "lr": 0.1}, {"rho": 0.05}, schedule="constant")
     trainer(accumulate_grad_batches=2).fit(fitted, loader(2))
     model = net().train()
-    ascent = Ascent(model.parameters(), 0.05)
+    ascent = Ascent(0.05)
     total = [torch.zeros_like(w) for w in model.parameters()]
     for inputs, labels in batches(2):
-        ascent.climb_(F.cross_entropy(model(inputs), labels))
+        ascent.climb_(F.cross_entropy(model(inputs), labels), model.parameters())
         with frozen_statistics(model):
             grads = torch.autograd.grad(F.cross_entropy(model(inputs), labels), list(model.parameters()))
         ascent.restore_()
@@ -154,10 +154,10 @@ def test_bf16_sees_the_perturbed_weights():
 
 def test_autocast_that_caches_its_copies_sees_the_perturbed_weights():
     model, (inputs, labels) = net(), batches(1)[0]
-    ascent = Ascent(model.parameters(), 1.0)
+    ascent = Ascent(1.0)
     with torch.autocast("cpu", torch.bfloat16):
         first = F.cross_entropy(model(inputs).float(), labels)
-        ascent.climb_(first)
+        ascent.climb_(first, model.parameters())
         second = F.cross_entropy(model(inputs).float(), labels)
     assert second > first + 0.01
 
@@ -175,9 +175,9 @@ def test_both_passes_draw_the_same_dropout():
 def test_several_groups_and_unused_weights():
     torch.manual_seed(0)
     used, unused = nn.Linear(3, 2), nn.Linear(3, 2)
-    ascent = Ascent([*used.parameters(), *unused.parameters()], 0.1)
+    ascent = Ascent(0.1)
     before = copy.deepcopy(unused.state_dict()), copy.deepcopy(used.state_dict())
-    ascent.climb_(used(torch.ones(4, 3)).square().sum())
+    ascent.climb_(used(torch.ones(4, 3)).square().sum(), [*used.parameters(), *unused.parameters()])
     moved = torch.cat([(p - q).flatten() for p, q in zip(used.parameters(), before[1].values(), strict=True)])
     assert moved.norm().item() == pytest.approx(0.1)
     torch.testing.assert_close(unused.state_dict(), before[0])

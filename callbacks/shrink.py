@@ -1,0 +1,224 @@
+"""Make the network that is being trained smaller, at once or step by step, and train on.
+
+    Trainer(callbacks=[Shrink("mix", ratio=0.5, after=10)])                            # one shot, then fine-tuning
+    Trainer(callbacks=[Shrink("l1", ratio=0.7, after=10, steps=5, every_n_epochs=2)])  # compress, tune, repeat
+    Trainer(callbacks=[Shrink("random", ratio=0.5)])           # a network of that size from scratch: a control
+
+The optimizer, its schedule, its accumulated state and SAM go on with the parameters that are left.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from callbacks.network import NetworkCallback
+from pipeline.compression import ChannelGroups, Compressed, Projection
+from pipeline.compression.checkpoint import save_compressed
+from pipeline.compression.compress import GroupReport, Report
+from pipeline.compression.copies import bare_copy
+from pipeline.compression.group import DEFAULT_PARTS, Frozen
+from pipeline.compression.projection import compressed_tensors, named_tensors
+from pipeline.measure import Measurement
+from pipeline.tables import UserError
+
+
+class Shrink(NetworkCallback):
+    """Compress the network itself at the start of some epochs; what follows trains the smaller one.
+
+    method: as those of CompressionCallback: a name in METHODS, also with "+synthetic", "+data" ... behind
+    ratio: fraction of every group's channels that is gone in the end, 0 < r < 1
+    after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
+        control of the same size from scratch (methods "l1", "random")
+    steps: after step i of n, the fraction (1 - ratio)^(i/n) of the channels is left: each takes as large a part of
+        what it finds; 1: one shot
+    every_n_epochs: epochs of tuning between two steps
+    round_to, parts, network, eval_data, repair_data, repair_size, batch_size, seed: as of CompressionCallback
+    save_to: file for the final network (see `pipeline.compressed.load`), None: it is in the checkpoints alone;
+        architecture: what builds it at full size
+
+    Kept channels keep their optimizer state (momentum, ...); of merged ones it is merged as their weights are. Logs
+    `shrink/ratio`, `shrink/params` and `shrink/macs` at each step. A run that is resumed has the sizes of its
+    checkpoint (see Classification.on_load_checkpoint, which a module of your own needs, too).
+
+    Raises UserError for steps that training does not reach, and beside WeightAveraging (EMA), whose average has the
+    old shapes.
+    """
+
+    def __init__(
+        self,
+        method: str = "mix",
+        ratio: float = 0.5,
+        after: int = 0,
+        steps: int = 1,
+        every_n_epochs: int = 1,
+        round_to: int = 1,
+        parts: Sequence[str] = DEFAULT_PARTS,
+        network: str = "net",
+        eval_data: Dataset | DataLoader | None = None,
+        repair_data: Dataset | DataLoader | None = None,
+        repair_size: int = 2048,
+        batch_size: int | None = None,
+        save_to: str | Path | None = None,
+        architecture: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (("after", after, 0), ("steps", steps, 1), ("every_n_epochs", every_n_epochs, 1)):
+            if value != int(value) or value < least:
+                raise UserError(f"{name} {value} must be a whole number of at least {least}")
+        measurement = Measurement([method], [ratio], ["raw"], round_to, seed, parts, who=type(self).__name__)
+        super().__init__(measurement, network, eval_data, repair_data, repair_size, batch_size, seed)
+        self.method = method
+        self.ratios = ratios_of_steps(ratio, after, steps, every_n_epochs)
+        self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
+        self.report: Report | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        last, epochs = max(self.ratios), trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= last:
+            raise UserError(
+                f"shrink: the last of {len(self.ratios)} steps comes after {last} epochs, and training has {epochs}; "
+                "give it more epochs, or the steps fewer"
+            )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError("shrink: forked or spawned processes cannot give back a network of another size; use 'ddp'")
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            raise UserError("shrink: averaged weights (EMA) keep their old shapes; train without optim.ema")
+        if hasattr(self._net(pl_module), "_orig_mod"):
+            raise UserError("shrink: a network of torch.compile was compiled for its old shapes; train it as it is")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse at the start what cannot work at the epoch of a step."""
+        self._repair_set(trainer)
+        with isolate_rng():
+            self.measurement.trace(self._net(pl_module), self._one(trainer, pl_module))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ratio = self.ratios.get(trainer.current_epoch)
+        if ratio is None:
+            return
+        net = self._net(pl_module)
+        with isolate_rng(), torch.no_grad():
+            move = self._mover(trainer, pl_module)
+            mending = list(map(move, self._repair_batches(trainer))) if self.measurement.mends else []
+            example = self._one(trainer, pl_module)
+            still = bare_copy(net, share=True).eval()
+            full = {group.name: group.before for group in self.report.groups} if self.report else None
+            smaller, report = next(
+                self.measurement.compressed(self.method, still, example, mending, ratios=[ratio], full=full)
+            )
+            groups = self.measurement.groups(self.method, still, example)
+        for ours, theirs in zip(smaller.modules(), net.modules(), strict=True):
+            ours.training = theirs.training
+        projections = [Projection(group.labels) for group in report.groups]
+        for optimizer in trainer.optimizers:
+            follow_(optimizer, net, smaller, groups, projections)
+        self._put(trainer, pl_module, smaller)
+        self.report = report if self.report is None else composed(self.report, report)
+        sizes = {"ratio": ratio, "params": report.params_after, "macs": report.macs_after}
+        pl_module.log_dict({f"shrink/{name}": float(value) for name, value in sizes.items()})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.save_to is None or self.report is None or not trainer.is_global_zero:
+            return
+        with self.measurement.or_warn(f"{self.save_to} cannot be written"):
+            about = {"epoch": trainer.current_epoch, "seed": self.seed, "stage": "tuned"}
+            save_compressed(
+                Compressed(self._net(pl_module), self.report), self.save_to, about, architecture=self.architecture
+            )
+
+    # --- resuming
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["numbers"] = dict(self.report.numbers) if self.report else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"report": asdict(self.report) if self.report else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["report"]:
+            plain = dict(state_dict["report"])
+            groups = tuple(GroupReport(**group) for group in plain.pop("groups"))
+            frozen = tuple(Frozen(**one) for one in plain.pop("frozen"))
+            self.report = Report(groups=groups, frozen=frozen, **plain)
+
+    # --- the network
+
+    def _one(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        return self._example(self._eval_loader(trainer, "val"), self._mover(trainer, pl_module))
+
+    def _put(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module) -> None:
+        owner, _, name = self.network.rpartition(".")
+        setattr(pl_module.get_submodule(owner), name, net)
+        if isinstance(trainer.strategy, DDPStrategy):  # whose buckets hold the old parameters
+            trainer.strategy.model = pl_module
+            trainer.strategy.configure_ddp()
+
+
+def ratios_of_steps(ratio: float, after: int, steps: int, every_n_epochs: int) -> dict[int, float]:
+    """{epochs before the step: fraction of the channels that is gone after it}"""
+    if not 0 < ratio < 1:
+        raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 < ratio < 1")
+    return {after + i * every_n_epochs: 1 - (1 - ratio) ** ((i + 1) / steps) for i in range(steps)}
+
+
+def follow_(
+    optimizer: Optimizer, old: nn.Module, new: nn.Module, groups: ChannelGroups, projections: Sequence[Projection]
+) -> None:
+    """In place: the optimizer holds the parameters of `new` instead of those of `old`, and their state.
+
+    State of a parameter's shape (momentum, second moments) goes through the projections as the parameter did: exactly
+    for kept channels; of merged ones it is the mean where they are written and the sum where they are read, which
+    makes the steps of Adam there smaller, not larger. State of another shape (factored moments) is dropped with all
+    that is known of its parameter, which starts anew; single numbers (step counts) stay.
+    """
+    tensors = {name: t.detach() for name, t in named_tensors(old).items()}
+    names = {id(p): name for name, p in old.named_parameters()}
+    parameters = dict(new.named_parameters())
+    mine = {names[id(p)]: dict(state) for p, state in optimizer.state.items() if id(p) in names}
+    sized = {
+        name: {key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
+        for name, state in mine.items()
+    }
+    for name in [n for n in mine if any(mine[n][key].shape != tensors[n].shape for key in sized[n])]:
+        del mine[name]
+    for key in set().union(*(sized[name] for name in mine)):
+        given = {name: state[key] for name, state in mine.items() if key in sized[name]}
+        for name, value in compressed_tensors({**tensors, **given}, groups, projections, norm_scale=False).items():
+            if name in given:
+                mine[name][key] = value
+    for param_group in optimizer.param_groups:
+        param_group["params"] = [parameters[names[id(p)]] if id(p) in names else p for p in param_group["params"]]
+    others = {p: state for p, state in optimizer.state.items() if id(p) not in names}
+    optimizer.state.clear()
+    optimizer.state.update({**others, **{parameters[name]: state for name, state in mine.items()}})
+
+
+def composed(first: Report, then: Report) -> Report:
+    """What two compressions, one after the other, have done to a network; errors are those of the second."""
+    found = {group.name: group for group in then.groups}
+    return replace(
+        then,
+        groups=tuple(_composed(group, found[group.name]) if group.name in found else group for group in first.groups),
+        params_before=first.params_before,
+        macs_before=first.macs_before,
+        numbers={**first.numbers, **then.numbers},
+    )
+
+
+def _composed(first: GroupReport, then: GroupReport) -> GroupReport:
+    labels = torch.where(first.labels >= 0, then.labels[first.labels.clamp(min=0)], -1)
+    return replace(then, before=first.before, labels=labels)

@@ -1,0 +1,214 @@
+"""The network is made smaller while it trains, and training goes on as it should."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader
+
+from callbacks import CompressionCallback, Shrink
+from callbacks.shrink import ratios_of_steps
+from pipeline.compression import Projection, channel_groups, compress
+from pipeline.compression.checkpoint import load_compressed
+from pipeline.compression.projection import compressed_tensors, named_tensors
+from pipeline.tables import UserError
+from pipeline.tasks import Classification
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_compression_callback import TRAIN, VAL, fit, trainer_for
+
+OPTIMIZERS = {
+    "sgd": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+    "adam": {"name": "adam", "lr": 0.01},
+}
+
+
+def network(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 3),
+    )  # fmt: skip
+
+
+def task(optim: str = "sgd", **options) -> Classification:
+    return Classification(network(), 3, **{"optim": OPTIMIZERS[optim], "schedule": {"name": "constant"}, **options})
+
+
+def run(folder: Path, module, callbacks: list, epochs: int, ckpt_path: Path | None = None, **options):
+    """Without shuffling, so that a loop by hand sees the same batches."""
+    trainer = trainer_for(folder, callbacks, epochs, **options)
+    trainer.fit(module, DataLoader(TRAIN, 16), DataLoader(VAL, 32), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+class Until(Callback):
+    """Stops after so many epochs of a run that was meant to be longer."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
+
+def shapes(net: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in net.state_dict().values()]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["l1", "fold"])
+def test_training_goes_on_as_by_hand(tmp_path, method, optim):
+    module = task(optim)
+    run(tmp_path, module, [Shrink(method, 0.5, after=1)], epochs=2)
+
+    net = network()
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optim]
+    options = {key: value for key, value in OPTIMIZERS[optim].items() if key != "name"}
+
+    def epoch(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        net.train()
+        for inputs, labels in DataLoader(TRAIN, 16):
+            optimizer.zero_grad()
+            F.cross_entropy(net(inputs), labels).backward()
+            optimizer.step()
+
+    optimizer = kind(net.parameters(), **options)
+    epoch(net, optimizer)
+    example = VAL[0][0][None]
+    smaller, report = compress(net.eval(), example, method, 0.5)
+    projections = [Projection(group.labels) for group in report.groups]
+    after = kind(smaller.parameters(), **options)
+    states = {name: optimizer.state[p] for name, p in net.named_parameters()}
+    for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+        if key in next(iter(states.values())):
+            full = {**named_tensors(net), **{name: state[key] for name, state in states.items()}}
+            small = {**full, **compressed_tensors(full, channel_groups(net, example), projections, norm_scale=False)}
+            for name, p in smaller.named_parameters():
+                after.state[p][key] = small[name].detach().clone()
+    for name, p in smaller.named_parameters():
+        if "step" in states[name]:
+            after.state[p]["step"] = states[name]["step"].clone()
+    epoch(smaller, after)
+    for name, tensor in smaller.state_dict().items():
+        torch.testing.assert_close(module.net.state_dict()[name], tensor, msg=name)
+
+
+def test_kept_channels_keep_their_momentum(tmp_path):
+    seen = {}
+
+    class Spy(Shrink):
+        def on_train_epoch_start(self, trainer, pl_module):
+            momenta = [trainer.optimizers[0].state[p] for p in pl_module.net.parameters()]
+            before = [state["momentum_buffer"].clone() for state in momenta if state]
+            super().on_train_epoch_start(trainer, pl_module)
+            if before and self.report:
+                state = trainer.optimizers[0].state
+                seen["after"] = [state[p]["momentum_buffer"] for p in pl_module.net.parameters()]
+                seen["before"] = before
+
+    shrink = Spy("l1", 0.5, after=1)
+    run(tmp_path, task(), [shrink], epochs=2)
+    kept = (shrink.report.groups[0].labels >= 0).nonzero().flatten()
+    assert len(kept) == 4
+    # the momentum at the step, before the epoch that moved it on
+    assert seen["after"][0].shape == seen["before"][0][kept].shape
+    assert len(seen["after"]) == len(list(network().parameters()))
+
+
+def test_steps_end_at_the_size_of_one_shot(tmp_path):
+    nets = {}
+    for steps in (1, 3):
+        module = task()
+        shrink = Shrink("l1", 0.7, steps=steps, save_to=tmp_path / f"{steps}.safetensors")
+        run(tmp_path, module, [shrink], epochs=3)
+        nets[steps] = module.net
+        loaded, manifest = load_compressed(tmp_path / f"{steps}.safetensors", network())
+        loaded.eval(), module.net.eval()
+        torch.testing.assert_close(loaded(VAL.tensors[0]), module.net(VAL.tensors[0]), rtol=0, atol=0)
+        assert manifest["params_before"] == sum(p.numel() for p in network().parameters())
+        assert [group["before"] for group in manifest["groups"].values()] == [8, 16]
+        assert all(len(group["labels"]) == group["before"] for group in manifest["groups"].values())
+    assert shapes(nets[1]) == shapes(nets[3])
+    assert nets[3][0].out_channels == 2
+    assert nets[3][3].out_channels == 4
+    assert ratios_of_steps(0.7, 2, 3, 4) == {2: 1 - 0.3 ** (1 / 3), 6: 1 - 0.3 ** (2 / 3), 10: pytest.approx(0.7)}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_resumed_run_is_bit_identical(tmp_path, cut):
+    """Cut off before, at and between the two steps."""
+
+    def shrink() -> Shrink:
+        return Shrink("fold", 0.6, after=1, steps=2, every_n_epochs=2, save_to=tmp_path / "small.safetensors")
+
+    whole = task("adam")
+    first = shrink()
+    run(tmp_path, whole, [first], epochs=5)
+    trainer = run(tmp_path, task("adam"), [shrink(), Until(cut)], epochs=5)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    resumed, second = task("adam"), shrink()
+    run(tmp_path, resumed, [second], epochs=5, ckpt_path=tmp_path / "cut.ckpt")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(first.report.groups, second.report.groups, strict=True):
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_sam_and_the_measurement_see_the_smaller_network(tmp_path):
+    module = task("adam", sam={"rho": 0.05}, schedule={"name": "cosine"}, restarts=[1 / 3])
+    measured = CompressionCallback(["fold"], [0.5], repair_data=TRAIN, repair_size=64)
+    trainer = run(tmp_path, module, [Shrink("mix+synthetic", 0.5, after=1), measured], epochs=3)
+    dense = measured.rows.filter(measured.rows["method"] == "dense")
+    assert dense["params"][1] == dense["params"][2] < dense["params"][0] / 2
+    assert set(measured.rows["status"]) == {"ok"}, measured.rows["reason"]
+    assert float(trainer.callback_metrics["shrink/params"]) == dense["params"][2]
+    assert float(trainer.callback_metrics["val/acc"]) > 0.5
+
+
+def test_of_somebody_elses_module(tmp_path):
+    module, _ = fit(tmp_path, [Shrink("mix+data", 0.5, after=1, network="backbone", repair_data=TRAIN)])
+    assert module.backbone[0].out_channels == 4
+    assert module.backbone[3].training
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks", "message"),
+    [
+        ({"after": 2}, [], "the last of 1 steps comes after 2 epochs, and training has 2"),
+        ({"steps": 3}, [], "the last of 3 steps comes after 2 epochs"),
+        ({"method": "l1+data"}, [], "need training pictures"),
+        ({}, [EMAWeightAveraging(decay=0.9)], "averaged weights"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(tmp_path, options, callbacks, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path, [Shrink(network="backbone", **options), *callbacks])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.0}, "ratio 0.0 is out of range"),
+        ({"ratio": 1.0}, "ratio 1.0 is out of range"),
+        ({"steps": 0}, "steps 0 must be a whole number of at least 1"),
+        ({"after": -1}, "after -1"),
+        ({"method": "nosuch"}, "unknown method 'nosuch'"),
+    ],
+)
+def test_bad_options_get_one_clear_line(options, message):
+    with pytest.raises(UserError, match=message):
+        Shrink(**options)
+
+
+def test_on_two_processes_both_have_the_same_smaller_network(tmp_path):
+    script = Path(__file__).parent / "shrink_on_two_processes.py"
+    result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert "same on both" in result.stdout, result.stdout + result.stderr
