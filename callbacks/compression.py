@@ -33,8 +33,9 @@ class CompressionCallback(NetworkCallback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
     methods: names in METHODS, also with "+synthetic", "+data" ... behind (compensated on pictures, see Measurement), or
+        in MASKS (single weights set to zero), or
         {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
-    ratios: fractions of channels to remove, 0 <= r < 1
+    ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
     stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
         network has nothing for (repair without BatchNorm) gives no rows

@@ -7,7 +7,7 @@
 The optimizer, its schedule, its accumulated state and SAM go on with the parameters that are left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks.network import NetworkCallback
-from pipeline.compression import ChannelGroups, Compressed, Projection
+from pipeline.compression import ChannelGroup, Compressed, Projection
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.compress import GroupReport, Report
+from pipeline.compression.compress import GroupReport, LayerReport, Report
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, Frozen
 from pipeline.compression.projection import compressed_tensors, named_tensors
@@ -36,8 +36,9 @@ from pipeline.tables import UserError
 class Shrink(NetworkCallback):
     """Compress the network itself at the start of some epochs; what follows trains the smaller one.
 
-    method: as those of CompressionCallback: a name in METHODS, also with "+synthetic", "+data" ... behind
-    ratio: fraction of every group's channels that is gone in the end, 0 < r < 1
+    method: as those of CompressionCallback: a name in METHODS, also with "+synthetic", "+data" ... behind, or in MASKS,
+        whose weights then stay zero
+    ratio: fraction of every group's channels (or of the weights) that is gone in the end, 0 < r < 1
     after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
         control of the same size from scratch (methods "l1", "random")
     steps: after step i of n, the fraction (1 - ratio)^(i/n) of the channels is left: each takes as large a part of
@@ -82,6 +83,7 @@ class Shrink(NetworkCallback):
         self.ratios = ratios_of_steps(ratio, after, steps, every_n_epochs)
         self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
         self.report: Report | None = None
+        self._masked: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -103,6 +105,7 @@ class Shrink(NetworkCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse at the start what cannot work at the epoch of a step."""
         self._repair_set(trainer)
+        self._hold(self._net(pl_module))
         with isolate_rng():
             self.measurement.trace(self._net(pl_module), self._one(trainer, pl_module))
 
@@ -120,7 +123,7 @@ class Shrink(NetworkCallback):
             smaller, report = next(
                 self.measurement.compressed(self.method, still, example, mending, ratios=[ratio], full=full)
             )
-            groups = self.measurement.groups(self.method, still, example)
+            groups = self.measurement.groups(self.method, still, example) if report.groups else ()
         for ours, theirs in zip(smaller.modules(), net.modules(), strict=True):
             ours.training = theirs.training
         projections = [Projection(group.labels) for group in report.groups]
@@ -128,8 +131,14 @@ class Shrink(NetworkCallback):
             follow_(optimizer, net, smaller, groups, projections)
         self._put(trainer, pl_module, smaller)
         self.report = report if self.report is None else composed(self.report, report)
+        self._hold(smaller)
         sizes = {"ratio": ratio, "params": report.params_after, "macs": report.macs_after}
         pl_module.log_dict({f"shrink/{name}": float(value) for name, value in sizes.items()})
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        for weight, mask in self._masked:
+            weight.mul_(mask)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.save_to is None or self.report is None or not trainer.is_global_zero:
@@ -153,9 +162,16 @@ class Shrink(NetworkCallback):
             plain = dict(state_dict["report"])
             groups = tuple(GroupReport(**group) for group in plain.pop("groups"))
             frozen = tuple(Frozen(**one) for one in plain.pop("frozen"))
-            self.report = Report(groups=groups, frozen=frozen, **plain)
+            layers = tuple(LayerReport(**layer) for layer in plain.pop("layers"))
+            self.report = Report(groups=groups, frozen=frozen, layers=layers, **plain)
 
     # --- the network
+
+    def _hold(self, net: nn.Module) -> None:
+        """What is masked now stays zero. Of a weight that is, the zeros say which."""
+        tensors = named_tensors(net)
+        layers = self.report.layers if self.report else ()
+        self._masked = [(tensors[layer.name].data, tensors[layer.name].detach() != 0) for layer in layers]
 
     def _one(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         return self._example(self._eval_loader(trainer, "val"), self._mover(trainer, pl_module))
@@ -176,7 +192,11 @@ def ratios_of_steps(ratio: float, after: int, steps: int, every_n_epochs: int) -
 
 
 def follow_(
-    optimizer: Optimizer, old: nn.Module, new: nn.Module, groups: ChannelGroups, projections: Sequence[Projection]
+    optimizer: Optimizer,
+    old: nn.Module,
+    new: nn.Module,
+    groups: Iterable[ChannelGroup],
+    projections: Sequence[Projection],
 ) -> None:
     """In place: the optimizer holds the parameters of `new` instead of those of `old`, and their state.
 

@@ -17,6 +17,8 @@ from pipeline.compression import ChannelGroups, Compressed, channel_groups, comp
 from pipeline.compression.compress import Counted, check_finite, check_groups, check_ratios, macs, parameters
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
+from pipeline.compression.layers import UNITS, other_units
+from pipeline.compression.masks import MASKS, check_mask
 from pipeline.compression.methods import FOLDING, METHODS
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
@@ -34,6 +36,8 @@ ADDITIONS: dict[str, dict[str, Any]] = {
     "grail": {"pictures": "data", "solve_on": "dense"},
     "macs": {"allocate": "macs"},
     "params": {"allocate": "params"},
+    "filters": {"units": "filters"},
+    "neurons": {"units": "neurons"},
 }
 CALIBRATION = 512  # unlabelled training pictures for that
 KEPT = 2**31  # bytes of the machine's memory that evaluation batches may take
@@ -76,12 +80,14 @@ class Measurement:
 
     methods: names in METHODS, also with some of ADDITIONS behind ("fold+synthetic": compensated on pictures made from
         the network itself, "fold+data": on unlabelled training pictures, "l1+grail": on these as GRAIL does,
-        "fold+data+macs": also sizes by what groups can spare), or
+        "fold+data+macs": also sizes by what groups can spare, "l1+filters", "l1+neurons": groups of these alone), names
+        in MASKS, or
         {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
-    ratios: fractions of channels to remove, 0 <= r < 1
+    ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
     round_to: leave multiples of so many channels; seed: of methods that draw
-    parts: of compression.group.PARTS, what is compressed; a method's own options may say other parts
+    parts: of compression.group.PARTS, what is compressed; a method's own options may say other parts. Masks know
+        neither channels nor parts: round_to and parts are not for them
     who: whom warnings name
 
     Keeps the trace and the MAC counts, so one Measurement serves all networks of one architecture.
@@ -106,10 +112,14 @@ class Measurement:
             for label, options in named.items()
         }
         self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
-        for options in self.methods.values():
-            pick("method", METHODS, options["method"])
+        for label, options in self.methods.items():
+            pick("method", {**METHODS, **MASKS}, options["method"])
             if options["pictures"] is not None:
                 pick("pictures", dict.fromkeys(PICTURES), options["pictures"])
+            if options["method"] in MASKS:
+                check_mask(label, options["method"], _of_mask(options))
+                continue
+            pick("units", dict.fromkeys(UNITS), options.get("units", "all"))
             for part in self._parts(options):
                 pick("part", dict.fromkeys(PARTS), part)
         if DENSE in self.methods:
@@ -132,8 +142,15 @@ class Measurement:
 
     @property
     def folds(self) -> dict[str, bool]:
-        """Of the labels of methods that see no pictures: do they fold, or prune?"""
-        return {label: o["method"] in FOLDING for label, o in self.methods.items() if not o["pictures"]}
+        """Of the labels of methods that compare at one ratio: do they fold, or prune?
+
+        Not those that see pictures, masks (their ratio is of weights) or what compresses some of the groups alone.
+        """
+        return {
+            label: o["method"] in FOLDING
+            for label, o in self.methods.items()
+            if not o["pictures"] and o["method"] not in MASKS and o.get("units", "all") == "all"
+        }
 
     @property
     def traced(self) -> bool:
@@ -141,10 +158,16 @@ class Measurement:
         return bool(self._groups)
 
     def trace(self, net: nn.Module, example: Tensor) -> None:
-        """Find the channel groups now, and forget those of another network. UserError when there are none."""
+        """Find the channel groups now, and forget those of another network. UserError when there are none.
+
+        Masks need none.
+        """
         self._groups = {}
-        for label in self.methods:
-            check_groups(net, self.groups(label, net, example))
+        for label, options in self.methods.items():
+            if options["method"] not in MASKS:
+                groups = self.groups(label, net, example)
+                check_groups(net, groups)
+                other_units(net, groups, options.get("units", "all"))
 
     def groups(self, label: str, net: nn.Module, example: Tensor) -> ChannelGroups:
         """What the method of this label compresses, traced once for networks of the same shapes."""
@@ -244,15 +267,19 @@ class Measurement:
 
         made: pictures that were made for this network before, added to; options: of `compressions`, before our own
         """
-        options = {**self.methods[label], **options}
+        options = {"ratios": self.ratios, "counted": self._counted, **self.methods[label], **options}
+        if options["method"] in MASKS:
+            options.pop("full", None)  # shapes stay as they are
+            method, seed = options["method"], self.shared["seed"]
+            yield from compressions(net, example, method, **{"seed": seed, **_of_mask(options)})
+            return
         kind, made = options.pop("pictures"), {} if made is None else made
         if kind == "synthetic" and kind not in made:
             made[kind] = synthesize(net, example, seed=self.shared["seed"])
         elif kind == "data" and kind not in made:
             made[kind] = torch.cat([batch for batch, _ in mending])[:CALIBRATION]
-        arguments = {**self.shared, "ratios": self.ratios, "counted": self._counted, **options}
-        groups = self.groups(label, net, example)
-        yield from compressions(net, example, groups=groups, pictures=made[kind] if kind else None, **arguments)
+        given = {"groups": self.groups(label, net, example), "pictures": made[kind] if kind else None}
+        yield from compressions(net, example, **{**self.shared, **options, **given})
 
     @contextmanager
     def _or_fail(
@@ -286,8 +313,16 @@ def _spelled_out(label: str) -> dict[str, Any]:
     method, *additions = label.split("+")
     options: dict[str, Any] = {"method": method, "pictures": None}
     for addition in additions:
-        options |= pick("addition to a method", ADDITIONS, addition)
+        for name, value in pick("addition to a method", ADDITIONS, addition).items():
+            if options.get(name) not in (None, value):
+                raise UserError(f"{label!r} says both {name}={options[name]} and {name}={value}; choose one")
+            options[name] = value
     return options
+
+
+def _of_mask(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of a mask beside its name: no pictures, where there are none."""
+    return {name: value for name, value in options.items() if name != "method" and (name, value) != ("pictures", None)}
 
 
 class Streamed:

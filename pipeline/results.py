@@ -30,12 +30,14 @@ class Row:
     """One measurement of one compressed (or, for method "dense", uncompressed) network.
 
     cell: the run it belongs to; seed: of the run; epoch: finished epochs; step: optimizer steps by then
-    method: as named by the user; ratio: fraction of channels removed, 0 <= r < 1
+    method: as named by the user; ratio: fraction of channels removed (of weights, by masks), 0 <= r < 1
     stage: raw (as compressed), repaired (statistics re-estimated on unlabelled training pictures), norm_tuned (norm
         parameters trained with labels)
     split, n: which pictures the accuracy was measured on, and how many
-    acc: 0 ... 1; loss: mean cross-entropy in nats; error: mean relative parameter error of the channel groups
-    params: parameters; macs: multiply-accumulates per picture; seconds: to compress, repair and evaluate
+    acc: 0 ... 1; loss: mean cross-entropy in nats; error: mean relative parameter error of the channel groups or
+        masked weights
+    params: parameters that are left; macs: multiply-accumulates per picture, of masked networks as though none were
+        zero; seconds: to compress, repair and evaluate
     status: ok or failed; reason: why it failed; version: of this code
     """
 

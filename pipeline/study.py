@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
+from pipeline.compression.masks import MASKS
 from pipeline.compression.methods import FOLDING
 from pipeline.results import DENSE, means, measured
 
@@ -51,13 +52,19 @@ def is_folding(labels: pl.Expr) -> pl.Expr:
     return pl.any_horizontal(labels.str.starts_with(name) for name in sorted(FOLDING))
 
 
+def is_mask(labels: pl.Expr) -> pl.Expr:
+    """Do these method labels name masks, whose ratio is of weights and not of channels? By their beginnings, too."""
+    return pl.any_horizontal(labels.str.starts_with(name) for name in sorted(MASKS))
+
+
 def duels(rows: pl.DataFrame) -> pl.DataFrame:
     """One line per cell, stage and ratio: fold and prune, the best accuracies of each kind, and gap = fold - prune.
 
     0 ... 1; null where there is none of a kind. Give it the last measurement. Methods that were compensated on pictures
-    ("fold+synthetic") stay out of it.
+    ("fold+synthetic") or compress some of the groups alone ("l1+filters") stay out of it, and masks: at one ratio they
+    leave other networks.
     """
-    rows = rows.filter(~pl.col("method").str.contains("+", literal=True))
+    rows = rows.filter(~pl.col("method").str.contains("+", literal=True) & ~is_mask(pl.col("method")))
     folding = is_folding(pl.col("method"))
     best = [pl.col("acc").filter(kind).max().alias(name) for name, kind in (("fold", folding), ("prune", ~folding))]
     found = measured(rows).group_by(PER_CELL, maintain_order=True).agg(best)
@@ -110,9 +117,11 @@ def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
     table.add_column("ratio removed", no_wrap=True)
     for ratio in ratios:
         table.add_column(f"{ratio:g}", justify="right")
-    left = parameters_left(rows)
-    if left:
-        table.add_row("parameters left", *(f"{left[r]:.0%}" if r in left else "-" for r in ratios))
+    masked = is_mask(pl.col("method"))
+    for name, kind in {"parameters left": ~masked, "parameters not masked": masked}.items():
+        left = parameters_left(rows.filter(kind | (pl.col("method") == DENSE)))
+        if left:
+            table.add_row(name, *(f"{left[r]:.0%}" if r in left else "-" for r in ratios))
     found = curves(rows)
     compared = gaps(rows) if duel else None
     for stage in dict.fromkeys(stage for stage, _ in found):
@@ -242,6 +251,7 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
     stages = list(dict.fromkeys(stage for stage, _ in found)) or ["raw"]
     methods = list(dict.fromkeys(method for _, method in found))
     dense = dense_accuracy(rows)
+    masked = rows.select(is_mask(pl.col("method")).any()).item()
     figure = Figure(figsize=(1.5 + 4.5 * len(stages), 4.2), layout="constrained")
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
     for panel, stage in zip(panels, stages, strict=True):
@@ -256,7 +266,7 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
         if dense is not None:
             panel.axhline(100 * dense, color="grey", linestyle=":", label=f"dense {100 * dense:.1f}%")
         panel.set_title(TITLES[stage], fontsize=10)
-        panel.set_xlabel("fraction of channels removed")
+        panel.set_xlabel("fraction of channels removed" + ", of weights by masks" * masked)
         panel.set_ylim(0, 100)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
@@ -35,18 +35,24 @@ def pick(kind: str, table: Mapping[str, T], name: str) -> T:
     return table[name]
 
 
+def check_options(what: str, function: Callable[..., Any], options: Iterable[str], given: int = 0) -> None:
+    """UserError for the first option that the function does not take behind so many arguments given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][given:]
+    for key in options:
+        if key not in known:
+            raise UserError(f"{what} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
+
+
 def call(what: str, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
     """`function(*args, **options)`, refusing options that its signature does not have (the signature is the schema).
 
     Words where it wants numbers, and values that it refuses itself, become a UserError too.
     """
-    parameters = inspect.signature(function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][len(args) :]
-        for key in options:
-            if key not in known:
-                raise UserError(f"{what} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
-    for p in parameters:
+    check_options(what, function, options, len(args))
+    for p in inspect.signature(function).parameters.values():
         if isinstance(options.get(p.name), str) and _is_number(p.annotation):
             raise UserError(f"{what}: {p.name} must be a number, got {options[p.name]!r}")
     try:

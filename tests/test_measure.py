@@ -113,10 +113,46 @@ def test_a_label_says_how_a_method_is_compensated(monkeypatch):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
+        (["lamp+data"], r"'lamp\+data', a mask of single weights, has no option 'pictures'; it takes: none"),
+        (["n_m+filters"], r"'n_m\+filters', a mask of single weights, has no option 'units'; it takes: m"),
+        ({"mine": {"method": "lamp", "parts": ["hidden"]}}, "'mine', a mask of single weights, has no option 'parts'"),
+        (["l1+filters+neurons"], r"'l1\+filters\+neurons' says both units=filters and units=neurons; choose one"),
+        ({"mine": {"method": "l1", "units": "filter"}}, r"unknown units 'filter' \(did you mean 'filters'\?\)"),
         (["fold+sythetic"], r"unknown addition to a method 'sythetic' \(did you mean 'synthetic'\?\)"),
         ({"mine": {"method": "fold", "pictures": "real"}}, "unknown pictures 'real'; choose from: .*data"),
     ],
 )
-def test_pictures_that_there_are_not(methods, message):
+def test_labels_that_make_no_sense_are_refused_at_once(methods, message):
     with pytest.raises(UserError, match=message):
         Measurement(methods, [0.5], ["raw"])
+
+
+def test_masks_and_units_are_measured_beside_methods_of_channels():
+    """Shared parts and round_to are not for masks; their ratio is no other method's, so no gap counts them."""
+    methods = {"l1": {}, "fold": {}, "lamp": {}, "pattern": {"method": "n_m", "m": 8}, "l1+filters": {}}
+    measurement = Measurement(methods, [0.5], ["raw", "repaired", "norm_tuned"], round_to=2, parts=["hidden"])
+    assert measurement.folds == {"l1": False, "fold": True}
+    net = build_model("resnet18", 4, 3, width=4)
+    mending = [tuple(PICTURES.tensors)]
+    measurement.trace(net, PICTURES.tensors[0][:1])
+    rows = measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
+    assert [(row.status, row.reason) for row in rows] == [("ok", "")] * len(rows)
+    assert [row.method for row in rows] == ["dense", *(label for label in methods for _ in range(3))]
+    at = {(row.method, row.stage): row for row in rows}
+    dense, lamp = rows[0], at["lamp", "raw"]
+    assert lamp.macs == dense.macs > at["l1", "raw"].macs
+    weights = sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert dense.params - lamp.params == round(weights / 2)
+    assert 0 < lamp.error < 1
+    assert at["l1+filters", "raw"].params == at["l1", "raw"].params, "all groups of this network are filters"
+    assert len({at["lamp", stage].loss for stage in measurement.stages}) == 3
+
+
+def test_masks_alone_need_no_channels_but_units_some():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    example = PICTURES.tensors[0][:1]
+    masks = Measurement(["magnitude"], [0.5], ["raw", "repaired"])
+    masks.trace(net, example)
+    assert [(row.method, row.status) for row in rows_of(masks, net)] == [("dense", "ok"), ("magnitude", "ok")]
+    with pytest.raises(UserError, match="VisionTransformer has no groups of filters"):
+        Measurement(["l1+filters"], [0.5], ["raw"]).trace(vit(), example)

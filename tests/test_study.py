@@ -13,6 +13,7 @@ from pipeline.study import (
     gaps,
     headlines,
     is_folding,
+    is_mask,
     last_measurement,
     plot_curves,
     print_table,
@@ -132,3 +133,18 @@ def test_nothing_measured_still_gives_a_table_and_a_picture(tmp_path):
     result_table(rows, duel=True)
     plot_curves(rows, tmp_path / "empty.png", "title")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_masks_are_shown_and_not_compared():
+    """Half of the weights is not half of the channels."""
+    labels = pl.DataFrame({"method": ["lamp", "n_m", "n_m-8", "random", "random_mask", "l1"]})
+    assert labels.select(is_mask(pl.col("method"))).to_series().to_list() == [True, True, True, False, True, False]
+    rows = [row(method=DENSE, ratio=0.0, acc=0.9), *cell("a", 0.6, 0.5, 0.4), row(method="lamp", acc=0.8, params=50)]
+    assert duels(table(rows)).select("fold", "prune").rows() == [(0.6, 0.5)]
+    lines = shown(result_table(table(rows)))
+    assert "parameters left 25%" in lines
+    assert "parameters not masked 50%" in lines
+    assert any(line.startswith("lamp 80.0") for line in lines)
+    masked = shown(result_table(table([rows[0], rows[-1]])))
+    assert not any(line.startswith("parameters left") for line in masked)
+    assert headlines(table([rows[0], rows[-1]]))["gap"].to_list() == [None]

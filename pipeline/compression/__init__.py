@@ -3,11 +3,13 @@
 from pipeline.compression.compress import Compressed, Report, compress, compressions
 from pipeline.compression.graph import channel_groups
 from pipeline.compression.group import ChannelGroup, ChannelGroups
+from pipeline.compression.masks import MASKS
 from pipeline.compression.methods import METHODS
 from pipeline.compression.projection import Projection
 from pipeline.compression.synthetic import synthesize
 
 __all__ = [
+    "MASKS",
     "METHODS",
     "ChannelGroup",
     "ChannelGroups",

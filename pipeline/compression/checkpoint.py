@@ -6,8 +6,9 @@ reads them too. Everything else is in the manifest:
     format          of this file, FORMAT
     architecture    {"name": ..., arguments} that build the network at full size, or {}: of whoever saved it
     method, ratio   what was done
-    params, macs    of this network; params_before, macs_before: of the one at full size
-    groups          {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}
+    params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size
+    groups          {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}};
+                    {} of a masked network, whose zeros are in its tensors
     numbers         sizes that modules keep as Python numbers and that had to follow
     tied            {name: the name under which its tensor is stored}
     channels_last   names of the weights in that memory format, which safetensors does not keep

@@ -14,8 +14,10 @@ from pipeline.compression.compensate import RIDGE, compensate_, observe
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.graph import Example, call_arguments, channel_groups
 from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroups, Frozen
+from pipeline.compression.layers import other_units
+from pipeline.compression.masks import MASKS, masks_of
 from pipeline.compression.methods import METHODS, GroupWeights, Projections
-from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers
+from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
 from pipeline.tables import UserError, call, pick
 
 
@@ -36,8 +38,21 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """One masked weight: its entries before and those that the mask leaves, and the relative error ‖W - W'‖ / ‖W‖."""
+
+    name: str
+    before: int
+    after: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example.
+
+    Of a masked network `layers` stands in place of `groups`. Its params_after are the parameters that masks leave, and
+    its macs_after are those of the dense network: that is what hardware computes where it cannot skip zeros.
 
     numbers: sizes that modules keep as Python numbers and that had to follow: {"blocks.0.attn.head_dim": 32}.
     """
@@ -51,23 +66,28 @@ class Report:
     macs_before: int
     macs_after: int
     numbers: Mapping[str, int | float] = field(default_factory=dict)
+    layers: tuple[LayerReport, ...] = ()
 
     @property
     def error(self) -> float:
-        """Mean relative parameter error over the groups."""
-        return sum(g.error for g in self.groups) / len(self.groups)
+        """Mean relative parameter error over the groups, or over the masked weights."""
+        of = self.groups or self.layers
+        return sum(one.error for one in of) / len(of)
 
     def __str__(self) -> str:
-        layers: dict[str, list[GroupReport]] = {}
-        for group in self.groups:
-            layers.setdefault(group.tie or group.name, []).append(group)
+        layers: dict[str, list[GroupReport | LayerReport]] = {}
+        for one in self.groups or self.layers:
+            tie = one.tie if isinstance(one, GroupReport) else ""
+            layers.setdefault(tie or one.name, []).append(one)
         width = max(len(name) for name in layers)
         lines = [
             f"{self.method} at ratio {self.ratio:g}: "
             f"parameters {self.params_before:,} -> {self.params_after:,} "
             f"({self.params_after / self.params_before:.1%}), "
             f"MACs {self.macs_before:,} -> {self.macs_after:,} ({self.macs_after / max(1, self.macs_before):.1%})",
-            f"{'group':<{width}}  channels  relative error",
+            f"{'group':<{width}}  channels  relative error"
+            if self.groups
+            else f"{'layer':<{width}}  weights  relative error",
             *(
                 f"{name:<{width}}  {of[0].before:>4} -> {of[0].after:<4}  {sum(g.error for g in of) / len(of):.4f}"
                 + (f"  (mean of {len(of)} groups)" if len(of) > 1 else "")
@@ -97,13 +117,14 @@ def compress(model, example, method="fold", ratio=0.5, **options):
     """A smaller copy of `model`: an ordinary nn.Module in which every channel group has lost `ratio` of its channels.
 
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
-    method: a name in METHODS: fold, l1, l2, ...
-    ratio: fraction of each group's channels to remove, 0 <= ratio < 1, or a sequence of them; then a list comes back,
-        and what the ratios can share is computed once.
-    options: those of `compressions`, and those of the method (fold: refine; l1, l2: score).
+    method: a name in METHODS: fold, l1, l2, ...; or in MASKS: magnitude, lamp, n_m, ..., which set single weights to
+        zero and leave all shapes as they are.
+    ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1, or a sequence of
+        them; then a list comes back, and what the ratios can share is computed once.
+    options: those of `compressions`, and those of the method (fold: refine; l1, l2: score; n_m: m).
 
     The input model is untouched. Raises UserError for an unknown method, a ratio out of range, weights that are not
-    finite, a model that torch.export cannot trace and one that has nothing to compress.
+    finite, a model that torch.export cannot trace (masks need no trace) and one that has nothing to compress.
     """
     if isinstance(ratio, (int, float)):
         return next(compressions(model, example, method, [ratio], **options))
@@ -111,6 +132,53 @@ def compress(model, example, method="fold", ratio=0.5, **options):
 
 
 def compressions(
+    model: nn.Module, example: Example, method: str, ratios: Sequence[float], **options
+) -> Iterator[Compressed]:
+    """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
+
+    options: of a method in METHODS those of `smaller_copies`, of one in MASKS those of `masked_copies`.
+    """
+    pick("method", {**METHODS, **MASKS}, method)
+    copies = masked_copies if method in MASKS else smaller_copies
+    return copies(model, example, method, ratios, **options)
+
+
+def masked_copies(
+    model: nn.Module,
+    example: Example,
+    method: str,
+    ratios: Sequence[float],
+    *,
+    seed: int = 0,
+    counted: Counted | None = None,
+    **options,
+) -> Iterator[Compressed]:
+    """A copy for every ratio, of the same shapes, in which `ratio` of the weights are zero (see masks.py).
+
+    seed: of masks that are drawn. counted: as of `smaller_copies`. options: those of the mask (n_m: m); what is said of
+    channels (parts, pictures, protect, ...) is refused.
+    """
+    check_ratios(ratios)
+    model = bare_copy(model, share=True)
+    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
+    check_finite(tensors)
+    params, count = parameters(model), macs(model, example, counted)
+    for ratio in ratios:
+        masks = masks_of(model, method, ratio, seed, **options)
+        masked = {name: tensors[name].masked_fill(~mask, 0) for name, mask in masks.items()}
+        layers = tuple(masked_report(name, tensors[name], masked[name], mask) for name, mask in masks.items())
+        left = params - sum(layer.before - layer.after for layer in layers)
+        report = Report(method, float(ratio), (), (), params, left, count, count, layers=layers)
+        yield Compressed(resized(model, masked), report)
+
+
+def masked_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: torch.Tensor) -> LayerReport:
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    lost = float(torch.linalg.vector_norm(weight - masked, dtype=torch.float64))
+    return LayerReport(name, mask.numel(), int(mask.sum()), lost / norm if norm else 0.0)
+
+
+def smaller_copies(
     model: nn.Module,
     example: Example,
     method: str,
@@ -130,10 +198,11 @@ def compressions(
     allocate: str = "uniform",
     protect: Sequence[str] = (),
     full: Mapping[str, int] | None = None,
+    units: str = "all",
     counted: Counted | None = None,
     **options,
 ) -> Iterator[Compressed]:
-    """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
+    """A copy for every ratio, in which every channel group has lost `ratio` of its channels.
 
     groups: what `channel_groups(model, example, parts)` gave for this architecture; traced anew when None.
     parts: what is compressed (see channel_groups): "hidden", "residual", and of attention "width" or "head".
@@ -147,10 +216,12 @@ def compressions(
         than by uniform sizes, and groups that can spare more lose more (needs pictures; see allocate.py).
     protect: names of groups that keep all their channels, or what these begin with ("layer1.", "conv1").
     full: {group name: channels} that ratios count from, of a network that has been made smaller before; None: its own.
+    units: "filters" compresses only groups that convolutions write, "neurons" only those of linear layers (see
+        layers.other_units); "all" of them.
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
     counted = {} if counted is None else counted
-    choose = pick("method", METHODS, method)
+    choose = METHODS[method]
     check_ratios(ratios, round_to)
     model = bare_copy(model, share=True)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example, parts) if groups is None else groups
@@ -174,7 +245,7 @@ def compressions(
         smaller = apply(model, groups, [first_channels(g.size, k) for g, k in zip(groups, sizes, strict=True)])
         return parameters(smaller) if allocate == "params" else macs(smaller, example, counted)
 
-    whole = protected(groups, protect)
+    whole = [*protected(groups, protect), *other_units(model, groups, units)]
     sizes = {
         ratio: [
             g.size if g in whole else min(g.size, channels_left((full or {}).get(g.name, g.size), ratio, round_to))
@@ -280,12 +351,12 @@ def check_groups(model: nn.Module, groups: ChannelGroups) -> None:
 
 
 def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:
-    """Raise UserError naming the first ratio that is no fraction of channels to remove, or a round_to of none."""
+    """Raise UserError naming the first ratio that is no fraction to remove, or a round_to of no channels."""
     if round_to < 1:
         raise UserError(f"round_to {round_to} must be at least 1 channel")
     for ratio in ratios:
         if not 0 <= ratio < 1:
-            raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 <= ratio < 1")
+            raise UserError(f"ratio {ratio} is out of range: the fraction to remove is 0 <= ratio < 1")
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:

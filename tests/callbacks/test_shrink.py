@@ -173,6 +173,28 @@ def test_sam_and_the_measurement_see_the_smaller_network(tmp_path):
     assert float(trainer.callback_metrics["val/acc"]) > 0.5
 
 
+def test_masked_weights_stay_zero_also_when_resumed(tmp_path):
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            weights = [p for p in pl_module.net.parameters() if p.dim() > 1]
+            zeros.append(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights))
+
+    def shrink() -> Shrink:
+        return Shrink("lamp", 0.75, after=1, steps=2)
+
+    zeros: list[float] = []
+    whole = task("adam", sam={"rho": 0.05})
+    run(tmp_path, whole, [shrink(), Count()], epochs=4)
+    assert zeros == pytest.approx([0, 0.5, 0.75, 0.75], abs=0.002)
+    trainer = run(tmp_path, task("adam", sam={"rho": 0.05}), [shrink(), Until(3)], epochs=4)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    resumed = task("adam", sam={"rho": 0.05})
+    run(tmp_path, resumed, [shrink(), Count()], epochs=4, ckpt_path=tmp_path / "cut.ckpt")
+    assert zeros[-1] == zeros[-2]
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_of_somebody_elses_module(tmp_path):
     module, _ = fit(tmp_path, [Shrink("mix+data", 0.5, after=1, network="backbone", repair_data=TRAIN)])
     assert module.backbone[0].out_channels == 4

@@ -40,7 +40,7 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         assert (tensor.dtype, tensor.stride()) == (others[name].dtype, others[name].stride()), name
 
 
-@pytest.mark.parametrize("method", ["fold", "l2"])
+@pytest.mark.parametrize("method", ["fold", "l2", "lamp"])
 @pytest.mark.parametrize("name", NETS)
 def test_round_trip(name, method, tmp_path):
     build, example = NETS[name]

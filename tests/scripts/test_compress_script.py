@@ -94,6 +94,24 @@ def test_what_is_kept_loads_in_a_fresh_process_and_elsewhere(trained, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_masked_networks_are_measured_kept_and_load_again(trained, tmp_path, capsys):
+    folder = compress(trained / "last.ckpt", tmp_path, "methods=[magnitude,n_m,l1+filters]", "save=true")
+    assert "parameters not masked" in capsys.readouterr().out
+    found = read(folder / "rows.parquet")
+    assert set(found["status"]) == {"ok"}
+    data = PictureData("digits", test_size=50)
+    data.setup()
+    for method in ("magnitude", "n_m"):
+        smaller, manifest = load(folder / "compressed" / f"{method}-r0.5-repaired.safetensors")
+        zeros = sum(int((p == 0).sum()) for p in smaller.parameters() if p.dim() > 1)
+        assert 0 < zeros == manifest["params_before"] - manifest["params"]
+        assert manifest["groups"] == {}
+        row = found.filter(method=method, stage="repaired")
+        assert row["params"].item() == manifest["params"]
+        metrics = evaluate(smaller, [data.test_data.__getitems__(range(50))])
+        assert metrics.loss == pytest.approx(row["loss"].item(), rel=1e-4)
+
+
 def test_an_export_that_fails_costs_a_warning(trained, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such operation")

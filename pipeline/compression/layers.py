@@ -1,0 +1,76 @@
+"""Which weights are those of linear layers and convolutions, and which channels are filters or neurons."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from pipeline.compression.group import ChannelGroup, ChannelGroups
+from pipeline.compression.projection import named_tensors
+from pipeline.tables import UserError, pick
+
+UNITS = ("all", "filters", "neurons")
+
+
+class LayerWeight(NamedTuple):
+    """A weight of a linear layer or convolution.
+
+    unit: what one of its outputs is: "filters" of a convolution, "neurons" of a linear layer.
+    inputs: the dimension along which its inputs stand, transposed layers have them in front of their outputs.
+    groups: of a convolution.
+    """
+
+    unit: str
+    inputs: int
+    groups: int = 1
+
+
+def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
+    """By their names in the state_dict, tied ones under all their names.
+
+    Linear layers are also the projections of torch's attention and Hugging Face's Conv1D. Embeddings are none.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for name in module._parameters:
+            weight = _weight(module, name)
+            if weight is not None and module._parameters[name] is not None:
+                found[f"{path}.{name}".removeprefix(".")] = weight
+    return found
+
+
+def _weight(module: nn.Module, name: str) -> LayerWeight | None:
+    if isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight"):
+        return LayerWeight("neurons", inputs=1)
+    if name != "weight":
+        return None
+    if isinstance(module, nn.modules.conv._ConvNd):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        return LayerWeight("filters", inputs=0 if transposed else 1, groups=module.groups)
+    if isinstance(module, nn.Linear):
+        return LayerWeight("neurons", inputs=1)
+    return LayerWeight("neurons", inputs=0) if hasattr(module, "nf") else None  # Conv1D, a linear layer transposed
+
+
+def other_units(model: nn.Module, groups: ChannelGroups, units: str) -> list[ChannelGroup]:
+    """The groups that are not of these units: "filters" are written by convolutions alone, "neurons" by linear layers.
+
+    What both write, or an embedding (the stream of a transformer), is neither. "all": none are left out.
+    Raises UserError where the network has no group of these units.
+    """
+    pick("units", dict.fromkeys(UNITS), units)
+    if units == "all":
+        return []
+    layers, tensors = layer_weights(model), named_tensors(model)
+
+    def is_of_units(group: ChannelGroup) -> bool:
+        # One number per channel, a bias or the gain of a norm, shifts or scales what others write.
+        writers = [a for a in group.writes if a.tensor in layers or tensors[a.tensor].numel() > a.index.numel()]
+        return {layers[a.tensor].unit if a.tensor in layers else "" for a in writers} == {units}
+
+    others = [group for group in groups if not is_of_units(group)]
+    if len(others) == len(groups):
+        layer = {"filters": "convolutions", "neurons": "linear layers"}[units]
+        raise UserError(
+            f"{type(model).__name__} has no groups of {units}, channels that {layer} alone write; use units='all'"
+        )
+    return others
