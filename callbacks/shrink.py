@@ -32,6 +32,8 @@ from pipeline.compression.projection import compressed_tensors, named_tensors
 from pipeline.measure import Measurement
 from pipeline.tables import UserError
 
+TUNED = "tuned"  # the stage of a network that was trained on after it was made smaller
+
 
 class Shrink(NetworkCallback):
     """Compress the network itself at the start of some epochs; what follows trains the smaller one.
@@ -144,7 +146,7 @@ class Shrink(NetworkCallback):
         if self.save_to is None or self.report is None or not trainer.is_global_zero:
             return
         with self.measurement.or_warn(f"{self.save_to} cannot be written"):
-            about = {"epoch": trainer.current_epoch, "seed": self.seed, "stage": "tuned"}
+            about = {"epoch": trainer.current_epoch, "seed": self.seed, "stage": TUNED}
             save_compressed(
                 Compressed(self._net(pl_module), self.report), self.save_to, about, architecture=self.architecture
             )

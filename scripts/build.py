@@ -20,13 +20,14 @@ from torch import nn
 from callbacks import CompressionCallback, EpochSeed, Shrink
 from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
-from callbacks.shrink import ratios_of_steps
+from callbacks.shrink import TUNED, ratios_of_steps
 from pipeline.cells import flat
 from pipeline.compression.checkpoint import source_of
 from pipeline.data import DATASETS
 from pipeline.data.module import PictureData
 from pipeline.data.picture_set import DataSource, PictureSet
 from pipeline.loggers import WANDB_MODES, wandb_logger
+from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
 from pipeline.optim import build_optimizer
@@ -35,7 +36,6 @@ from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import Classification
 
 Config = dict[str, Any]
-SMALLER = "smaller.safetensors"  # what a run leaves that made its network smaller
 
 
 def resolved(config: DictConfig) -> Config:
@@ -222,11 +222,12 @@ def build_shrink(config: Config, folder: Path, data: PictureData) -> list[Callba
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
     options |= without(config["shrink"], "rewind")
+    file = Entry(options["method"], options["ratio"], TUNED).file
     shrink = call(
         "shrink",
         Shrink,
         **options,
-        save_to=folder / SMALLER,
+        save_to=folder / "compressed" / file,
         architecture=architecture_of(config, data),
         seed=config["seed"],
     )

@@ -14,7 +14,9 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.shrink import TUNED
 from pipeline.cells import Busy, held, read_record, write_record
+from pipeline.compression.checkpoint import read_manifest
 from pipeline.results import ROWS, SPEED, read, read_speeds
 from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_speeds, print_table
 from pipeline.tables import UserError, one_line
@@ -98,7 +100,13 @@ def show(folder: Path, files: str) -> None:
     rows = last_measurement(read(folder / ROWS))
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
     pictures, dense = f"{n:,} {split} pictures", dense_accuracy(rows)
-    print(f"\nDense accuracy {'could not be measured' if dense is None else f'{100 * dense:.2f}%'} on {pictures}.")
+    tuned = next((folder / "compressed").glob(f"*-{TUNED}.safetensors"), None)
+    if tuned is not None:
+        made = read_manifest(tuned)
+        left = f"{made['params'] / made['params_before']:.0%} of its parameters"
+        print(f"\nMade smaller while it trained, by {made['method']} at ratio {made['ratio']:g}: {left}.")
+    what = "\nDense accuracy" if tuned is None else "Its accuracy"
+    print(f"{what} {'could not be measured' if dense is None else f'{100 * dense:.2f}%'} on {pictures}.")
     when = f", epoch {epoch}" if epoch else ""  # of a checkpoint from elsewhere it is unknown
     print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures{when}")
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {pictures}")
