@@ -19,7 +19,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.layers import UNITS, other_units
 from pipeline.compression.masks import MASKS, check_mask
-from pipeline.compression.methods import FOLDING, METHODS
+from pipeline.compression.methods import FOLDING, METHODS, check_pictures
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
 from pipeline.compression.synthetic import synthesize
@@ -34,6 +34,7 @@ ADDITIONS: dict[str, dict[str, Any]] = {
     "synthetic": {"pictures": "synthetic"},
     "data": {"pictures": "data"},
     "grail": {"pictures": "data", "solve_on": "dense"},
+    "ar": {"approximate_repair": True},
     "macs": {"allocate": "macs"},
     "params": {"allocate": "params"},
     "filters": {"units": "filters"},
@@ -80,8 +81,8 @@ class Measurement:
 
     methods: names in METHODS, also with some of ADDITIONS behind ("fold+synthetic": compensated on pictures made from
         the network itself, "fold+data": on unlabelled training pictures, "l1+grail": on these as GRAIL does,
-        "fold+data+macs": also sizes by what groups can spare, "l1+filters", "l1+neurons": groups of these alone), names
-        in MASKS, or
+        "fold+ar": BatchNorm variances follow the weights, "fold+data+macs": also sizes by what groups can spare,
+        "l1+filters", "l1+neurons": groups of these alone), names in MASKS, or
         {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
     ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
     stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
@@ -114,6 +115,7 @@ class Measurement:
         self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
         for label, options in self.methods.items():
             pick("method", {**METHODS, **MASKS}, options["method"])
+            check_pictures(options["method"], options["pictures"])
             if options["pictures"] is not None:
                 pick("pictures", dict.fromkeys(PICTURES), options["pictures"])
             if options["method"] in MASKS:

@@ -95,14 +95,14 @@ def test_a_label_says_how_a_method_is_compensated(monkeypatch):
     monkeypatch.setattr(
         pipeline.measure, "synthesize", lambda net, example, seed: made.append(seed) or PICTURES.tensors[0]
     )
-    labels = ["fold", "fold+synthetic", "l1+synthetic", "obs+data", "l1+grail", "l2+data+params"]
+    labels = ["fold", "fold+ar", "fold+synthetic", "l1+synthetic", "obs+data", "l1+grail", "l2+data+params", "l2+macs"]
     measurement = Measurement(labels, [0.5], ["raw"], seed=3)
     assert measurement.mends
-    assert measurement.folds == {"fold": True}
+    assert measurement.folds == {"fold": True, "fold+ar": True, "l2+macs": False}
     net = build_model("resnet20", 4, 3)
     mending = [tuple(PICTURES.tensors)]
     rows = measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
-    assert [row.status for row in rows] == ["ok"] * 7, [row.reason for row in rows]
+    assert [row.status for row in rows] == ["ok"] * 9, [row.reason for row in rows]
     assert [row.method for row in rows] == ["dense", *labels]
     assert made == [3]
     losses = [row.loss for row in rows]
@@ -118,6 +118,7 @@ def test_a_label_says_how_a_method_is_compensated(monkeypatch):
         ({"mine": {"method": "lamp", "parts": ["hidden"]}}, "'mine', a mask of single weights, has no option 'parts'"),
         (["l1+filters+neurons"], r"'l1\+filters\+neurons' says both units=filters and units=neurons; choose one"),
         ({"mine": {"method": "l1", "units": "filter"}}, r"unknown units 'filter' \(did you mean 'filters'\?\)"),
+        (["taylor"], r"method 'taylor' needs pictures .*: taylor\+synthetic or taylor\+data"),
         (["fold+sythetic"], r"unknown addition to a method 'sythetic' \(did you mean 'synthetic'\?\)"),
         ({"mine": {"method": "fold", "pictures": "real"}}, "unknown pictures 'real'; choose from: .*data"),
     ],

@@ -1,10 +1,11 @@
 """How many channels each group keeps, under one budget for the whole network.
 
 What a group can spare is measured: it alone is compressed to some sizes, compensated, and the output of the network on
-the pictures compared with the dense one's. Assuming that these errors add up, sizes are then found greedily: of all
-steps that save anything, the one that costs the least error per multiplication (or parameter) saved comes next, until
-the budget of the uniform ratio is reached. (Errors of the parameters, or of each layer's own output, do not compare
-between layers: tried, and no better than uniform sizes, see docs/log.md.)
+the pictures compared with the dense one's. Without pictures there are the squared relative errors of its parameters:
+what folding to a size merges away, what pruning drops of the magnitude. (As sizes they are only a guess, see
+docs/log.md: errors of different layers do not compare.) Assuming that these errors add up, sizes are then found
+greedily: of all steps that save anything, the one that costs the least error per multiplication (or parameter) saved
+comes next, until the budget of the uniform ratio is reached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +20,16 @@ from pipeline.compression.compensate import Seen, compensate_
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.projection import Projection, apply, named_tensors
+from pipeline.compression.repair import kept_modes
 
 BUDGETS = ("macs", "params")
+SPARES = ("output", "parameters")
 MEASURED = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # fractions of the channels at which a group is measured
 LEVELS = [round(1 - i / 20, 2) for i in range(19)]  # and that it may be given: 1.0, 0.95 ... 0.1
 AHEAD = 3  # levels that one step may skip, so that a dear one does not hide a cheap one
 
-Choose = Callable[[ChannelGroup, Sequence[int]], Mapping[int, Projection]]
+# The projections of a group at some sizes, each with its relative parameter error
+Choose = Callable[[ChannelGroup, Sequence[int]], Mapping[int, tuple[Projection, float]]]
 
 
 @torch.no_grad()
@@ -33,7 +37,7 @@ def allocated(
     model: nn.Module,
     example: Example,
     groups: ChannelGroups,
-    seen: Seen,
+    seen: Seen | None,
     choose: Choose,
     uniform: Mapping[float, Sequence[int]],
     budget: str,
@@ -42,15 +46,18 @@ def allocated(
 ) -> dict[float, list[int]]:
     """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
 
-    choose: the projections of a group at some sizes; rounded: channels of a size that a fraction leaves; exact: MACs or
+    seen: None to go by errors of the parameters. rounded: channels of a size that a fraction leaves; exact: MACs or
     parameters of the network at given sizes, of which `costs` knows the layers that the forward calls.
     A group that keeps all its channels in `uniform` keeps them here. Groups of one tie get the same size.
     """
     cost = costs(model, example, groups, budget)
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
-    dense = outputs(model, seen.pictures)
-    errors = [measured(model, groups, tie, seen, dense, choose, rounded) for tie in free]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
+    if seen is None:
+        errors = [of_parameters(groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)]
+    else:
+        dense = outputs(model, seen.pictures)
+        errors = [measured(model, groups, tie, seen, dense, choose, rounded) for tie in free]
 
     def sizes_at(place: Sequence[int]) -> list[int]:
         sizes = [group.size for group in groups]
@@ -110,19 +117,33 @@ def measured(
     spread = (dense - dense.mean(0)).square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
     errors = []
     for k in sizes:
-        of_tie, projections = [groups[i] for i in tie], [chosen[i][k] for i in tie]
+        of_tie, projections = [groups[i] for i in tie], [chosen[i][k][0] for i in tie]
         smaller = apply(model, of_tie, projections)
         compensate_(smaller, model, of_tie, projections, seen)
         errors.append(float((outputs(smaller, seen.pictures) - dense).square().sum() / spread))
-    curve = np.maximum.accumulate([0.0, *reversed(errors)])[::-1]
-    return lambda k: float(np.interp(k, [*sizes, size], curve))
+    return monotone([*sizes, size], [*errors, 0.0])
+
+
+def of_parameters(
+    groups: ChannelGroups, tie: Sequence[int], sizes: Sequence[int], choose: Choose
+) -> Callable[[int], float]:
+    """The squared relative error of the parameters of the groups of one tie, their mean, by the size of each."""
+    sizes = sorted(sizes)
+    chosen = [choose(groups[i], sizes) for i in tie]
+    return monotone(sizes, [sum(of_group[k][1] ** 2 for of_group in chosen) / len(tie) for k in sizes])
+
+
+def monotone(sizes: Sequence[int], errors: Sequence[float]) -> Callable[[int], float]:
+    """An error by the size, from ascending sizes: never smaller for fewer channels, and straight in between."""
+    curve = np.maximum.accumulate(errors[::-1])[::-1]
+    return lambda k: float(np.interp(k, sizes, curve))
 
 
 def outputs(model: nn.Module, pictures: Example) -> Tensor:
     """(N, outputs): all floating-point outputs of the network side by side."""
     args, kwargs = call_arguments(pictures)
-    model.eval()
-    leaves = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+    with kept_modes(model):
+        leaves = torch.utils._pytree.tree_leaves(model.eval()(*args, **kwargs))
     return torch.cat([t.flatten(1) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()], 1)
 
 

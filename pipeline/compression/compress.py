@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.compression.allocate import BUDGETS, allocated
+from pipeline.compression.allocate import BUDGETS, SPARES, allocated
 from pipeline.compression.compensate import RIDGE, compensate_, observe
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.gradients import Gradients
 from pipeline.compression.graph import Example, call_arguments, channel_groups
 from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroups, Frozen
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import MASKS, masks_of
-from pipeline.compression.methods import METHODS, GroupWeights, Projections
+from pipeline.compression.methods import METHODS, GroupWeights, Projections, check_pictures
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
 from pipeline.tables import UserError, call, pick
 
@@ -190,12 +191,14 @@ def smaller_copies(
     scale: str = "tensor",
     norm: bool = False,
     norm_scale: bool = True,
+    approximate_repair: bool = False,
     round_to: int = 1,
     seed: int = 0,
     pictures: Example | None = None,
     ridge: float = RIDGE,
     solve_on: str = "smaller",
     allocate: str = "uniform",
+    spare: str | None = None,
     protect: Sequence[str] = (),
     full: Mapping[str, int] | None = None,
     units: str = "all",
@@ -208,12 +211,17 @@ def smaller_copies(
     parts: what is compressed (see channel_groups): "hidden", "residual", and of attention "width" or "head".
     features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
     norm_scale: merge a weight and its norm as one affine map (see projection.apply).
+    approximate_repair: set the BatchNorm variances of merged channels by the weights (Fold-AR; see projection.apply);
+        not with pictures, on which they are measured.
     round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
     seed: of methods that draw.
     pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
-        see activations, and what reads the channels is solved on them (ridge, solve_on: see compensate_).
+        see activations (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on:
+        see compensate_).
     allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
-        than by uniform sizes, and groups that can spare more lose more (needs pictures; see allocate.py).
+        than by uniform sizes, and groups that can spare more lose more (see allocate.py).
+    spare: by what `allocate` says what a group can spare: "output" (of the network, on the pictures) or "parameters"
+        (the method's own errors, without pictures); None: "output" where there are pictures.
     protect: names of groups that keep all their channels, or what these begin with ("layer1.", "conv1").
     full: {group name: channels} that ratios count from, of a network that has been made smaller before; None: its own.
     units: "filters" compresses only groups that convolutions write, "neurons" only those of linear layers (see
@@ -222,16 +230,20 @@ def smaller_copies(
     """
     counted = {} if counted is None else counted
     choose = METHODS[method]
+    check_pictures(method, pictures)
     check_ratios(ratios, round_to)
+    if approximate_repair and pictures is not None:
+        raise UserError("approximate_repair guesses variances that pictures measure: choose one of the two")
     model = bare_copy(model, share=True)  # hooks and masks of the live model stay out of the smaller ones
     groups = channel_groups(model, example, parts) if groups is None else groups
     check_groups(model, groups)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
     seen = None if pictures is None else observe(model, groups, pictures)
+    gradients = None if pictures is None else Gradients(model, groups, pictures, seed)  # nothing is computed yet
 
     def weights_of(group: ChannelGroup) -> GroupWeights:
-        return GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {})
+        return GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {}, gradients)
 
     def chosen(weights: GroupWeights, sizes: Iterable[int]) -> Projections:
         return call(f"method {method!r}", choose, weights, sorted(set(sizes)), **options)
@@ -255,14 +267,16 @@ def smaller_copies(
     }
     if allocate != "uniform":
         pick("allocate", dict.fromkeys(("uniform", *BUDGETS)), allocate)
-        if seen is None:
-            raise UserError(f"allocate={allocate} measures what each group can spare, so it needs pictures")
+        spare = spare or ("output" if seen else "parameters")
+        pick("spare", dict.fromkeys(SPARES), spare)
+        if spare == "output" and seen is None:
+            raise UserError("spare=output compares outputs on pictures, so it needs pictures (or spare=parameters)")
         sizes = allocated(
             model,
             example,
             groups,
-            seen,
-            lambda group, of_group: chosen(weights_of(group), of_group),
+            seen if spare == "output" else None,
+            lambda group, of_group: {k: (p, row.error) for k, (p, row) in planned(group, of_group).items()},
             sizes,
             allocate,
             lambda size, left: channels_left(size, 1 - left, round_to),
@@ -272,7 +286,8 @@ def smaller_copies(
     plans = [planned(group, [sizes[ratio][i] for ratio in ratios]) for i, group in enumerate(groups)]
     before = parameters(model), macs(model, example, counted)
 
-    def mended(smaller: nn.Module, projections: Sequence[Projection]) -> nn.Module:
+    def narrowed(projections: Sequence[Projection]) -> nn.Module:
+        smaller = apply(model, groups, projections, norm_scale, approximate_repair=approximate_repair)
         if seen:
             compensate_(
                 smaller, model, groups, projections, seen, norm_scale=norm_scale, ridge=ridge, solve_on=solve_on
@@ -282,7 +297,7 @@ def smaller_copies(
     for ratio in ratios:
         plan = [plan[k] for k, plan in zip(sizes[ratio], plans, strict=True)]
         # Without a name here, so that only the caller holds it: two of a large network may not fit.
-        yield _made(model, example, groups, plan, norm_scale, mended, counted, method, ratio, before)
+        yield _made(model, example, groups, plan, narrowed, counted, method, ratio, before)
 
 
 def _made(
@@ -290,8 +305,7 @@ def _made(
     example: Example,
     groups: ChannelGroups,
     plan: Sequence[tuple[Projection, GroupReport]],
-    norm_scale: bool,
-    mended: Callable[[nn.Module, Sequence[Projection]], nn.Module],
+    narrowed: Callable[[Sequence[Projection]], nn.Module],
     counted: Counted,
     method: str,
     ratio: float,
@@ -299,7 +313,7 @@ def _made(
 ) -> Compressed:
     """before: parameters and MACs of the model"""
     projections, rows = [p for p, _ in plan], tuple(row for _, row in plan)
-    smaller = mended(apply(model, groups, projections, norm_scale), projections)
+    smaller = narrowed(projections)
     report = Report(
         method=method,
         ratio=float(ratio),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compression.cluster import LARGE, fold_labels, mixed_labels, special_folding, surgeon_order
+from pipeline.compression.gradients import Gradients
 from pipeline.compression.group import Axis, ChannelGroup
 from pipeline.compression.projection import Projection, reconstruction_error
 from pipeline.tables import UserError, pick
@@ -29,6 +30,7 @@ class GroupWeights:
     scale: "none", "tensor" (every weight tensor counts the same) or "channel" (every channel has norm 1: angles alone)
     norm: put the scale and shift of the norm behind a weight, and biases, into the description
     inputs: {weight: (rows, inputs)}, what its layer reads on some pictures (see compensate.observe)
+    gradients: those of the network on these pictures, for the methods of GRADIENTS
 
     Measured on a CIFAR-10 ResNet-20 and a narrow ResNet18 (docs/features.md): writers and readers together lead, the
     norm is better left out, and scale "none" and "tensor" tie; "tensor" leads once repaired.
@@ -41,6 +43,7 @@ class GroupWeights:
     norm: bool = False
     seed: int = 0
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Gradients | None = None
 
     def __post_init__(self) -> None:
         pick("features", dict.fromkeys(FEATURES), self.features)
@@ -52,9 +55,9 @@ class GroupWeights:
         double = any(self.tensors[a.tensor].dtype == torch.float64 for a in (*self.group.writes, *self.group.reads))
         return torch.float64 if double or self.group.size <= LARGE else torch.float32
 
-    def rows(self, axis: Axis) -> Tensor:
-        """The entries of each channel along an axis, (C, F) of self.dtype."""
-        tensor = self.tensors[axis.tensor]
+    def rows(self, axis: Axis, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The entries of each channel along an axis, (C, F) of self.dtype; tensors: others of the same shapes."""
+        tensor = (self.tensors if tensors is None else tensors)[axis.tensor]
         chosen = tensor.index_select(axis.axis, axis.index.reshape(-1).to(tensor.device)).movedim(axis.axis, 0)
         return chosen.reshape(len(axis.index), -1).to(self.dtype)
 
@@ -264,6 +267,37 @@ def brain_surgeon(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
     return keep_largest(last, sizes)
 
 
+def taylor(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Keep the channels without which the loss would change most, to first order: E[(Σ a dL/da)²] of activations a.
+
+    The sum goes over all positions and all that reads the channel (Molchanov et al. 2019, arXiv:1906.10771, eq. 8, for
+    gates; coupled channels as in group Fisher pruning, Liu et al. 2021, arXiv:2108.00708, eq. 6), the mean over
+    pictures, with labels that the network draws itself (see gradients.py).
+    """
+    gates = gradients_of(weights, "taylor").gates
+    slopes = [gates[axis.tensor, axis.axis][:, axis.index].sum(2) for axis in weights.group.reads]
+    return keep_largest(torch.stack(slopes).sum(0).square().mean(0), sizes)
+
+
+def fisher(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+    """Keep the channels without which the loss would rise most, to second order: Σ w² E[(dL/dw)²] / 2.
+
+    Optimal brain damage (LeCun et al. 1990) with the Fisher information for the Hessian (Theis et al. 2018,
+    arXiv:1801.05787). The sum goes over all weights that write or read the channel, for all of them go with it.
+    """
+    squares = gradients_of(weights, "fisher").squares
+    axes = [*weights.writers, *weights.group.reads]
+    return keep_largest(
+        torch.stack([(weights.rows(a).square() * weights.rows(a, squares)).sum(1) for a in axes]).sum(0) / 2, sizes
+    )
+
+
+def gradients_of(weights: GroupWeights, method: str) -> Gradients:
+    check_pictures(method, weights.gradients)
+    assert weights.gradients is not None
+    return weights.gradients
+
+
 METHODS: dict[str, Method] = {
     "fold": fold,
     "mix": mix,
@@ -274,6 +308,8 @@ METHODS: dict[str, Method] = {
     "l2": partial(magnitude, p=2),
     "obs": brain_surgeon,
     "wanda": wanda,
+    "taylor": taylor,
+    "fisher": fisher,
     "fpgm": geometric_median,
     "bn_scale": norm_scale,
     "random": random,
@@ -281,3 +317,11 @@ METHODS: dict[str, Method] = {
 
 # Of METHODS, those that merge channels; the others drop them.
 FOLDING = frozenset({"fold", "mix", "kmeans", "special", "random_fold"})
+# Those that look at gradients, and so at nothing without pictures.
+GRADIENTS = frozenset({"taylor", "fisher"})
+
+
+def check_pictures(method: str, pictures: object) -> None:
+    """Raise UserError for a method that needs pictures where there are none."""
+    if method in GRADIENTS and pictures is None:
+        raise UserError(f"method {method!r} needs pictures (pictures=): {method}+synthetic or {method}+data")

@@ -10,10 +10,11 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compression.attention import NarrowMultiheadAttention
@@ -121,16 +122,18 @@ def apply(
     projections: Iterable[Projection],
     norm_scale: bool = True,
     share: bool = False,
+    approximate_repair: bool = False,
 ) -> nn.Module:
     """A smaller copy of `model`: an ordinary module whose channel groups went through their projections.
 
     norm_scale: merge a weight and the norm behind it as the one affine map that they are (see `_merge_norms`), rather
     than each tensor by its own mean.
     share: the tensors that do not change are the model's own, not copies.
+    approximate_repair: running variances follow what merging does to the channels (see `_repaired_variances`).
     """
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
-    new = compressed_tensors(tensors, groups, projections, norm_scale)
+    new = compressed_tensors(tensors, groups, projections, norm_scale, approximate_repair=approximate_repair)
     return resized(model, new, new_numbers(model, groups, projections), share)
 
 
@@ -207,6 +210,7 @@ def compressed_tensors(
     projections: Iterable[Projection],
     norm_scale: bool = True,
     reads: bool = True,
+    approximate_repair: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors that change, by name, in their new shapes. `tensors` is not written to.
 
@@ -215,7 +219,10 @@ def compressed_tensors(
     work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
     edits: dict[tuple[str, int], list[_Edit]] = defaultdict(list)
     for group, projection in work:
-        by_norm = _merge_norms(group, projection, tensors) if norm_scale and projection.counts.max() > 1 else {}
+        merges = bool(projection.counts.max() > 1)
+        by_norm = _merge_norms(group, projection, tensors) if norm_scale and merges else {}
+        if approximate_repair and merges:
+            by_norm |= _repaired_variances(group, projection, tensors, norm_scale)
         for axis in group.writes:
             edits[axis.tensor, axis.axis].append(_Edit(axis, projection, True, by_norm.get(axis.tensor)))
         temperature = (len(projection.counts) / group.size) ** group.temperature
@@ -289,15 +296,8 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
     re-estimated statistics give the outputs the spread that they had before. (The study's code averages weight, gain,
     shift, mean and variance each by itself, which is another map as soon as the gains differ.)
     """
-    axes = {a.tensor: a for a in group.writes}
     new: dict[str, Tensor] = {}
-
-    def rows(name: str) -> Tensor | None:
-        """(C, ...), or None where a channel is not exactly one row."""
-        axis = axes.get(name)
-        if axis is None or axis.axis != 0 or axis.index.shape[1] != 1:
-            return None
-        return tensors[name].index_select(0, axis.index[:, 0].to(tensors[name].device))
+    rows = partial(_written_rows, group, tensors)
 
     def take(name: str) -> Tensor | None:
         """(C,) float64: small beside the weights, and variances span many orders of magnitude."""
@@ -346,6 +346,48 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
             offset = mean(s * bias + t) - new_s * new_bias
         keep_singles(norm.weight, gain, new_gain)
         keep_singles(norm.mean, center, torch.where(dead, mean(center), (new_shift - offset) / safe))
+    return new
+
+
+def _written_rows(group: ChannelGroup, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """What a tensor holds of each channel, (C, ...), or None where a channel is not exactly one row of it."""
+    axis = next((a for a in group.writes if a.tensor == name), None)
+    if axis is None or axis.axis != 0 or axis.index.shape[1] != 1:
+        return None
+    return tensors[name].index_select(0, axis.index[:, 0].to(tensors[name].device))
+
+
+def _repaired_variances(
+    group: ChannelGroup, projection: Projection, tensors: Mapping[str, Tensor], norm_scale: bool
+) -> dict[str, Tensor]:
+    """New running variances, (k,) by name, of merged channels: Fold-AR, the approximate repair of arXiv:2502.10216.
+
+    The mean of N channels of variance 1 and mean correlation E has the variance (1 + (N - 1) E) / N = 1 / beta². A norm
+    that divides by this one in place of the mean variance scales what it puts out by beta, about its shift. E is read
+    off the weights before the norm, or where it has none of its own (a residual stream), off all that write the group:
+    with cosines for correlations 1 / beta² is the squared length of the mean of their rows, each of length 1.
+
+    It is kept between 1 / N and 1, so 1 <= beta <= √N: rows that cancel would have beta without bound (the paper has
+    none), and correlations of weights below 0 are not those of channels on real inputs, which are far from white.
+    """
+    new: dict[str, Tensor] = {}
+    rows = partial(_written_rows, group, tensors)
+    weights = [a.tensor for a in group.writes if tensors[a.tensor].dim() > 1]
+    for norm in group.norms:
+        var = rows(norm.var) if norm.var else None
+        writing = [found for name in ([norm.writer] if norm.writer else weights) if (found := rows(name)) is not None]
+        if var is None or not writing:
+            continue
+        unit = F.normalize(torch.cat([w.double().flatten(1) for w in writing], 1), dim=1)
+        if norm.writer and norm.weight and norm_scale:  # what is averaged then is the output of the norm
+            gain = rows(norm.weight)
+            unit = unit if gain is None else unit * torch.where(gain < 0, -1.0, 1.0)[:, None]
+        counts = projection.counts.to(var.device)
+        shrunk = merge(unit, projection, "mean").square().sum(1)
+        alive = merge(unit.abs().amax(1), projection, "mean") > 0  # rows of zeros are duplicates: nothing changes
+        shrunk = torch.where(alive, shrunk.clamp(max=1).maximum(1 / counts), 1)
+        mean = merge(var.double(), projection, "mean")
+        new[str(norm.var)] = torch.where(counts > 1, ((mean + norm.eps) * shrunk - norm.eps).clamp(min=0), mean)
     return new
 
 

@@ -42,7 +42,7 @@ def repair_(model: nn.Module, batches: Iterable[Tensor]) -> bool:
     if first is None:
         raise UserError("repair needs at least one batch of pictures, got none")
     momenta = [norm.momentum for norm in norms]
-    with _modes(model):
+    with kept_modes(model):
         model.eval()
         try:
             for norm in norms:
@@ -75,7 +75,7 @@ def tune_norms_(
         return False
     needed_grad = {p: p.requires_grad for p in model.parameters()}
     optimizer = torch.optim.Adam([p for p in needed_grad if p in tuned], lr)
-    with _modes(model), torch.enable_grad():
+    with kept_modes(model), torch.enable_grad():
         model.eval()  # dropout off, BatchNorm statistics fixed
         try:
             for p in needed_grad:
@@ -94,7 +94,7 @@ def tune_norms_(
 
 
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
+def kept_modes(model: nn.Module) -> Iterator[None]:
     """Restore the training mode of every module afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     try:

@@ -47,6 +47,42 @@ def test_what_nobody_reads_goes_first_and_no_budget_is_broken():
             assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("method", ["fold", "l2"])
+def test_without_pictures_what_the_parameters_can_spare_goes_first(method):
+    """A group of exact duplicates, or of zeros, loses those before another loses anything."""
+    model = randomise_(
+        nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4))
+    ).eval()
+    with torch.no_grad():
+        for tensor, dim in ((model[2].weight, 0), (model[2].bias, 0), (model[4].weight, 1)):
+            first, second = tensor.chunk(2, dim)
+            second.copy_(first if method == "fold" else torch.zeros_like(first))
+    inputs = torch.randn(50, 8)
+    for budget in ("params", "macs"):
+        even, own = (compress(model, inputs[:1], method, 0.2, allocate=a) for a in ("uniform", budget))
+        first, second = own.report.groups
+        assert 10 <= second.after < 16 < first.after
+        assert own.report.params_after <= even.report.params_after
+        with torch.no_grad():
+            wanted = model(inputs)
+            errors = [float((net(inputs) - wanted).square().sum()) for net in (even.model, own.model)]
+        assert errors[1] < errors[0]
+
+
+def test_pictures_or_parameters_say_what_is_spared():
+    build, example = NETS["vgg"]
+    model, pictures = randomise_(build()).train(), torch.randn(16, *example.shape[1:])
+
+    def sizes(**options):
+        smaller, report = compress(model, example, "mix", 0.5, allocate="macs", **options)
+        assert all(module.training for module in smaller.modules())
+        return [group.after for group in report.groups]
+
+    seen = sizes(pictures=pictures)
+    assert seen == sizes(pictures=pictures, spare="output") != sizes(pictures=pictures, spare="parameters")
+    assert sizes() == sizes(spare="parameters") != seen
+
+
 def test_heads_of_a_layer_keep_one_size():
     build, example = NETS["vit"]
     model, pictures = randomise_(build()).eval(), torch.randn(8, *example.shape[1:])
@@ -73,13 +109,14 @@ def test_protected_groups_stay_whole():
             assert whole == protected
 
 
+@pytest.mark.parametrize("spare", ["output", "parameters"])
 @pytest.mark.parametrize("budget", ["macs", "params"])
 @pytest.mark.parametrize("name", ["vgg", "vit", "shuffled"])
-def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget):
+def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget, spare):
     """Attention multiplies outside of layers, too; and what a last coarse step took too much goes back."""
     build, example = NETS[name]
     model, pictures = randomise_(build()).eval(), torch.randn(16, *example.shape[1:])
-    options = {"parts": (*DEFAULT_PARTS, "width"), "pictures": pictures}
+    options = {"parts": (*DEFAULT_PARTS, "width"), "pictures": pictures if spare == "output" else None}
     for ratio in (0.3, 0.6):
         even, own = (compress(model, example, "l2", ratio, allocate=a, **options).report for a in ("uniform", budget))
         left, limit = ((r.macs_after, r.params_after)[budget == "params"] for r in (own, even))
@@ -89,7 +126,8 @@ def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocate": "macs"}, "allocate=macs measures what each group can spare, so it needs pictures"),
+        ({"allocate": "macs", "spare": "output"}, "spare=output compares outputs on pictures, so it needs pictures"),
+        ({"allocate": "macs", "spare": "outputs"}, "unknown spare 'outputs'.*; choose from: output, parameters"),
         ({"allocate": "flops"}, "unknown allocate 'flops'; choose from: macs, params, uniform"),
         ({"protect": ["layer9"]}, "no group's name begins with 'layer9'; there are conv1"),
     ],

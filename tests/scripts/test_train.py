@@ -127,7 +127,7 @@ def wandb_read(path: Path, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["compression.methods=[fodl]"], "unknown method 'fodl'.*choose from: bn_scale, fold"),
+        (["compression.methods=[fodl]"], "unknown method 'fodl'.*choose from: bn_scale, fisher, fold"),
         (["compression.ratios=[1.5]"], r"ratio 1\.5 is out of range"),
         (["model.name=resnet81"], "unknown model 'resnet81'.*resnet18"),
         (["+model.depth=3"], "model 'resnet18' has no option 'depth'; it takes: width"),
