@@ -42,6 +42,7 @@ class CompressionCallback(NetworkCallback):
     round_to: leave multiples of so many channels (8 or 16 are faster on some hardware)
     parts: what is compressed: "hidden" channels, "residual" streams, and of attention the "width" of heads or whole
         ones ("head"); a method's own options may say other parts
+    predict: foretell, on synthetic pictures, what every network is worth: the `fidelity` of its rows (see predict.py)
     network: attribute of the LightningModule that holds the network, dots allowed
     eval_data: Dataset or DataLoader to measure on; None: the validation set that the Trainer uses
     repair_data: Dataset or DataLoader of training samples without augmentation, for repair and norm tuning; None: the
@@ -68,6 +69,7 @@ class CompressionCallback(NetworkCallback):
         stages: Sequence[str] = ("raw", "repaired"),
         round_to: int = 1,
         parts: Sequence[str] = DEFAULT_PARTS,
+        predict: bool = False,
         network: str = "net",
         eval_data: Dataset | DataLoader | None = None,
         repair_data: Dataset | DataLoader | None = None,
@@ -79,7 +81,7 @@ class CompressionCallback(NetworkCallback):
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        measurement = Measurement(methods, ratios, stages, round_to, seed, parts, who=type(self).__name__)
+        measurement = Measurement(methods, ratios, stages, round_to, seed, parts, predict, who=type(self).__name__)
         super().__init__(measurement, network, eval_data, repair_data, repair_size, batch_size, seed)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")

@@ -14,12 +14,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
-from pipeline.compression.compress import Counted, check_finite, check_groups, check_ratios, macs, parameters
+from pipeline.compression.compress import (
+    AUTO,
+    Counted,
+    check_finite,
+    check_groups,
+    check_ratios,
+    kinds,
+    macs,
+    parameters,
+)
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.layers import UNITS, other_units
 from pipeline.compression.masks import MASKS, check_mask
 from pipeline.compression.methods import FOLDING, METHODS, check_pictures
+from pipeline.compression.predict import judge
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
 from pipeline.compression.synthetic import synthesize
@@ -89,6 +99,7 @@ class Measurement:
     round_to: leave multiples of so many channels; seed: of methods that draw
     parts: of compression.group.PARTS, what is compressed; a method's own options may say other parts. Masks know
         neither channels nor parts: round_to and parts are not for them
+    predict: foretell, on synthetic pictures, what every network is worth: the fidelity in its rows
     who: whom warnings name
 
     Keeps the trace and the MAC counts, so one Measurement serves all networks of one architecture.
@@ -102,6 +113,7 @@ class Measurement:
         round_to: int = 1,
         seed: int = 0,
         parts: Sequence[str] = DEFAULT_PARTS,
+        predict: bool = False,
         who: str = "compression",
     ) -> None:
         for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
@@ -114,7 +126,7 @@ class Measurement:
         }
         self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
         for label, options in self.methods.items():
-            pick("method", {**METHODS, **MASKS}, options["method"])
+            pick("method", kinds(), options["method"])
             check_pictures(options["method"], options["pictures"])
             if options["pictures"] is not None:
                 pick("pictures", dict.fromkeys(PICTURES), options["pictures"])
@@ -132,7 +144,7 @@ class Measurement:
         if not self.methods or not ratios or not stages:
             raise UserError("compression needs at least one method, one ratio and one stage")
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
-        self.who = who
+        self.predict, self.who = predict, who
         self._groups: dict[tuple[Any, ...], ChannelGroups] = {}
         self._counted: Counted = {}
         self._warned: set[str] = set()
@@ -146,12 +158,12 @@ class Measurement:
     def folds(self) -> dict[str, bool]:
         """Of the labels of methods that compare at one ratio: do they fold, or prune?
 
-        Not those that see pictures, masks (their ratio is of weights) or what compresses some of the groups alone.
+        Not "auto", what sees pictures or compresses some of the groups alone, and masks (their ratio is of weights).
         """
         return {
             label: o["method"] in FOLDING
             for label, o in self.methods.items()
-            if not o["pictures"] and o["method"] not in MASKS and o.get("units", "all") == "all"
+            if not o["pictures"] and o["method"] in METHODS and o.get("units", "all") == "all"
         }
 
     @property
@@ -248,13 +260,22 @@ class Measurement:
             own = [entry for entry in plan if entry.method == label]
             with self._or_fail(found, own, label):
                 start = time.perf_counter()
+                judged = self.judge(net, example, made)
                 smaller = self.compressed(label, net, example, mending, made)
                 for ratio, compressed in zip(self.ratios, smaller, strict=True):
                     report = compressed.report
                     values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
                     values["seconds"] = time.perf_counter() - start
+                    values["fidelity"] = judged(compressed.model)
                     yield [entry for entry in own if entry.ratio == ratio], compressed, values
                     start = time.perf_counter()
+
+    def judge(self, net: nn.Module, example: Tensor, made: dict[str, Tensor]) -> Callable[[nn.Module], float | None]:
+        """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
+        if self.predict:
+            with self.or_warn("fidelity cannot be foretold"):
+                return judge(net, self.synthetic(net, example, made))
+        return lambda smaller: None
 
     def compressed(
         self,
@@ -276,12 +297,20 @@ class Measurement:
             yield from compressions(net, example, method, **{"seed": seed, **_of_mask(options)})
             return
         kind, made = options.pop("pictures"), {} if made is None else made
-        if kind == "synthetic" and kind not in made:
-            made[kind] = synthesize(net, example, seed=self.shared["seed"])
-        elif kind == "data" and kind not in made:
+        if kind == "data" and kind not in made:
             made[kind] = torch.cat([batch for batch, _ in mending])[:CALIBRATION]
+        if kind == "synthetic":
+            self.synthetic(net, example, made)
         given = {"groups": self.groups(label, net, example), "pictures": made[kind] if kind else None}
+        if options["method"] == AUTO:
+            options.setdefault("judge_on", self.synthetic(net, example, made))
         yield from compressions(net, example, **{**self.shared, **options, **given})
+
+    def synthetic(self, net: nn.Module, example: Tensor, made: dict[str, Tensor]) -> Tensor:
+        """Pictures of this network's own, made once."""
+        if "synthetic" not in made:
+            made["synthetic"] = synthesize(net, example, seed=self.shared["seed"])
+        return made["synthetic"]
 
     @contextmanager
     def _or_fail(

@@ -38,6 +38,8 @@ class Row:
         masked weights
     params: parameters that are left; macs: multiply-accumulates per picture, of masked networks as though none were
         zero; seconds: to compress, repair and evaluate
+    fidelity: foretold on synthetic pictures, as compressed: how alike it answers as the dense network, 0 ... 1 (see
+        compression.predict); None: not asked for
     status: ok or failed; reason: why it failed; version: of this code
     """
 
@@ -60,6 +62,7 @@ class Row:
     params: int | None = None
     macs: int | None = None
     seconds: float | None = None
+    fidelity: float | None = None
     version: str = ""
 
 
@@ -141,7 +144,7 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
 
 def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
     # The in-memory engine: the streaming one takes half as long again on many small files.
-    return pl.scan_parquet(blobs, schema=SCHEMA).select(columns).collect(engine="in-memory")
+    return pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert").select(columns).collect(engine="in-memory")
 
 
 def _parsed_whole(

@@ -1,14 +1,17 @@
 """Tables and pictures over rows: of one run, or the mean over the cells of a sweep."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
+from scipy.stats import spearmanr
 
+from pipeline.compression.compress import AUTO
 from pipeline.compression.masks import MASKS
 from pipeline.compression.methods import FOLDING
 from pipeline.results import DENSE, means, measured
@@ -16,6 +19,7 @@ from pipeline.results import DENSE, means, measured
 TITLES = {"raw": "raw (as compressed)", "repaired": "repaired (statistics re-estimated)", "norm_tuned": "norms tuned"}
 HEADLINE_STAGES = ("repaired", "raw", "norm_tuned")  # the first of them that a cell has is its headline
 HEADLINE_RATIO = 0.5
+SURE = 0.02  # gaps of less are within the noise of some thousand pictures
 PER_CELL = ["cell", "stage", "ratio"]
 
 
@@ -61,12 +65,17 @@ def duels(rows: pl.DataFrame) -> pl.DataFrame:
     """One line per cell, stage and ratio: fold and prune, the best accuracies of each kind, and gap = fold - prune.
 
     0 ... 1; null where there is none of a kind. Give it the last measurement. Methods that were compensated on pictures
-    ("fold+synthetic") or compress some of the groups alone ("l1+filters") stay out of it, and masks: at one ratio they
-    leave other networks.
+    ("fold+synthetic"), chosen ("auto") or compress some of the groups alone ("l1+filters") stay out of it, and masks:
+    at one ratio they leave other networks.
     """
-    rows = rows.filter(~pl.col("method").str.contains("+", literal=True) & ~is_mask(pl.col("method")))
-    folding = is_folding(pl.col("method"))
-    best = [pl.col("acc").filter(kind).max().alias(name) for name, kind in (("fold", folding), ("prune", ~folding))]
+    return _duels(rows, "acc")
+
+
+def _duels(rows: pl.DataFrame, value: str) -> pl.DataFrame:
+    label = pl.col("method")
+    rows = rows.filter(~label.str.contains("+", literal=True) & ~is_mask(label) & (label != AUTO))
+    folding = is_folding(label)
+    best = [pl.col(value).filter(kind).max().alias(name) for name, kind in (("fold", folding), ("prune", ~folding))]
     found = measured(rows).group_by(PER_CELL, maintain_order=True).agg(best)
     return found.with_columns(gap=pl.col("fold") - pl.col("prune"))
 
@@ -82,6 +91,45 @@ def gaps(rows: pl.DataFrame) -> pl.DataFrame:
     found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
     t = pl.Series([stdtrit(n - 1, 0.975) if n >= 3 else None for n in found["n"]], dtype=pl.Float64)
     return found.with_columns(margin=t * pl.col("std") / pl.col("n").sqrt()).drop("std")
+
+
+class Foretold(NamedTuple):
+    """How well `fidelity`, which sees no data, ranks raw results: Spearman's correlations, and over how many of them.
+
+    acc: of fidelity with accuracy, over all networks, methods and ratios; gap: of the best folding's fidelity less the
+    best pruning's with the gap of their accuracies, over networks and ratios
+    sign: in what fraction of the gaps of more than SURE points either way it names the winner
+    """
+
+    acc: float
+    n: int
+    gap: float
+    gaps: int
+    sign: float
+    sure: int
+
+
+def foretold(rows: pl.DataFrame) -> Foretold | None:
+    """Of the last measurement; None where fewer than three results have a fidelity."""
+    known = pl.col("fidelity").is_not_null() & pl.col("fidelity").is_not_nan()
+    found = measured(rows).filter(known & (pl.col("stage") == "raw"))
+    if len(found) < 3:
+        return None
+    gap = (
+        duels(found)
+        .join(_duels(found, "fidelity"), on=PER_CELL, suffix="_foretold")
+        .drop_nulls(["gap", "gap_foretold"])
+    )
+    sure = gap.filter(pl.col("gap").abs() > SURE)
+    right = (sure["gap"].sign() == sure["gap_foretold"].sign()).mean() if len(sure) else math.nan
+    return Foretold(
+        float(spearmanr(found["fidelity"], found["acc"]).statistic),
+        len(found),
+        float(spearmanr(gap["gap_foretold"], gap["gap"]).statistic) if len(gap) > 2 else math.nan,
+        len(gap),
+        right,
+        len(sure),
+    )
 
 
 def headlines(rows: pl.DataFrame) -> pl.DataFrame:

@@ -25,6 +25,7 @@ from pipeline.cells import STATES, as_table, cells, flat, line
 from pipeline.results import ROWS, SCHEMA, SPEED, read_present, read_speeds
 from pipeline.study import (
     dense_accuracy,
+    foretold,
     headlines,
     last_measurement,
     plot_curves,
@@ -35,7 +36,7 @@ from pipeline.study import (
 from pipeline.tables import UserError, first_line, pick
 
 # What the tables are made of: reading the other columns takes as long again.
-COLUMNS = "cell epoch method ratio stage split status reason acc params".split()
+COLUMNS = "cell epoch method ratio stage split status reason acc params fidelity".split()
 RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell, beside its settings
 UNSHOWN = ("paths.", "wandb.")  # where files and logs go: no settings of what is run
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
@@ -236,6 +237,11 @@ def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
     dense, missing = dense_accuracy(rows), done - rows["cell"].n_unique()
     notes = [f"; dense {100 * dense:.1f}%"] * (dense is not None) + [f"; {missing} more have no rows"] * (missing > 0)
     print_table(rows, means_title(label, rows) + "".join(notes), duel=True)
+    if (found := foretold(rows)) is not None:
+        print(
+            f"Fidelity, which sees no data, ranks the {found.n} raw accuracies at {found.acc:.2f} (Spearman) and the "
+            f"{found.gaps} gaps at {found.gap:.2f}; of {found.sure} clear gaps it names the winner in {found.sign:.0%}."
+        )
 
 
 def picture(label: str, rows: pl.DataFrame, path: Path) -> None:

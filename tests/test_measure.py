@@ -157,3 +157,30 @@ def test_masks_alone_need_no_channels_but_units_some():
     assert [(row.method, row.status) for row in rows_of(masks, net)] == [("dense", "ok"), ("magnitude", "ok")]
     with pytest.raises(UserError, match="VisionTransformer has no groups of filters"):
         Measurement(["l1+filters"], [0.5], ["raw"]).trace(vit(), example)
+
+
+def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(pipeline.measure, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
+    net = build_model("resnet20", 4, 3)
+    mending = [tuple(PICTURES.tensors)]
+
+    def rows(**options):
+        measurement = Measurement(["fold", "auto"], [0.0, 0.5], ["raw", "repaired"], **options)
+        return measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
+
+    assert all(row.fidelity is None for row in rows())
+    found = {(row.method, row.ratio, row.stage): row for row in rows(predict=True)}
+    assert all(row.status == "ok" for row in found.values())
+    assert found["fold", 0.0, "raw"].fidelity == pytest.approx(1)
+    assert found["fold", 0.5, "raw"].fidelity < 1
+    assert found["auto", 0.5, "raw"].fidelity >= found["fold", 0.5, "raw"].fidelity
+
+
+def test_fidelity_that_cannot_be_foretold_costs_a_warning():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    inputs = torch.randn(8, 4), torch.arange(8) % 4
+    measurement = Measurement(["fold"], [0.5], ["raw"], predict=True)
+    with pytest.warns(RuntimeWarning, match="fidelity cannot be foretold.*networks of pictures"):
+        rows = measurement.rows(net, lambda: Inputs(inputs[0][:1], [inputs], []), CONTEXT)
+    assert [row.status for row in rows] == ["ok", "ok"]
+    assert rows[1].fidelity is None

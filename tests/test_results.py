@@ -139,3 +139,10 @@ def test_foldability_is_the_mean_height_of_the_curve(dense, curve, area):
 
 def test_foldability_of_a_broken_curve_is_nan():
     assert math.isnan(foldability(0.9, {0.5: math.nan}))
+
+
+def test_a_file_of_before_a_column_was_there_reads_as_none(tmp_path):
+    store = RowStore(tmp_path / "rows.parquet")
+    store.add([row(cell="c")])
+    store.rows.drop("fidelity").write_parquet(tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet")["fidelity"].to_list() == [None]

@@ -10,6 +10,7 @@ from pipeline.results import DENSE, Row, table
 from pipeline.study import (
     dense_accuracy,
     duels,
+    foretold,
     gaps,
     headlines,
     is_folding,
@@ -148,3 +149,24 @@ def test_masks_are_shown_and_not_compared():
     masked = shown(result_table(table([rows[0], rows[-1]])))
     assert not any(line.startswith("parameters left") for line in masked)
     assert headlines(table([rows[0], rows[-1]]))["gap"].to_list() == [None]
+
+
+def test_what_was_foretold_against_what_came():
+    rows = []
+    for name, (fold, l1), (guess_fold, guess_l1) in [
+        ("a", (0.9, 0.5), (0.8, 0.4)),  # right
+        ("b", (0.6, 0.7), (0.3, 0.5)),  # right
+        ("c", (0.4, 0.41), (0.2, 0.1)),  # wrong, but too near to count
+        ("d", (0.3, 0.2), (0.0, 0.05)),  # wrong
+    ]:
+        rows += [row(name, "fold", acc=fold, fidelity=guess_fold), row(name, "l1", acc=l1, fidelity=guess_l1)]
+        rows += [
+            row(name, "mix+data", acc=0.99, fidelity=0.9),
+            row(name, "fold", acc=0.0, fidelity=0.9, stage="repaired"),
+        ]
+    found = foretold(table(rows))
+    assert (found.n, found.gaps, found.sure) == (12, 4, 3)
+    assert found.sign == pytest.approx(2 / 3)
+    assert found.gap == pytest.approx(0.8)  # ranks of the gaps 4, 1, 2, 3 and foretold 4, 1, 3, 2
+    assert 0 < found.acc < 1
+    assert foretold(table([row(), row("b"), row("c")])) is None

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -18,7 +18,9 @@ from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroup
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import MASKS, masks_of
 from pipeline.compression.methods import METHODS, GroupWeights, Projections, check_pictures
+from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
+from pipeline.compression.synthetic import synthesize
 from pipeline.tables import UserError, call, pick
 
 
@@ -98,6 +100,9 @@ class Report:
         return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
 
 
+AUTO = "auto"
+CANDIDATES = ("mix", "fold", "l2", "obs")  # that it chooses from
+
 Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
 
 
@@ -119,7 +124,7 @@ def compress(model, example, method="fold", ratio=0.5, **options):
 
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
     method: a name in METHODS: fold, l1, l2, ...; or in MASKS: magnitude, lamp, n_m, ..., which set single weights to
-        zero and leave all shapes as they are.
+        zero and leave all shapes as they are; or "auto": the method that is foretold to leave the most accuracy.
     ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1, or a sequence of
         them; then a list comes back, and what the ratios can share is computed once.
     options: those of `compressions`, and those of the method (fold: refine; l1, l2: score; n_m: m).
@@ -137,11 +142,54 @@ def compressions(
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
 
-    options: of a method in METHODS those of `smaller_copies`, of one in MASKS those of `masked_copies`.
+    options: of a method in METHODS those of `smaller_copies`, of one in MASKS those of `masked_copies`, of "auto" those
+    of `judged_copies`.
     """
-    pick("method", {**METHODS, **MASKS}, method)
-    copies = masked_copies if method in MASKS else smaller_copies
-    return copies(model, example, method, ratios, **options)
+    return pick("method", kinds(), method)(model, example, method, ratios, **options)
+
+
+def kinds() -> dict[str, Callable[..., Iterator[Compressed]]]:
+    """Every name of a method, and what makes its copies."""
+    return {**dict.fromkeys(METHODS, smaller_copies), **dict.fromkeys(MASKS, masked_copies), AUTO: judged_copies}
+
+
+def judged_copies(
+    model: nn.Module,
+    example: Example,
+    method: str,
+    ratios: Sequence[float],
+    *,
+    candidates: Sequence[str] = CANDIDATES,
+    judge_on: Example | None = None,
+    pictures: Example | None = None,
+    groups: ChannelGroups | None = None,
+    parts: Sequence[str] = DEFAULT_PARTS,
+    counted: Counted | None = None,
+    seed: int = 0,
+    **options,
+) -> Iterator[Compressed]:
+    """For every ratio the copy, of those by the candidates, that is foretold to be the most accurate (see predict.py).
+
+    candidates: names in METHODS; the first of them wins a tie. judge_on: network inputs that foretell it; None: the
+    pictures that methods see, else synthetic ones (`synthesize`). The rest: of `smaller_copies`.
+    """
+    model = bare_copy(model, share=True).eval()
+    groups = channel_groups(model, example, parts) if groups is None else groups
+    given = {"groups": groups, "pictures": pictures, "counted": counted, "seed": seed, **options}
+    makers = {name: pick("candidate", METHODS, name) for name in candidates}
+    if judge_on is None:
+        judge_on = synthesize(model, example, seed=seed) if pictures is None else pictures
+    judged = judge(model, judge_on)
+    found = {
+        (name, report.ratio): judged(smaller)
+        for name in makers
+        for smaller, report in smaller_copies(model, example, name, ratios, **given)
+    }
+    for ratio in ratios:
+        worth = {name: found[name, float(ratio)] for name in makers}
+        best = max(worth, key=worth.__getitem__)
+        smaller, report = next(smaller_copies(model, example, best, [ratio], **given))
+        yield Compressed(smaller, replace(report, method=f"{method} ({best})"))
 
 
 def masked_copies(

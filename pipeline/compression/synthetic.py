@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from pipeline.compression.compensate import channel_moments
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.graph import Example
 from pipeline.compression.repair import tracked_norms
 from pipeline.tables import UserError
 
 
 def synthesize(
-    model: nn.Module, example: Tensor, count: int = 128, steps: int = 40, lr: float = 0.1, seed: int = 0
+    model: nn.Module, example: Example, count: int = 128, steps: int = 40, lr: float = 0.1, seed: int = 0
 ) -> Tensor:
     """(count, C, H, W) synthetic network inputs like example (N, C, H, W), on its device; the model is untouched.
 
