@@ -53,9 +53,8 @@ def test_auto_is_at_every_ratio_the_candidate_of_the_greatest_fidelity(net, exam
         for smaller, report in compress(net, example, name, RATIOS, groups=groups)
     }
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    for smaller, report in compress(
-        net, example, "auto", RATIOS, groups=groups, candidates=CANDIDATES, judge_on=pictures(64)
-    ):
+    options = {"groups": groups, "candidates": CANDIDATES, "judge_on": pictures(64)}
+    for smaller, report in compress(net, example, "auto", RATIOS, **options):
         best = max(CANDIDATES, key=lambda name, ratio=report.ratio: worth[name, ratio])
         assert report.method == f"auto ({best})"
         assert judged(smaller) == pytest.approx(worth[best, report.ratio])
