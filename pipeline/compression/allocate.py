@@ -1,11 +1,10 @@
 """How many channels each group keeps, under one budget for the whole network.
 
 What a group can spare is measured: it alone is compressed to some sizes, compensated, and the output of the network on
-the pictures compared with the dense one's. Without pictures there are the squared relative errors of its parameters:
-what folding to a size merges away, what pruning drops of the magnitude. (As sizes they are only a guess, see
-docs/log.md: errors of different layers do not compare.) Assuming that these errors add up, sizes are then found
-greedily: of all steps that save anything, the one that costs the least error per multiplication (or parameter) saved
-comes next, until the budget of the uniform ratio is reached.
+the pictures compared with the dense one's. Without pictures, what the method loses of the parameters is a guess at it
+(see of_parameters). Assuming that these errors add up, sizes are then found greedily: of all steps that save anything,
+the one that costs the least error per multiplication (or parameter) saved comes next, until the budget of the uniform
+ratio is reached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ def allocated(
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
     if seen is None:
-        errors = [of_parameters(groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)]
+        errors = [of_parameters(model, groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)]
     else:
         dense = outputs(model, seen.pictures)
         errors = [measured(model, groups, tie, seen, dense, choose, rounded) for tie in free]
@@ -125,12 +124,20 @@ def measured(
 
 
 def of_parameters(
-    groups: ChannelGroups, tie: Sequence[int], sizes: Sequence[int], choose: Choose
+    model: nn.Module, groups: ChannelGroups, tie: Sequence[int], sizes: Sequence[int], choose: Choose
 ) -> Callable[[int], float]:
-    """The squared relative error of the parameters of the groups of one tie, their mean, by the size of each."""
-    sizes = sorted(sizes)
-    chosen = [choose(groups[i], sizes) for i in tie]
-    return monotone(sizes, [sum(of_group[k][1] ** 2 for of_group in chosen) / len(tie) for k in sizes])
+    """What compression gets wrong of the parameters of the groups of one tie, against what it keeps, by their size.
+
+    That is e / (1 - e) of the squared relative error e, so that no group is emptied, once for each weight that writes
+    or reads the group: a residual stream reaches many layers (e alone, each group once, was worse than uniform sizes).
+    """
+    sizes, tensors = sorted(sizes), named_tensors(model)
+    errors = dict.fromkeys(sizes, 0.0)
+    for group in (groups[i] for i in tie):
+        count = sum(tensors[axis.tensor].dim() > 1 for axis in (*group.writes, *group.reads))
+        for k, (_, error) in choose(group, sizes).items():
+            errors[k] += count * error**2 / max(1 - error**2, 1e-6)
+    return monotone(sizes, [errors[k] for k in sizes])
 
 
 def monotone(sizes: Sequence[int], errors: Sequence[float]) -> Callable[[int], float]:
