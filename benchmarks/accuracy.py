@@ -1,31 +1,46 @@
 """How much accuracy the methods leave, of real networks, without data and with 512 unlabelled pictures.
 
-    python -m scripts.train sweep=accuracy_resnets_cifar10 data.root=cifar10.npz     # and accuracy_vit_cifar10
-    python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=resnet18 \\
-        data.root=cifar10.npz data.test_size=2000 compression.repair_size=1024 save=false profile.runtimes=[] \\
-        'methods=[fold,l1,l2,mix,l1+synthetic,fold+synthetic,mix+synthetic,obs+synthetic,l1+grail,fold+grail,
-        l1+data,fold+data,mix+data,obs+data]' paths.runs=runs/accuracy
+    python -m scripts.train sweep=accuracy_resnets_cifar10 data.root=cifar10.npz paths.runs=runs/accuracy
+    python -m scripts.train sweep=accuracy_vit_cifar10 data.root=cifar10.npz paths.runs=runs/accuracy
+    python -m scripts.compress checkpoint=resnet20-12fca82f.th model=resnet20 name=resnet20 $NORMAL $COMMON \\
+        'methods=[fold,l1,l2,mix,mix+synthetic,l1+grail,mix+data]' paths.runs=runs/accuracy     # and resnet32
     python -m scripts.report runs/accuracy --out benchmarks/results/accuracy.parquet
-    # and with 'methods=[mix+synthetic,mix+synthetic+macs,mix+data,mix+data+macs]' ratios=[0.3,0.5,0.7] stages=[raw]
-    # paths.runs=runs/allocation:
+
+    # what foretells, and all methods; of the networks trained above and of resnet20, resnet32
+    python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=foretold $COMMON \\
+        methods=[fold,l1,l2,mix,auto] stages=[raw] compression.predict=true paths.runs=runs/foretold
+    python -m scripts.report runs/foretold --out benchmarks/results/foretold.parquet
+    python -m scripts.compress ... $COMMON ratios=[0.3,0.5,0.7] paths.runs=runs/methods \\
+        "methods=[$METHODS]"
+    python -m scripts.report runs/methods --out benchmarks/results/methods.parquet
+
+    # an epoch of tuning, and networks of the same size from scratch
+    python -m scripts.train sweep=tuned_cifar10 checkpoint=.../last.ckpt data.root=cifar10.npz paths.runs=runs/tuned
+    python -m scripts.train sweep=tuned_cifar10 shrink.method=random trainer.max_epochs=3 optim.lr=0.1 ...
+    python -m scripts.report runs/tuned --out benchmarks/results/tuned.parquet
+
+    # sizes by what groups can spare
+    python -m scripts.compress ... 'methods=[mix+synthetic,mix+synthetic+macs,mix+data,mix+data+macs]' \\
+        ratios=[0.3,0.5,0.7] stages=[raw] paths.runs=runs/allocation
     python -m scripts.report runs/allocation --out benchmarks/results/allocation.parquet
     python -m benchmarks.accuracy
 
-One `scripts.compress` a network; ResNet-20 and -32 are those of akamaster/pytorch_resnet_cifar10 (model=resnet20,
-data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]). Writes docs/accuracy.md and its picture.
+$COMMON: data.root=cifar10.npz data.test_size=2000 compression.repair_size=1024 ratios=[0.1,0.3,0.5,0.7,0.9] save=false
+profile.runtimes=[]. $NORMAL: data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225], as ResNet-20 and -32 of
+akamaster/pytorch_resnet_cifar10 want. Writes docs/accuracy.md and its picture.
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
 from scipy.special import stdtrit
 
 from pipeline.results import DENSE, measured
-from pipeline.study import dense_rows, plot_curves
+from pipeline.study import dense_rows, foretold, plot_curves
 
-ROWS = Path("benchmarks/results/accuracy.parquet")
-ALLOCATION = Path("benchmarks/results/allocation.parquet")
+RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/accuracy.md")
 MARK = "<!-- written by python -m benchmarks.accuracy from here on -->"
 STUDY = ["fold", "l1", "l2"]
@@ -34,32 +49,47 @@ NETWORK = "cell"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=ROWS)
-    args = parser.parse_args()
-    rows = pl.read_parquet(args.rows)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = {path.stem: pl.read_parquet(path) for path in RESULTS.glob("*.parquet")}
     text = PAGE.read_text().split(MARK)[0].rstrip() if PAGE.exists() else "# How much accuracy the methods leave"
-    PAGE.write_text("\n".join([text, "", MARK, "", *page(rows), "", *sizes(pl.read_parquet(ALLOCATION))]) + "\n")
-    networks = rows[NETWORK].n_unique()
-    shown = rows.filter(pl.col("method").is_in([DENSE, *SHOWN]))
+    parts = [
+        page(rows["accuracy"]),
+        recipes(rows["accuracy"]),
+        everything(rows["methods"]),
+        prediction(rows["foretold"]),
+        tuning(rows["tuned"]),
+        sizes(rows["allocation"]),
+    ]
+    PAGE.write_text("\n".join([text, "", MARK, "", *("\n".join([*part, ""]) for part in parts)]).rstrip() + "\n")
+    networks = rows["accuracy"][NETWORK].n_unique()
+    shown = rows["accuracy"].filter(pl.col("method").is_in([DENSE, *SHOWN]))
     plot_curves(shown, PAGE.with_suffix(".png"), f"Mean accuracy of {networks} networks on CIFAR-10")
 
 
-def page(rows: pl.DataFrame) -> list[str]:
+def against_the_study(rows: pl.DataFrame) -> pl.DataFrame:
+    """What was measured, in %, with the dense accuracy, the best of the study's methods, and what is won over it.
+
+    won: of what the study's best loses, in %, so that the mean is the mean gain by the mean loss
+    """
     dense = dict(dense_rows(rows).group_by(NETWORK, maintain_order=True).agg(pl.col("acc").first()).iter_rows())
-    names = {cell: cell.rpartition("-")[0] for cell in dense}
-    found = measured(rows).with_columns(dense=pl.col(NETWORK).replace_strict(dense), acc=100 * pl.col("acc"))
-    found = found.with_columns(dense=100 * pl.col("dense"))
-    of_study = pl.col("acc").filter(pl.col("method").is_in(STUDY)).max().over(NETWORK, "stage", "ratio")
-    grail = pl.col("acc").filter(pl.col("method") == "l1+grail").first().over(NETWORK, "stage", "ratio")
-    found = found.with_columns(study=of_study, grail=grail)
+    found = measured(rows).with_columns(dense=100 * pl.col(NETWORK).replace_strict(dense), acc=100 * pl.col("acc"))
+    here = [NETWORK, "stage", "ratio"]
+    study = pl.col("acc").filter(pl.col("method").is_in(STUDY)).max().over(here)
+    grail = pl.col("acc").filter(pl.col("method") == "l1+grail").first().over(here)
+    found = found.with_columns(study=study, grail=grail)
     mean_loss = (pl.col("dense") - pl.col("study")).mean().over("method", "stage", "ratio")
     found = found.with_columns(gain=pl.col("acc") - pl.col("study"), over_grail=pl.col("acc") - pl.col("grail"))
-    found = found.with_columns(won=100 * pl.col("gain") / mean_loss)  # its mean: mean gain by mean loss
+    return found.with_columns(won=100 * pl.col("gain") / mean_loss)
+
+
+def page(rows: pl.DataFrame) -> list[str]:
+    found = against_the_study(rows)
     raw, repaired = (found.filter(pl.col("stage") == stage) for stage in ("raw", "repaired"))
+    ours = ~pl.col("method").is_in(STUDY)
+    families = found.group_by("model", maintain_order=True).agg(pl.col(NETWORK).n_unique(), pl.col("dense").mean())
     return [
-        f"{len(dense)} networks, n = 1 checkpoint each, {found['n'].max():,} test pictures: "
-        + "; ".join(f"{names[cell]} {100 * acc:.1f}%" for cell, acc in dense.items())
+        f"{found[NETWORK].n_unique()} networks (and their mean dense accuracy), {found['n'].max():,} test pictures: "
+        + "; ".join(f"{n} {name} ({acc:.1f}%)" for name, n, acc in families.iter_rows())
         + ".",
         "",
         f"![curves]({PAGE.stem}.png)",
@@ -68,7 +98,9 @@ def page(rows: pl.DataFrame) -> list[str]:
         "",
         *table(raw, "acc", signed=False),
         "",
-        "## Mean accuracy, repaired (statistics re-estimated on 1,024 pictures)",
+        f"## Mean accuracy, repaired, of the {repaired[NETWORK].n_unique()} that have BatchNorm",
+        "",
+        "Statistics re-estimated on 1,024 training pictures.",
         "",
         *table(repaired, "acc", signed=False),
         "",
@@ -76,25 +108,122 @@ def page(rows: pl.DataFrame) -> list[str]:
         "",
         "Loss: dense accuracy less that of the best of fold, l1 and l2, network by network; mean gain by mean loss.",
         "",
-        *table(raw.filter(~pl.col("method").is_in(STUDY)), "won"),
+        *table(raw.filter(ours), "won"),
         "",
         "## Raw: points over the best of fold, l1 and l2",
         "",
         "± half of a 95% interval over the networks (Student's t), here and below.",
         "",
-        *table(raw.filter(~pl.col("method").is_in(STUDY)), "gain", margin=True),
+        *table(raw.filter(ours), "gain", margin=True),
         "",
         "## Repaired: points over the best of fold, l1 and l2",
         "",
-        *table(repaired.filter(~pl.col("method").is_in(STUDY)), "gain", margin=True),
+        *table(repaired.filter(ours), "gain", margin=True),
         "",
         "## Raw: points over l1+grail",
         "",
         *table(raw.filter(pl.col("method").str.ends_with("+data")), "over_grail", margin=True),
         "",
-        "## Every network, raw, half of the channels gone",
+        "## Half of the channels gone, by architecture",
         "",
-        *of_networks(raw.filter((pl.col("ratio") - 0.5).abs() < 1e-9), names),
+        *by(half(raw), ["model"], "raw"),
+        "",
+        *by(half(repaired), ["model"], "repaired"),
+    ]
+
+
+def recipes(rows: pl.DataFrame) -> list[str]:
+    """What SAM and weight decay do to the networks that sweeps trained."""
+    found = against_the_study(rows).filter(pl.col("optim.sam.rho").is_not_null())
+    found = found.with_columns(
+        SAM=pl.when(pl.col("optim.sam.rho") > 0).then(pl.lit("on")).otherwise(pl.lit("off")),
+        decay=pl.col("optim.weight_decay").cast(pl.String),
+    )
+    lines = ["## Half of the channels gone, by recipe", ""]
+    for stage in ("raw", "repaired"):
+        at = half(found.filter(pl.col("stage") == stage))
+        lines += [*by(at, ["model", "decay", "SAM"], stage), ""]
+    return lines[:-1]
+
+
+def half(found: pl.DataFrame) -> pl.DataFrame:
+    return found.filter((pl.col("ratio") - 0.5).abs() < 1e-9)
+
+
+def by(found: pl.DataFrame, keys: list[str], stage: str) -> list[str]:
+    """Mean accuracies of the methods, one line for each value of the keys."""
+    methods = list(dict.fromkeys(found["method"]))
+    lines = [line(stage, [*keys[1:], "n", "dense", *methods]), "|---" * (len(keys) + 2 + len(methods)) + "|"]
+    for values, group in found.partition_by(keys, as_dict=True, maintain_order=True).items():
+        means = dict(group.group_by("method").agg(pl.col("acc").mean()).iter_rows())
+        cells = [*values[1:], str(group[NETWORK].n_unique()), f"{group['dense'].mean():.1f}"]
+        lines.append(line(values[0], [*cells, *(f"{means[m]:.1f}" for m in methods)]))
+    return lines
+
+
+def everything(rows: pl.DataFrame) -> list[str]:
+    """All methods, on fewer networks."""
+    found = against_the_study(rows)
+    lines = ["## Every method", "", f"On {counted(found['model'], found[NETWORK])}.", ""]
+    for stage in ("raw", "repaired"):
+        lines += [
+            f"Mean accuracy, {stage}:",
+            "",
+            *table(found.filter(pl.col("stage") == stage), "acc", signed=False),
+            "",
+        ]
+    return lines[:-1]
+
+
+def counted(models: Iterable[str], cells: Iterable[str]) -> str:
+    named = dict(zip(cells, models, strict=True))
+    names = list(named.values())
+    return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+
+def prediction(rows: pl.DataFrame) -> list[str]:
+    """How well fidelity on synthetic pictures foretells, and what is won by choosing the method by it."""
+    lines = [
+        "## Foretold without data",
+        "",
+        "Fidelity (top-1 agreement times correlation with the dense network, on 128 synthetic pictures) against raw "
+        "accuracies, and the difference of fidelity between fold or mix and the better of l1 and l2 against the gap "
+        "of their accuracies. Spearman's rank correlations over networks, methods and ratios; a gap of more than 2 "
+        "points is clear.",
+        "",
+        line("networks", ["n", "accuracy", "gap", "winner named, of clear gaps"]),
+        "|---|---|---|---|---|",
+    ]
+    groups = {"all": rows, **{model: rows.filter(pl.col("model") == model) for model in dict.fromkeys(rows["model"])}}
+    for name, group in groups.items():
+        told = foretold(group)
+        assert told is not None
+        cells = [f"{told.acc:.2f}", f"{told.gap:.2f}", f"{told.sign:.0%} of {told.sure}"]
+        lines.append(line(name, [str(group[NETWORK].n_unique()), *cells]))
+    found = against_the_study(rows)
+    best = pl.col("acc").filter(pl.col("method") != "auto").max().over(NETWORK, "ratio")
+    found = found.with_columns(behind=best - pl.col("acc"))
+    lines += ["", "Points behind the best of fold, l1, l2 and mix in hindsight, mean over networks:", ""]
+    return [*lines, *table(found, "behind", signed=False)]
+
+
+def tuning(rows: pl.DataFrame) -> list[str]:
+    """After an epoch of training, beside networks of the same size from scratch."""
+    found = dense_rows(rows).with_columns(
+        acc=100 * pl.col("acc"),
+        ratio=pl.col("shrink.ratio"),
+        method=pl.when(pl.col("checkpoint").is_null())
+        .then(pl.format("from scratch, {} epochs", pl.col("trainer.max_epochs")))
+        .otherwise(pl.col("shrink.method")),
+        stage=pl.lit("tuned"),
+    )
+    n = found.group_by("method", "ratio").len()["len"].max()
+    return [
+        "## Tuned for one epoch, and the same size from scratch",
+        "",
+        f"ResNet18 of width 16, weight decay .005, n = {n} a cell, mean accuracy.",
+        "",
+        *table(found, "acc", signed=False),
     ]
 
 
@@ -114,15 +243,6 @@ def table(found: pl.DataFrame, value: str, signed: bool = True, margin: bool = F
                 text += f" ±{stdtrit(at['n'] - 1, 0.975) * at['std'] / at['n'] ** 0.5:.1f}"
             cells.append(text)
         lines.append(line(method, cells))
-    return lines
-
-
-def of_networks(found: pl.DataFrame, names: dict[str, str]) -> list[str]:
-    methods = list(dict.fromkeys(found["method"]))
-    lines = [line("network", ["dense", *methods]), "|---|---|" + "---|" * len(methods)]
-    for (cell,), group in found.partition_by(NETWORK, as_dict=True, maintain_order=True).items():
-        at = dict(zip(group["method"], group["acc"], strict=True))
-        lines.append(line(names[cell], [f"{group['dense'][0]:.1f}", *(f"{at[m]:.1f}" for m in methods)]))
     return lines
 
 
