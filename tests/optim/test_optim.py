@@ -224,3 +224,19 @@ def test_every_schedule_resumes_exactly(name, stop):
 def test_schedule_errors(schedule, message):
     with pytest.raises(UserError, match=message):
         build_schedule(SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 10, schedule)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_a_schedule_that_starts_anew_is_two_of_them(name):
+    def rates(steps, restarts=()):
+        optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+        scheduler = build_schedule(optimizer, steps, {"name": name}, restarts)
+        found = []
+        for _ in range(steps):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(20, [0.4]) == pytest.approx(rates(8) + rates(12))
+    assert rates(20, [0.0, 0.5]) == pytest.approx(rates(10) * 2)

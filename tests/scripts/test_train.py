@@ -15,7 +15,7 @@ from tiny_models import write_huggingface_vit
 from pipeline.compressed import load
 from pipeline.results import read
 from pipeline.tables import UserError
-from scripts.build import cell_of
+from scripts.build import build_data, build_task, cell_of
 from scripts.train import run
 
 
@@ -83,6 +83,25 @@ def test_what_training_keeps_loads_from_its_file_alone(tmp_path):
     assert manifest["params"] == sum(p.numel() for p in model.parameters()) == rows["params"].item()
 
 
+def test_a_network_is_made_smaller_and_tuned_from_a_checkpoint(tmp_path, capsys):
+    first = run(shrunk(composed("experiment=quickstart", *TINY, f"paths.runs={tmp_path}"), {}))
+    epochs = [o for o in TINY if "max_epochs" not in o] + ["trainer.max_epochs=4", "compression.every_n_epochs=0"]
+    overrides = [f"checkpoint={first / 'last.ckpt'}", "shrink.method=fold", "shrink.steps=2", "shrink.every_n_epochs=2"]
+    config = composed("experiment=quickstart", *epochs, *overrides, "shrink.rewind=true", f"paths.runs={tmp_path}")
+    capsys.readouterr()
+    folder = run(shrunk(config, {}))
+    shown = capsys.readouterr().out
+    model, manifest = load(folder / "compressed/fold-r0.5-tuned.safetensors")
+    assert manifest["params"] == sum(p.numel() for p in model.parameters()) < manifest["params_before"] / 2
+    assert f"by fold at ratio 0.5: {manifest['params'] / manifest['params_before']:.0%} of its parameters" in shown
+    dense = read(folder / "rows.parquet").filter(method="dense", split="test")
+    assert dense["params"].item() == manifest["params"]
+    # the schedule, one step an epoch, once more after the second step
+    assert build_task(config, build_data(config)).restarts == (0.0, 0.5)
+    other = composed("experiment=quickstart", *TINY, "shrink.ratio=0.7", f"paths.runs={tmp_path}")
+    assert cell_of(shrunk(other, {})) == first.name, "what is off is no part of a cell"
+
+
 def test_the_same_config_gives_the_same_rows(tmp_path):
     first, second = (
         read(run(shrunk(composed("experiment=quickstart", *TINY, f"paths.runs={tmp_path / n}"), {})) / "rows.parquet")
@@ -127,7 +146,7 @@ def wandb_read(path: Path, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["compression.methods=[fodl]"], "unknown method 'fodl'.*choose from: bn_scale, fisher, fold"),
+        (["compression.methods=[fodl]"], "unknown method 'fodl'.*choose from: auto, bn_scale, fisher, fold"),
         (["compression.ratios=[1.5]"], r"ratio 1\.5 is out of range"),
         (["model.name=resnet81"], "unknown model 'resnet81'.*resnet18"),
         (["+model.depth=3"], "model 'resnet18' has no option 'depth'; it takes: width"),
@@ -141,6 +160,11 @@ def wandb_read(path: Path, *flags: str) -> str:
         (["optim.lr=abc"], "optimizer 'sgd': lr must be a number, got 'abc'"),
         (["optim.lr=-1"], "optimizer 'sgd': Invalid learning rate: -1"),
         (["trainer.max_epochs=two"], r"trainer\.max_epochs two must be a whole number of at least 1"),
+        (["shrink.method=fodl"], "unknown method 'fodl'"),
+        (["shrink.method=l1", "shrink.ratio=1"], "ratio 1 is out of range"),
+        (["shrink.method=l1", "shrink.after=1"], "the last of 1 steps comes after 1 epochs, and training has 1"),
+        (["shrink.method=l1", "optim.ema=0.9"], "averaged weights"),
+        (["checkpoint=/nowhere.pt"], "no checkpoint /nowhere.pt"),
         (["model.width=wide"], "model 'resnet18': width must be a number, got 'wide'"),
         (["data=folder"], r"data\.root is not set; give it on the command line"),
         (["model=timm", "model.architecture=vit_tinny_patch16_224"], "unknown timm model 'vit_tinny_patch16_224'"),
