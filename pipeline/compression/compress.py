@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -101,7 +102,8 @@ class Report:
 
 
 AUTO = "auto"
-CANDIDATES = ("mix", "fold", "l2", "obs")  # that it chooses from
+CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")  # that it chooses from where there are no pictures, and where there are
+COMPENSATED = ("mix", "fold", "l2", "obs")
 
 Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
 
@@ -159,7 +161,7 @@ def judged_copies(
     method: str,
     ratios: Sequence[float],
     *,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str] | None = None,
     judge_on: Example | None = None,
     pictures: Example | None = None,
     groups: ChannelGroups | None = None,
@@ -170,25 +172,30 @@ def judged_copies(
 ) -> Iterator[Compressed]:
     """For every ratio the copy, of those by the candidates, that is foretold to be the most accurate (see predict.py).
 
-    candidates: names in METHODS; the first of them wins a tie. judge_on: network inputs that foretell it; None: the
-    pictures that methods see, else synthetic ones (`synthesize`). The rest: of `smaller_copies`.
+    candidates: names in METHODS, also with "+ar" behind (approximate_repair); the first of them wins a tie.
+    judge_on: network inputs that foretell it; None: the pictures that methods see, else synthetic ones (`synthesize`).
+    The rest: of `smaller_copies`.
     """
     model = bare_copy(model, share=True).eval()
     groups = channel_groups(model, example, parts) if groups is None else groups
     given = {"groups": groups, "pictures": pictures, "counted": counted, "seed": seed, **options}
-    makers = {name: pick("candidate", METHODS, name) for name in candidates}
+    makers = {}
+    for name in candidates or (CANDIDATES if pictures is None else COMPENSATED):
+        alone = name.removesuffix("+ar")
+        pick("candidate", METHODS, alone)
+        makers[name] = partial(smaller_copies, model, example, alone, approximate_repair=alone != name, **given)
     if judge_on is None:
         judge_on = synthesize(model, example, seed=seed) if pictures is None else pictures
     judged = judge(model, judge_on)
     found = {
         (name, report.ratio): judged(smaller)
-        for name in makers
-        for smaller, report in smaller_copies(model, example, name, ratios, **given)
+        for name, maker in makers.items()
+        for smaller, report in maker(ratios=ratios)
     }
     for ratio in ratios:
         worth = {name: found[name, float(ratio)] for name in makers}
         best = max(worth, key=worth.__getitem__)
-        smaller, report = next(smaller_copies(model, example, best, [ratio], **given))
+        smaller, report = next(makers[best](ratios=[ratio]))
         yield Compressed(smaller, replace(report, method=f"{method} ({best})"))
 
 

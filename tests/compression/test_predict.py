@@ -71,6 +71,16 @@ def test_auto_compensates_and_judges_on_the_pictures_that_it_is_given(net, examp
     assert judged(smaller) == pytest.approx(max(worth.values()))
 
 
+def test_approximate_repair_is_a_candidate(net, example, groups):
+    judged = judge(net, pictures(64))
+    (smaller, report), *_ = compress(
+        net, example, "auto", [0.5], groups=groups, candidates=["random", "fold+ar"], judge_on=pictures(64)
+    )
+    alone = compress(net, example, "fold", 0.5, groups=groups, approximate_repair=True).model
+    assert report.method == "auto (fold+ar)"
+    assert judged(smaller) == judged(alone)
+
+
 def test_an_unknown_candidate_gets_one_clear_line(net, example):
     with pytest.raises(UserError, match="unknown candidate 'fol'"):
         compress(net, example, "auto", 0.5, candidates=["fol"])
