@@ -21,6 +21,7 @@ from pathlib import Path
 import polars as pl
 from scipy.special import stdtrit
 
+from benchmarks.common import write_below
 from pipeline.results import DENSE, measured
 from pipeline.study import dense_rows, plot_curves
 
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     args = parser.parse_args()
     rows = pl.read_parquet(args.rows)
-    text = PAGE.read_text().split(MARK)[0].rstrip() if PAGE.exists() else "# How much accuracy the methods leave"
-    PAGE.write_text("\n".join([text, "", MARK, "", *page(rows), "", *sizes(pl.read_parquet(ALLOCATION))]) + "\n")
+    lines = [*page(rows), "", *sizes(pl.read_parquet(ALLOCATION))]
+    write_below(PAGE, MARK, "How much accuracy the methods leave", lines)
     networks = rows[NETWORK].n_unique()
     shown = rows.filter(pl.col("method").is_in([DENSE, *SHOWN]))
     plot_curves(shown, PAGE.with_suffix(".png"), f"Mean accuracy of {networks} networks on CIFAR-10")
