@@ -176,7 +176,12 @@ NETWORKS = {
         study=(0.5, 0.9),  # minutes for each group and ratio
         kmeans=(0.9,),
     ),
-    "llama_60m": Network(structured(llama, torch.zeros(1, 16, dtype=torch.long)), STRUCTURED),
+    "llama_60m": Network(
+        structured(llama, torch.zeros(1, 16, dtype=torch.long)),
+        STRUCTURED,
+        study=(0.5, 0.9),
+        kmeans=(0.9,),
+    ),
 }
 
 
@@ -323,7 +328,7 @@ def measured(network: Network, epochs: int, repeats: int) -> dict[str, Any]:
 def product_gflops() -> float:
     """What a product of two large matrices in single precision reaches on this machine now."""
     matrix = np.ones((2048, 2048), np.float32)
-    return 2 * 2048**3 / min(timed(lambda: matrix @ matrix)[0] for _ in range(5)) / 1e9
+    return 2 * 2048**3 / min(spent(lambda: matrix @ matrix)[0]["cpu_s"] for _ in range(5)) / 1e9
 
 
 def limit_threads() -> None:
@@ -379,10 +384,11 @@ def rows(weights: GroupWeights) -> np.ndarray:
 
 def page(result: dict[str, Any]) -> list[str]:
     networks = result["networks"]
-    loads = sorted(record["load_average"][0] for record in networks.values())
+    repeats = {len(taken) for record in networks.values() for taken in record["sides"].values()}
     return [
-        f"{described(result['machine'], *PACKAGES)}; load at each network {loads[0]:.1f} to {loads[-1]:.1f}. "
-        f"Seed {SEED}, n = 1 network each, median of {REPEATS} runs of our sides and Torch-Pruning, 1 of the others.",
+        f"{described(result['machine'], *PACKAGES)}. Seed {SEED}, n = 1 network each, median of {max(repeats)} runs of "
+        "our sides and Torch-Pruning, 1 of the others. CPU seconds of one thread are what a quiet core takes; wall "
+        "seconds also hold what else this machine did.",
         "",
         *what_they_are(networks),
         *beside_clusterings(networks),
@@ -398,12 +404,12 @@ def table(title: str, text: str, head: list[str], lines: list[list[str]]) -> lis
     return [f"## {title}", "", *([text, ""] if text else []), *(f"| {' | '.join(line)} |" for line in cells), ""]
 
 
-def of_side(record: dict[str, Any], side: str, what: str = "wall_s") -> float:
+def of_side(record: dict[str, Any], side: str, what: str = "cpu_s") -> float:
     """Median over the repeats."""
     return statistics.median(taken[what] for taken in record["sides"][side])
 
 
-def nine(record: dict[str, Any], baseline: str, what: str = "wall_s") -> float:
+def nine(record: dict[str, Any], baseline: str, what: str = "cpu_s") -> float:
     """Seconds of all groups at nine ratios. A group that was not measured counts as the mean of those of its shape, a
     ratio as the next higher one that was: that leaves fewer clusters and takes less."""
     total = 0.0
@@ -418,8 +424,12 @@ def nine(record: dict[str, Any], baseline: str, what: str = "wall_s") -> float:
     return total
 
 
-def both(wall: float, cpu: float) -> str:
-    return f"{wall:.3g} ({cpu:.3g})"
+def both(cpu: float, wall: float) -> str:
+    return f"{seconds(cpu)} ({seconds(wall)})"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def times(factor: float) -> str:
@@ -427,11 +437,11 @@ def times(factor: float) -> str:
 
 
 def side_text(record: dict[str, Any], side: str) -> str:
-    return both(of_side(record, side), of_side(record, side, "cpu_s"))
+    return both(of_side(record, side), of_side(record, side, "wall_s"))
 
 
 def nine_text(record: dict[str, Any], baseline: str) -> str:
-    return both(nine(record, baseline), nine(record, baseline, "cpu_s"))
+    return both(nine(record, baseline), nine(record, baseline, "wall_s"))
 
 
 def group_count(record: dict[str, Any]) -> int:
@@ -441,10 +451,20 @@ def group_count(record: dict[str, Any]) -> int:
 def what_they_are(networks: dict[str, Any]) -> list[str]:
     lines = []
     for name, r in networks.items():
-        shapes = ", ".join(f"{s['groups']} of {s['channels']}x{s['features']}" for s in r["shapes"])
+        channels, features = ([s[axis] for s in r["shapes"]] for axis in ("channels", "features"))
         cells = [f"{sum(len(c['ratios']) for c in r['cells'][b])} of {group_count(r) * len(RATIOS)}" for b in BASELINES]
-        lines.append([name, f"{r['parameters'] / 1e6:.1f} M", r["weights"], shapes, *cells])
-    head = ["network", "parameters", "weights", "groups of channels x features", *(f"{b}: cells" for b in BASELINES)]
+        lines.append(
+            [
+                name,
+                f"{r['parameters'] / 1e6:.1f} M",
+                r["weights"],
+                str(group_count(r)),
+                span(channels),
+                span(features),
+                *cells,
+            ]
+        )
+    head = ["network", "parameters", "weights", "groups", "channels", "features", *(f"{b}: cells" for b in BASELINES)]
     return table(
         "What is measured",
         "Cells: ratio x group at which a baseline was run. The others count as a group of the same shape, and as the "
@@ -454,25 +474,29 @@ def what_they_are(networks: dict[str, Any]) -> list[str]:
     )
 
 
+def span(values: list[int]) -> str:
+    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
+
+
 def beside_clusterings(networks: dict[str, Any]) -> list[str]:
     sides = ("clusters", "fold")
     seconds, factors = [], []
     for name, r in networks.items():
         seconds.append([name, *(side_text(r, side) for side in sides), *(nine_text(r, b) for b in BASELINES)])
         pairs = [*(("study", side) for side in sides), ("kmeans", "clusters"), ("ward", "clusters")]
-        by = [[nine(r, b, what) / of_side(r, side, what) for what in ("wall_s", "cpu_s")] for b, side in pairs]
-        factors.append([name, *(f"{times(wall)} ({times(cpu)})" for wall, cpu in by)])
+        by = [[nine(r, b, what) / of_side(r, side, what) for what in ("cpu_s", "wall_s")] for b, side in pairs]
+        factors.append([name, *(f"{times(cpu)} ({times(wall)})" for cpu, wall in by)])
     head = ["network", "study / our clusters", "study / our nine networks", "k-means / our clusters"]
     return [
         *table(
             "How many times faster than the study's algorithm?",
-            "Nine ratios, in wall seconds (in CPU seconds). Clusters: from weights to labels, Gram matrices included.",
+            "Nine ratios, in CPU seconds (in wall seconds). Clusters: from weights to labels, Gram matrices included.",
             [*head, "Ward of scikit-learn / our clusters"],
             factors,
         ),
         *table(
             "The seconds behind it",
-            "Nine ratios, wall (CPU).",
+            "Nine ratios, CPU (wall).",
             ["network", "our clusters", "our nine networks", "study", "k-means", "Ward of scikit-learn"],
             seconds,
         ),
@@ -485,12 +509,13 @@ def beside_torch_pruning(networks: dict[str, Any]) -> list[str]:
         peer = r["sides"]["torch_pruning"]
         same = sum(a == b for a, b in zip(r["sides"]["l1"][0]["parameters"], peer[0]["parameters"], strict=True))
         traced, whole = of_side(r, "trace"), of_side(r, "torch_pruning")
-        graphs, l1, fold = of_side(r, "torch_pruning", "trace_s"), of_side(r, "l1"), of_side(r, "fold")
+        graphs = whole * statistics.median(taken["trace_s"] / taken["wall_s"] for taken in peer)
+        l1, fold = of_side(r, "l1"), of_side(r, "fold")
         lines.append(
             [
                 name,
                 *(side_text(r, side) for side in ("trace", "l1", "fold")),
-                f"{graphs:.3g}",
+                seconds(graphs),
                 side_text(r, "torch_pruning"),
                 *(times(factor) for factor in ((whole - graphs) / l1, whole / (traced + l1), whole / (traced + fold))),
                 f"{same} of {len(RATIOS)}",
@@ -498,36 +523,38 @@ def beside_torch_pruning(networks: dict[str, Any]) -> list[str]:
         )
     head = ["network", "our trace, once", "our l1", "our fold", "its nine graphs", "whole of it"]
     head += ["without graphs / our l1", "whole / our trace + l1", "whole / our trace + fold", "same sizes"]
-    text = "Nine networks, wall seconds (CPU seconds). Its whole: copies, graphs, importance (l1) and pruning."
+    text = (
+        "Nine networks, CPU seconds (wall seconds). Its whole: copies, graphs, importance (l1) and pruning; its graphs "
+        "by their share of the wall time. Ours also reports errors and MACs, which it does not."
+    )
     return table("And beside Torch-Pruning?", text, head, lines)
 
 
 def beside_the_bound(networks: dict[str, Any]) -> list[str]:
-    lines = []
+    lines, rate = [], max(r["product_gflops"] for r in networks.values())
     for name, r in networks.items():
         # Every feature is read once in single precision; a Gram matrix is C^2 F multiplications and additions, halved.
         read = sum(s["groups"] * s["channels"] * s["features"] * 4 for s in r["shapes"])
         flops = sum(s["groups"] * s["channels"] ** 2 * s["features"] for s in r["shapes"])
-        gpu = [f"{of_side(r, 'gram_gpu'):.3g}"] if "gram_gpu" in r["sides"] else ["-"]
+        gpu = [seconds(of_side(r, "gram_gpu", "wall_s"))] if "gram_gpu" in r["sides"] else ["-"]
         lines.append(
             [
                 name,
                 f"{read / 2**20:.0f}",
                 f"{flops / 1e9:.1f}",
-                f"{flops / 1e9 / r['product_gflops']:.3g}",
+                seconds(flops / 1e9 / rate),
                 side_text(r, "gram"),
                 *gpu,
                 side_text(r, "clusters"),
-                *(f"{of_side(r, 'clusters', what) / of_side(r, 'gram', what):.1f}" for what in ("wall_s", "cpu_s")),
-                f"{of_side(r, 'fold') / of_side(r, 'gram'):.1f}",
+                *(times(of_side(r, side) / of_side(r, "gram")) for side in ("clusters", "fold")),
             ]
         )
     head = ["network", "MiB to read", "GFLOP", "s as one product", "Gram matrices", "on a GPU, s", "clusters with Gram"]
-    head += ["clusters / Gram", "in CPU s", "nine networks / Gram"]
+    head += ["clusters / Gram", "nine networks / Gram"]
     text = (
         "What no method that compares all channels can do without: reading every feature once, and half of a Gram "
-        "matrix (C²F operations). As one product: at the rate that a float32 product of 2048 x 2048 reaches in the "
-        "same run. Wall seconds (CPU seconds)."
+        "matrix (C²F operations). As one product: at the highest rate that a float32 product of 2048 x 2048 reached "
+        "in the same run. CPU seconds (wall seconds)."
     )
     return table("How near is it to the Gram matrices alone?", text, head, lines)
 
