@@ -39,7 +39,6 @@ from pipeline.tables import pick
 
 RATIOS = [r / 10 for r in range(1, 10)]
 SEED = 0
-REPEATS = 3
 THREADS = 1  # where other jobs share the cores, threads that wait for each other cost the baselines more than ours
 TOLERANCE = 1e-6  # relative: rounding in single precision, not a worse clustering
 RESULTS = Path("benchmarks/results/speed.json")
@@ -73,6 +72,7 @@ def main() -> None:
         "--networks", default=",".join(NETWORKS), help="names with commas between them; '': only the page"
     )
     parser.add_argument("--epochs", type=int, default=2, help="of training the ResNet18 on the digits")
+    parser.add_argument("--repeats", type=int, default=3, help="of our sides and Torch-Pruning")
     parser.add_argument("--quick", action="store_true", help="ResNet18, one epoch, one group of each shape; no files")
     args = parser.parse_args()
     limit_threads()
@@ -82,7 +82,7 @@ def main() -> None:
         return
     known = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
     for name in args.networks.split(",") if args.networks else []:
-        known[name] = measured(pick("network", NETWORKS, name), args.epochs, REPEATS)
+        known[name] = measured(pick("network", NETWORKS, name), args.epochs, args.repeats)
         found = {n: known[n] for n in NETWORKS if n in known}
         result = {"ratios": RATIOS, "seed": SEED, "machine": machine(*PACKAGES), "networks": found}
         RESULTS.write_text(json.dumps(rounded(result), indent=1) + "\n")
@@ -384,11 +384,10 @@ def rows(weights: GroupWeights) -> np.ndarray:
 
 def page(result: dict[str, Any]) -> list[str]:
     networks = result["networks"]
-    repeats = {len(taken) for record in networks.values() for taken in record["sides"].values()}
     return [
-        f"{described(result['machine'], *PACKAGES)}. Seed {SEED}, n = 1 network each, median of {max(repeats)} runs of "
-        "our sides and Torch-Pruning, 1 of the others. CPU seconds of one thread are what a quiet core takes; wall "
-        "seconds also hold what else this machine did.",
+        f"{described(result['machine'], *PACKAGES)}. Seed {SEED}, n = 1 network each. Runs: of our sides and of "
+        "Torch-Pruning, whose medians are given; the others ran once. CPU seconds of one thread are what a quiet core "
+        "takes; wall seconds also hold what else this machine did.",
         "",
         *what_they_are(networks),
         *beside_clusterings(networks),
@@ -461,10 +460,12 @@ def what_they_are(networks: dict[str, Any]) -> list[str]:
                 str(group_count(r)),
                 span(channels),
                 span(features),
+                str(len(r["sides"]["fold"])),
                 *cells,
             ]
         )
-    head = ["network", "parameters", "weights", "groups", "channels", "features", *(f"{b}: cells" for b in BASELINES)]
+    head = ["network", "parameters", "weights", "groups", "channels", "features", "runs"]
+    head += [f"{baseline}: cells" for baseline in BASELINES]
     return table(
         "What is measured",
         "Cells: ratio x group at which a baseline was run. The others count as a group of the same shape, and as the "
