@@ -37,6 +37,7 @@ from pathlib import Path
 import polars as pl
 from scipy.special import stdtrit
 
+from benchmarks.common import write_below
 from pipeline.results import DENSE, measured
 from pipeline.study import dense_rows, foretold, plot_curves
 
@@ -51,7 +52,6 @@ NETWORK = "cell"
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = {path.stem: pl.read_parquet(path) for path in RESULTS.glob("*.parquet")}
-    text = PAGE.read_text().split(MARK)[0].rstrip() if PAGE.exists() else "# How much accuracy the methods leave"
     parts = [
         page(rows["accuracy"]),
         recipes(rows["accuracy"]),
@@ -60,7 +60,8 @@ def main() -> None:
         tuning(rows["tuned"]),
         sizes(rows["allocation"]),
     ]
-    PAGE.write_text("\n".join([text, "", MARK, "", *("\n".join([*part, ""]) for part in parts)]).rstrip() + "\n")
+    lines = "\n\n".join("\n".join(part) for part in parts).split("\n")
+    write_below(PAGE, MARK, "How much accuracy the methods leave", lines)
     networks = rows["accuracy"][NETWORK].n_unique()
     shown = rows["accuracy"].filter(pl.col("method").is_in([DENSE, *SHOWN]))
     plot_curves(shown, PAGE.with_suffix(".png"), f"Mean accuracy of {networks} networks on CIFAR-10")

@@ -1,8 +1,13 @@
-"""What the benchmarks share: the clock, the machine, and how results are written."""
+"""What the benchmarks share: clocks, memory, processes, the machine, and how results are written."""
 
+import ctypes
+import gc
 import json
 import os
 import platform
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,6 +24,42 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
+
+
+def spent(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """(wall seconds, CPU seconds of all threads, MiB over what was resident before at the peak; what it returns)."""
+    gc.collect()
+    if sys.platform == "linux":  # elsewhere the peak is that of the process so far
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    before, busy = peak_mib(), time.process_time()
+    wall, result = timed(work)
+    return {"wall_s": wall, "cpu_s": time.process_time() - busy, "peak_mib": peak_mib() - before}, result
+
+
+def peak_mib() -> float:
+    """Highest resident set so far, since `spent` began if it is running."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says begins with the peak of the process that started this one
+        return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def alone(function: str, *arguments: Any) -> Any:
+    """What benchmarks.<function>, such as "large:measured", returns in a process of its own; all of it JSON.
+
+    Without benchmarks/__init__.py, whose settings let the process keep memory that is free.
+    """
+    root = Path(__file__).parent.parent
+    child = f"""
+import json, pkgutil, sys, types
+sys.path.insert(0, {str(root)!r})
+sys.modules["benchmarks"] = package = types.ModuleType("benchmarks")
+package.__path__ = [{str(root / "benchmarks")!r}]
+print(json.dumps(pkgutil.resolve_name("benchmarks." + sys.argv[1])(*json.loads(sys.argv[2]))))
+"""
+    command = [sys.executable, "-c", child, function, json.dumps(arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -45,6 +86,12 @@ def described(where: dict[str, Any], *packages: str) -> str:
         f"{where['cpu']}, {where['threads']} threads on {where['cores']} cores, load {where['load_average'][0]:.1f}; "
         f"{versions}"
     )
+
+
+def write_below(page: Path, mark: str, title: str, lines: list[str]) -> None:
+    """Replace what the page has below the line `mark`, and keep what people wrote above it."""
+    text = page.read_text().split(mark)[0].rstrip() if page.exists() else f"# {title}"
+    page.write_text("\n".join([text, "", mark, "", *lines]) + "\n")
 
 
 def write(out: Path, result: dict[str, Any], text: str) -> None:

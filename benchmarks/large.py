@@ -9,41 +9,34 @@ and the libraries take once a tiny network has been compressed; the network itse
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-THREADS = 2
+import timm
+import torch
+from torch import nn
+
+from benchmarks.common import THREADS, alone, described, machine, peak_mib, write
+from pipeline.compression import channel_groups, compress, compressions
+from pipeline.compression.compress import parameters
+
 RATIOS = [round(i / 10, 1) for i in range(1, 10)]
 PARTS = ("hidden", "residual", "width")
 
 
 def measured(architecture: str) -> dict[str, Any]:
-    """Seconds, and the highest resident set in MiB, of each step."""
-    import timm
-    import torch
-    from torch import nn
-
-    from pipeline.compression import channel_groups, compress, compressions
-    from pipeline.compression.compress import parameters
-
-    def resident() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
+    """Seconds, and the highest resident set in networks, of each step."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     example = torch.randn(1, 3, 224, 224)
     compress(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(1, 8))
-    before = resident()
+    before = peak_mib()
     net = timm.create_model(architecture).eval()
     size = sum(t.numel() * t.element_size() for t in net.state_dict().values()) / 2**20
     start, busy = time.perf_counter(), time.process_time()
     groups = channel_groups(net, example, PARTS)
-    traced, busy_traced, memory = time.perf_counter(), time.process_time(), resident()
+    traced, busy_traced, memory = time.perf_counter(), time.process_time(), peak_mib()
     sizes = {}
     for compressed in compressions(net, example, "fold", RATIOS, groups=groups):
         sizes[compressed.report.ratio] = parameters(compressed.model)
@@ -60,23 +53,17 @@ def measured(architecture: str) -> dict[str, Any]:
         "fold_cpu_s": time.process_time() - busy_traced,
         "network_mib": size,
         "memory_traced": (memory - before) / size,
-        "memory_folded": (resident() - before) / size,
+        "memory_folded": (peak_mib() - before) / size,
     }
 
 
 def main() -> None:
-    from benchmarks.common import described, machine, write
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="vit_base_patch32_224", help="of timm, for pictures of 224 pixels")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/large"))
     options = parser.parse_args()
-    child = f"import json; from large import measured; print(json.dumps(measured({options.architecture!r})))"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    child = f"import sys; sys.path[:0] = {paths!r}; {child}"
     where = machine("timm")
-    done = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True)
-    r = json.loads(done.stdout.splitlines()[-1])
+    r = alone("large:measured", options.architecture)
     text = "\n".join(
         [
             f"# Folding {r['architecture']} at ratios {RATIOS[0]} to {RATIOS[-1]}",
