@@ -19,12 +19,11 @@ from pipeline.tables import UserError
 
 
 def synthesize(
-    model: nn.Module, example: Example, count: int = 128, steps: int = 80, lr: float = 0.2, seed: int = 0
+    model: nn.Module, example: Example, count: int = 128, steps: int = 40, lr: float = 0.1, seed: int = 0
 ) -> Tensor:
     """(count, C, H, W) synthetic network inputs like example (N, C, H, W), on its device; the model is untouched.
 
-    steps, lr: of Adam on the mismatch of BatchNorm statistics, lr falling to 0 along half a cosine; half the steps are
-        half the time, and cost a point or two of what is left. A network without statistics gets the noise as it is.
+    steps, lr: of Adam on the mismatch of BatchNorm statistics; a network without them gets the noise as it is.
     """
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise UserError("synthetic inputs are made for networks of pictures (N, C, H, W); pass unlabelled data instead")
@@ -45,7 +44,6 @@ def synthesize(
         norm.register_forward_pre_hook(compare)
     pictures = pictures.to(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([pictures], lr, betas=(0.5, 0.9))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
         for _ in range(steps):
             mismatches.clear()
@@ -53,7 +51,6 @@ def synthesize(
             (gradient,) = torch.autograd.grad(torch.stack(mismatches).mean(), pictures)
             pictures.grad = gradient
             optimizer.step()
-            schedule.step()
     return pictures.detach()
 
 
