@@ -176,6 +176,10 @@ def judged_copies(
     judge_on: network inputs that foretell it; None: the pictures that methods see, else synthetic ones (`synthesize`).
     The rest: of `smaller_copies`.
     """
+    if "approximate_repair" in options:
+        raise UserError(
+            "auto decides on approximate_repair (+ar) by itself; give it candidates, such as [fold+ar, mix+ar]"
+        )
     model = bare_copy(model, share=True).eval()
     groups = channel_groups(model, example, parts) if groups is None else groups
     given = {"groups": groups, "pictures": pictures, "counted": counted, "seed": seed, **options}
