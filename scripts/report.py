@@ -265,6 +265,8 @@ def joined(sweep: Sweep) -> pl.DataFrame:
     Without the folders of this machine, so that the file can be passed on.
     """
     cells = sweep.cells.drop([name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root"))])
+    if "checkpoint" in cells.columns:
+        cells = cells.with_columns(pl.col("checkpoint").cast(pl.String).str.extract(r"([^/\\]+[/\\]?[^/\\]*)$"))
     taken = {name: f"cell.{name}" for name in cells.columns if name in SCHEMA and name != "cell"}
     return sweep.rows.join(cells.rename(taken), on="cell", how="left", maintain_order="left")
 
