@@ -165,15 +165,15 @@ def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
     mending = [tuple(PICTURES.tensors)]
 
     def rows(**options):
-        measurement = Measurement(["fold", "auto"], [0.0, 0.5], ["raw", "repaired"], **options)
+        measurement = Measurement(["mix", "auto"], [0.0, 0.5], ["raw", "repaired"], **options)
         return measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
 
     assert all(row.fidelity is None for row in rows())
     found = {(row.method, row.ratio, row.stage): row for row in rows(predict=True)}
     assert all(row.status == "ok" for row in found.values())
-    assert found["fold", 0.0, "raw"].fidelity == pytest.approx(1)
-    assert found["fold", 0.5, "raw"].fidelity < 1
-    assert found["auto", 0.5, "raw"].fidelity >= found["fold", 0.5, "raw"].fidelity
+    assert found["mix", 0.0, "raw"].fidelity == pytest.approx(1)
+    assert found["mix", 0.5, "raw"].fidelity < 1
+    assert found["auto", 0.5, "raw"].fidelity >= found["mix", 0.5, "raw"].fidelity
 
 
 def test_fidelity_that_cannot_be_foretold_costs_a_warning():

@@ -377,7 +377,10 @@ def test_compressed_networks_are_saved_and_load_again(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["fodl"]}, "unknown method 'fodl'.*did you mean 'fold'.*choose from: bn_scale, fisher, fold"),
+        (
+            {"methods": ["fodl"]},
+            "unknown method 'fodl'.*did you mean 'fold'.*choose from: auto, bn_scale, fisher, fold",
+        ),
         ({"ratios": [0.5, 1.0]}, r"ratio 1\.0 is out of range"),
         ({"ratios": [-0.1]}, r"ratio -0\.1 is out of range"),
         ({"stages": ["rwa"]}, "unknown stage 'rwa'.*raw"),

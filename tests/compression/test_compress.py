@@ -139,7 +139,10 @@ def test_weights_that_are_not_finite(bad, kind):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"method": "fodl"}, r"unknown method 'fodl' \(did you mean 'fold'\?\); choose from: bn_scale, fisher, fold"),
+        (
+            {"method": "fodl"},
+            r"unknown method 'fodl' \(did you mean 'fold'\?\); choose from: auto, bn_scale, fisher, fold",
+        ),
         ({"ratio": 1.0}, "ratio 1.0 is out of range"),
         ({"ratio": -0.1}, "ratio -0.1 is out of range"),
         ({"ratio": [0.5, float("nan")]}, "ratio nan is out of range"),

@@ -179,6 +179,7 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path):
         "narrow_resnet18_sgd_cifar10": 16,
         "accuracy_resnets_cifar10": 24,
         "accuracy_vit_cifar10": 12,
+        "tuned_cifar10": 8,
     }.items(),
 )
 def test_presets_have_the_cells_of_the_study(sweep, cells):
