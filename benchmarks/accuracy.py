@@ -6,17 +6,20 @@
         'methods=[fold,l1,l2,mix,mix+synthetic,l1+grail,mix+data]' paths.runs=runs/accuracy     # and resnet32
     python -m scripts.report runs/accuracy --out benchmarks/results/accuracy.parquet
 
-    # what foretells, and all methods; of the networks trained above and of resnet20, resnet32
+    # what foretells, and all methods; of the networks trained above and of resnet20 (with $NORMAL), resnet32
     python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=foretold $COMMON \\
-        methods=[fold,l1,l2,mix,auto] stages=[raw] compression.predict=true paths.runs=runs/foretold
+        data.test_size=1000 ratios=[0.1,0.3,0.5,0.7] 'methods=[fold,l1,l2,mix,fold+ar,auto]' stages=[raw] \\
+        compression.predict=true paths.runs=runs/foretold
     python -m scripts.report runs/foretold --out benchmarks/results/foretold.parquet
-    python -m scripts.compress ... $COMMON ratios=[0.3,0.5,0.7] paths.runs=runs/methods \\
-        "methods=[$METHODS]"
+    python -m scripts.compress ... name=methods $COMMON data.test_size=1000 ratios=[0.3,0.5,0.7] \\
+        paths.runs=runs/methods 'methods=[fold,fold+ar,mix,mix+ar,kmeans,special,random_fold,l1,l2,obs,wanda,fpgm,bn_scale,random,auto,
+        obs+synthetic,fold+synthetic,l1+synthetic,mix+synthetic,taylor+data,fisher+data,wanda+data,obs+data,fold+data,
+        l1+data,mix+data,fold+grail,l1+grail]'     # resnet20, and of seed 0 with decay resnet18 and preact_resnet18
     python -m scripts.report runs/methods --out benchmarks/results/methods.parquet
 
     # an epoch of tuning, and networks of the same size from scratch
     python -m scripts.train sweep=tuned_cifar10 checkpoint=.../last.ckpt data.root=cifar10.npz paths.runs=runs/tuned
-    python -m scripts.train sweep=tuned_cifar10 shrink.method=random trainer.max_epochs=3 optim.lr=0.1 ...
+    python -m scripts.train sweep=tuned_cifar10 shrink.method=random trainer.max_epochs=3 optim.lr=0.1 seed=... ...
     python -m scripts.report runs/tuned --out benchmarks/results/tuned.parquet
 
     # sizes by what groups can spare
@@ -165,7 +168,12 @@ def by(found: pl.DataFrame, keys: list[str], stage: str) -> list[str]:
 def everything(rows: pl.DataFrame) -> list[str]:
     """All methods, on fewer networks."""
     found = against_the_study(rows)
-    lines = ["## Every method", "", f"On {counted(found['model'], found[NETWORK])}.", ""]
+    lines = [
+        "## Every method",
+        "",
+        f"On {counted(found['model'], found[NETWORK])}; {found['n'].max():,} test pictures.",
+        "",
+    ]
     for stage in ("raw", "repaired"):
         lines += [
             f"Mean accuracy, {stage}:",
@@ -190,7 +198,7 @@ def prediction(rows: pl.DataFrame) -> list[str]:
         "Fidelity (top-1 agreement times correlation with the dense network, on 128 synthetic pictures) against raw "
         "accuracies, and the difference of fidelity between fold or mix and the better of l1 and l2 against the gap "
         "of their accuracies. Spearman's rank correlations over networks, methods and ratios; a gap of more than 2 "
-        "points is clear.",
+        f"points is clear. {rows['n'].max():,} test pictures.",
         "",
         line("networks", ["n", "accuracy", "gap", "winner named, of clear gaps"]),
         "|---|---|---|---|---|",
@@ -218,7 +226,6 @@ def tuning(rows: pl.DataFrame) -> list[str]:
         method=pl.when(pl.col("checkpoint").is_null())
         .then(pl.format("from scratch, {} epochs", pl.col("trainer.max_epochs")))
         .otherwise(pl.col("shrink.method")),
-        stage=pl.lit("tuned"),
     )
     return [
         "## Tuned for one epoch, and the same size from scratch",
