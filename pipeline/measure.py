@@ -256,11 +256,11 @@ class Measurement:
     ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
         """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
         made: dict[str, Tensor] = {}
+        judged = self.judge(net, example, made)
         for label in dict.fromkeys(entry.method for entry in plan):
             own = [entry for entry in plan if entry.method == label]
             with self._or_fail(found, own, label):
                 start = time.perf_counter()
-                judged = self.judge(net, example, made)
                 smaller = self.compressed(label, net, example, mending, made)
                 for ratio, compressed in zip(self.ratios, smaller, strict=True):
                     report = compressed.report
@@ -302,7 +302,7 @@ class Measurement:
         if kind == "synthetic":
             self.synthetic(net, example, made)
         given = {"groups": self.groups(label, net, example), "pictures": made[kind] if kind else None}
-        if options["method"] == AUTO:
+        if options["method"] == AUTO and not kind:  # else it goes by the pictures that its candidates see
             options.setdefault("judge_on", self.synthetic(net, example, made))
         yield from compressions(net, example, **{**self.shared, **options, **given})
 
