@@ -76,9 +76,6 @@ class Shrink(NetworkCallback):
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (("after", after, 0), ("steps", steps, 1), ("every_n_epochs", every_n_epochs, 1)):
-            if value != int(value) or value < least:
-                raise UserError(f"{name} {value} must be a whole number of at least {least}")
         measurement = Measurement([method], [ratio], ["raw"], round_to, seed, parts, who=type(self).__name__)
         super().__init__(measurement, network, eval_data, repair_data, repair_size, batch_size, seed)
         self.method = method
@@ -188,6 +185,9 @@ class Shrink(NetworkCallback):
 
 def ratios_of_steps(ratio: float, after: int, steps: int, every_n_epochs: int) -> dict[int, float]:
     """{epochs before the step: fraction of the channels that is gone after it}"""
+    for name, value, least in (("after", after, 0), ("steps", steps, 1), ("every_n_epochs", every_n_epochs, 1)):
+        if value != int(value) or value < least:
+            raise UserError(f"{name} {value} must be a whole number of at least {least}")
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 < ratio < 1")
     return {after + i * every_n_epochs: 1 - (1 - ratio) ** ((i + 1) / steps) for i in range(steps)}
