@@ -12,7 +12,8 @@
         compression.predict=true paths.runs=runs/foretold
     python -m scripts.report runs/foretold --out benchmarks/results/foretold.parquet
     python -m scripts.compress ... name=methods $COMMON data.test_size=1000 ratios=[0.3,0.5,0.7] \\
-        paths.runs=runs/methods 'methods=[fold,fold+ar,mix,mix+ar,kmeans,special,random_fold,l1,l2,obs,wanda,fpgm,bn_scale,random,auto,
+        paths.runs=runs/methods 'methods=[fold,fold+ar,mix,mix+ar,kmeans,special,random_fold,l1,l2,obs,wanda,fpgm,
+        bn_scale,random,auto,
         obs+synthetic,fold+synthetic,l1+synthetic,mix+synthetic,taylor+data,fisher+data,wanda+data,obs+data,fold+data,
         l1+data,mix+data,fold+grail,l1+grail]'     # resnet20, and of seed 0 with decay resnet18 and preact_resnet18
     python -m scripts.report runs/methods --out benchmarks/results/methods.parquet
