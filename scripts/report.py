@@ -238,10 +238,10 @@ def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
     notes = [f"; dense {100 * dense:.1f}%"] * (dense is not None) + [f"; {missing} more have no rows"] * (missing > 0)
     print_table(rows, means_title(label, rows) + "".join(notes), duel=True)
     if (found := foretold(rows)) is not None:
-        print(
-            f"Fidelity, which sees no data, ranks the {found.n} raw accuracies at {found.acc:.2f} (Spearman) and the "
-            f"{found.gaps} gaps at {found.gap:.2f}; of {found.sure} clear gaps it names the winner in {found.sign:.0%}."
-        )
+        told = f"Fidelity, which sees no data, ranks the {found.n} raw accuracies at {found.acc:.2f} (Spearman)"
+        told += f" and the {found.gaps} gaps at {found.gap:.2f}" * (found.gaps > 2)
+        told += f"; of {found.sure} clear gaps it names the winner in {found.sign:.0%}" * (found.sure > 0)
+        print(f"{told}.")
 
 
 def picture(label: str, rows: pl.DataFrame, path: Path) -> None:
