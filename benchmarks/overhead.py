@@ -208,7 +208,7 @@ class BarePasses:
     def beside(self, name: str, work: Callable, training: bool) -> Callable:
         """`work(model, batches)` with a bare pass before or after it, by turns: what comes second finds caches warm."""
 
-        def both(model: nn.Module, batches: Iterable[Any]) -> Any:
+        def both(model: nn.Module, batches: Iterable[Any], *rest: Any) -> Any:
             start = time.perf_counter()
             batches = list(batches)
             inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
@@ -217,7 +217,7 @@ class BarePasses:
             spent = {}
             if self.calls % 2:
                 spent[f"bare_{name}_s"], _ = timed(lambda: forward(twin, inputs))
-            spent[f"{name}_s"], result = timed(lambda: work(model, batches))
+            spent[f"{name}_s"], result = timed(lambda: work(model, batches, *rest))
             if not self.calls % 2:
                 spent[f"bare_{name}_s"], _ = timed(lambda: forward(twin, inputs))
             # All but the work itself is the benchmark's own.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from pipeline.compression import ChannelGroups, Compressed, channel_groups, comp
 from pipeline.compression.compress import (
     AUTO,
     Counted,
+    Report,
     check_finite,
     check_groups,
     check_ratios,
@@ -30,8 +32,16 @@ from pipeline.compression.layers import UNITS, other_units
 from pipeline.compression.masks import MASKS, check_mask
 from pipeline.compression.methods import FOLDING, METHODS, check_pictures
 from pipeline.compression.predict import judge
-from pipeline.compression.projection import named_tensors
-from pipeline.compression.repair import norm_parameters, repair_, tracked_norms, tune_norms_
+from pipeline.compression.projection import Projection, named_tensors
+from pipeline.compression.repair import (
+    Expected,
+    expected,
+    norm_parameters,
+    repair_,
+    statistics,
+    tracked_norms,
+    tune_norms_,
+)
 from pipeline.compression.synthetic import synthesize
 from pipeline.evaluate import Metrics, evaluate
 from pipeline.results import DENSE, STAGES, Row
@@ -43,7 +53,7 @@ PICTURES = ("synthetic", "data")  # that a method may be compensated on
 ADDITIONS: dict[str, dict[str, Any]] = {
     "synthetic": {"pictures": "synthetic"},
     "data": {"pictures": "data"},
-    "grail": {"pictures": "data", "solve_on": "dense"},
+    "grail": {"pictures": "data", "solve_on": "dense", "ridge": 1e-3},  # as in its paper
     "ar": {"approximate_repair": True},
     "macs": {"allocate": "macs"},
     "params": {"allocate": "params"},
@@ -226,11 +236,13 @@ class Measurement:
                 found[plan[0]] = evaluated(net, batches, values, forward)
             count = len(self.methods) * len(self.ratios)
             with tqdm(total=count, leave=False, dynamic_ncols=True, **(bar or {"disable": True})) as shown:
+                seen = cache(lambda: statistics(net, (inputs for inputs, _ in mending)))
                 for entries, compressed, values in self._compressed(net, example, mending, plan[1:], found):
                     shown.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
+                    usual = partial(self.usual, net, example, entries[0].method, compressed.report, seen)
                     for entry in entries:
                         with self._or_fail(found, [entry], str(entry), values):
-                            mend_(compressed.model, entry.stage, mending, values, forward)
+                            mend_(compressed.model, entry.stage, mending, usual, values, forward)
                             found[entry] = evaluated(compressed.model, batches, values, forward)
                             done(entry, compressed)
                     shown.update()
@@ -239,7 +251,7 @@ class Measurement:
     def plan(self, net: nn.Module) -> list[Entry]:
         """All entries in the order of the rows; stages that the network has nothing for are left out.
 
-        The order of the stages matters: repair resets statistics, and norm tuning starts from repaired ones.
+        The order of the stages matters: norm tuning starts from repaired statistics.
         """
         applies = {"raw": True, "repaired": bool(tracked_norms(net)), "norm_tuned": bool(norm_parameters(net))}
         stages = [stage for stage in self.stages if applies[stage]]
@@ -269,6 +281,16 @@ class Measurement:
                     values["fidelity"] = judged(compressed.model)
                     yield [entry for entry in own if entry.ratio == ratio], compressed, values
                     start = time.perf_counter()
+
+    def usual(
+        self, net: nn.Module, example: Tensor, label: str, report: Report, seen: Callable[[], Mapping[str, Tensor]]
+    ) -> Expected:
+        """What the network's BatchNorm statistics, kept and seen, are in a smaller one, that repair starts from."""
+        options = self.methods[label]
+        if options["method"] in MASKS:
+            return expected(net, seen())
+        projections = [Projection(row.labels) for row in report.groups]
+        return expected(net, seen(), self.groups(label, net, example), projections, options.get("norm_scale", True))
 
     def judge(self, net: nn.Module, example: Tensor, made: dict[str, Tensor]) -> Callable[[nn.Module], float | None]:
         """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
@@ -392,6 +414,7 @@ def mend_(
     model: nn.Module,
     stage: str,
     batches: Sequence[Batch],
+    usual: Callable[[], Expected],
     values: dict[str, Any],
     forward: Callable[[], AbstractContextManager],
 ) -> None:
@@ -399,7 +422,7 @@ def mend_(
     start = time.perf_counter()
     with forward(), torch.enable_grad():
         if stage == "repaired":
-            repair_(model, (inputs for inputs, _ in batches))
+            repair_(model, (inputs for inputs, _ in batches), usual())
         elif stage == "norm_tuned":
             tune_norms_(model, batches)
     values["seconds"] += time.perf_counter() - start

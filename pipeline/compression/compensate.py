@@ -2,13 +2,15 @@
 
 A layer that read x (I inputs) with the weight W now reads x' (I' inputs) from a network whose earlier layers are
 compressed, and compensated already. Its new weight W' has the least E‖W x - W' x'‖² + λ m ‖W' - S‖², where S are the
-cluster sums, to which it keeps where the pictures do not say (ridge regression; m is the mean of E[x'²]).
+cluster sums, to which it keeps where the pictures do not say (ridge regression; m is the mean of E[x'²]). For a
+convolution x is the patch under its kernel, I = channels x taps (as OBC, arXiv:2208.11580, does for single weights):
+the neighbours of a pixel tell of a channel that is gone what the other channels at that pixel cannot.
 
-GRAIL (arXiv:2602.23795) takes for x' the cluster means of the dense network's x, which is right for kept channels of an
-exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
-mended as far as it can be seen in x', and for merged channels nothing is assumed. Statistics of BatchNorm are
-re-estimated on the way (as in REPAIR, arXiv:2211.08403), before what reads behind them is solved: the other way round
-they would undo it. All of it takes one pass through each of the networks.
+GRAIL (arXiv:2602.23795) takes for x' the cluster means of the dense network's x, pixel by pixel, which is right for
+kept channels of an exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
+mended as far as it can be seen in x', and for merged channels nothing is assumed. Statistics of BatchNorm follow on the
+way (see repair.py), before what reads behind them is solved: the other way round they would undo it. All of it takes
+one pass through each of the networks.
 """
 
 from collections import Counter
@@ -17,18 +19,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compression.cluster import RIDGE
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.projection import Projection, compressed_tensors, merged_inputs, named_tensors
-from pipeline.compression.repair import tracked_norms
+from pipeline.compression.repair import STATISTICS, follow_, tracked_norms
 from pipeline.tables import pick
 
 Hook = Callable[[Any, tuple[Tensor, ...]], None]
 
-ROWS = 8192  # inputs of a layer that are looked at: pixels or tokens, drawn from all pictures
+ROWS = 8192  # pixels or tokens that are looked at in a layer, drawn from all pictures
+RIDGE = 1e-2  # λ of above
 
 
 class Seen(NamedTuple):
@@ -36,26 +39,32 @@ class Seen(NamedTuple):
 
     inputs: {weight: (rows, inputs)} of what the layers that read channels are given, rows = pixels or tokens: at most
         ROWS, drawn alike for every network. Of linear layers and convolutions that the forward calls, once.
+    outputs: {weight: (outputs, rows)} of those that see patches (`sees_patches`), less their biases; here rows are
+        pixels of the output
     statistics: {buffer: (C,)}, means and variances of the BatchNorms on these pictures
     """
 
     pictures: Example
     inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
     statistics: dict[str, Tensor]
 
 
 @torch.no_grad()
 def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example) -> Seen:
     """One pass over the pictures, which are one batch of network inputs."""
-    seen, calls = Seen(pictures, {}, {}), Counter[nn.Module]()
+    seen, calls = Seen(pictures, {}, {}, {}), Counter[nn.Module]()
 
     def keep(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
         calls[layer] += 1
         seen.inputs[name] = _rows(layer, given[0])
+        if sees_patches(layer):
+            seen.outputs[name] = (_patches(layer, given[0]) @ _wide(matrix(layer.weight, 1, taps=True))).T
 
     def measure(name: str, norm: Any, given: tuple[Tensor, ...]) -> None:
         calls[norm] += 1
-        seen.statistics[f"{name}.running_var"], seen.statistics[f"{name}.running_mean"] = channel_moments(given[0])
+        for kind, found in zip(STATISTICS, channel_moments(given[0]), strict=True):
+            seen.statistics[f"{name}.{kind}"] = found
 
     reads = {axis.tensor: axis.axis for group in groups for axis in group.reads if not axis.query}
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in reads}
@@ -65,7 +74,7 @@ def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example)
     norms = set(tracked_norms(model))
     hooks += [(module, partial(measure, name)) for name, module in model.named_modules() if module in norms]
     _watched(model, hooks, pictures)
-    for found in (seen.inputs, seen.statistics):  # what is called twice cannot be right for both
+    for found in seen[1:]:  # what is called twice cannot be right for both
         for name in [n for n in found if calls[model.get_submodule(n.rpartition(".")[0])] > 1]:
             del found[name]
     return seen
@@ -101,43 +110,44 @@ def compensate_(
         """All tensors with the new outputs, and the inputs of before."""
         return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
 
+    mends = solve_on == "smaller"
     written = narrowed(tensors)
-    on_pictures = narrowed({**tensors, **seen.statistics}) if seen.statistics and solve_on == "smaller" else {}
+    # What is linear in the rows of a weight is merged as these are.
+    outputs = narrowed({**tensors, **seen.outputs}) if mends else {}
+    on_pictures = narrowed({**tensors, **seen.statistics}) if mends else {}
     solved: list[str] = []
 
     def solve(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
-        before, dim = seen.inputs[name], changed[name]
-        after = _rows(layer, given[0]) if solve_on == "smaller" else merged_inputs(before, name, groups, projections)
-        moments, crossed = (after.T @ after).double(), (after.T @ before).double()
-        wanted, now = written[name].double().movedim(dim, 0), layer.weight.double().movedim(dim, 0)
-        missing = torch.tensordot(crossed, wanted, 1) - torch.tensordot(moments, now, 1)
+        dim, taps = changed[name], mends and name in seen.outputs
+        if taps:
+            inputs, wanted = _patches(layer, given[0]), outputs[name].T
+        else:
+            before = seen.inputs[name]
+            inputs = _rows(layer, given[0]) if mends else merged_inputs(before, name, groups, projections)
+            wanted = before @ _wide(matrix(written[name], dim, taps))
+        now = _wide(matrix(layer.weight, dim, taps))
+        moments, missing = (inputs.T @ inputs).double(), (inputs.T @ (wanted - inputs @ now)).double()
         scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         moments.diagonal().add_(ridge * scale)
-        change = torch.linalg.solve(moments, missing.flatten(1)).view_as(now)
-        layer.weight.copy_((now + change).movedim(0, dim))
+        set_matrix_(layer.weight, dim, taps, now + torch.linalg.solve(moments, missing))
         solved.append(name)
 
     def estimate(name: str, norm: Any, given: tuple[Tensor, ...]) -> None:
-        mean, var = (on_pictures[f"{name}.running_{kind}"] for kind in ("mean", "var"))
-        now_var, now_mean = channel_moments(given[0])
-        scale = (norm.running_var + norm.eps) / (var + norm.eps)
-        norm.running_mean += (now_mean - mean) * scale.sqrt()
-        norm.running_var.copy_(((now_var + norm.eps) * scale - norm.eps).clamp(min=0))
+        follow_(norm, channel_moments(given[0]), [on_pictures[f"{name}.{kind}"] for kind in STATISTICS])
 
     hooks: list[tuple[nn.Module, Hook]] = [
         (smaller.get_submodule(name.rpartition(".")[0]), partial(solve, name))
         for name in seen.inputs
         if name in changed
     ]
-    norms = [name.removesuffix(".running_var") for name in seen.statistics if name.endswith(".running_var")]
-    norms = norms if solve_on == "smaller" else []
-    hooks += [(smaller.get_submodule(name), partial(estimate, name)) for name in norms]
+    norms = {name.rpartition(".")[0] for name in seen.statistics}
+    hooks += [(smaller.get_submodule(name), partial(estimate, name)) for name in norms if mends]
     _watched(smaller, hooks, seen.pictures)
     return solved
 
 
 def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:
-    """Variance (correction as of torch.var) and mean of (N, C, ...) over all but the channels."""
+    """STATISTICS, variance (correction as of torch.var) and mean, of (N, C, ...) over all but the channels."""
     return torch.var_mean(_wide(x).transpose(0, 1).flatten(1), 1, correction=correction)
 
 
@@ -152,12 +162,46 @@ def input_dim(layer: nn.Module) -> int | None:
     return 0 if hasattr(layer, "nf") else None  # Conv1D of Hugging Face's GPT-2, a linear layer transposed
 
 
+def sees_patches(layer: Any) -> bool:
+    """Is it a convolution whose outputs do not stand for one pixel of the input each?"""
+    if not isinstance(layer, nn.modules.conv._ConvNd) or isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return False
+    return max(*layer.kernel_size, *layer.stride) > 1
+
+
+def matrix(weight: Tensor, dim: int, taps: bool) -> Tensor:
+    """A weight as (inputs, outputs), its inputs along `dim`; taps: every tap of a channel is an input of its own."""
+    return weight.flatten(1).T if taps else weight.movedim(dim, 0).flatten(1)
+
+
+def set_matrix_(weight: Tensor, dim: int, taps: bool, new: Tensor) -> None:
+    """In place: the weight whose `matrix` is the new one."""
+    weight.copy_(new.T.reshape(weight.shape) if taps else new.view_as(weight.movedim(dim, 0)).movedim(0, dim))
+
+
 def _rows(layer: nn.Module, x: Tensor) -> Tensor:
     """(rows, inputs) of what the layer is given, at most ROWS, from the same places in every network."""
     if isinstance(layer, nn.modules.conv._ConvNd):
         x = x.movedim(-1 - len(layer.kernel_size), -1)
-    places = torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(0))[:ROWS].to(x.device)
-    return _wide(x.reshape(-1, x.shape[-1])[places])
+    rows = x.reshape(-1, x.shape[-1])
+    return _wide(rows[_drawn(len(rows)).to(x.device)])
+
+
+def _patches(layer: Any, x: Tensor) -> Tensor:
+    """(rows, inputs x taps) of what a convolution sees for pixels of its output, at most ROWS, the same everywhere."""
+    sides = len(layer.kernel_size)
+    x = x if x.dim() == sides + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    for i, (size, stride, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + i, gap * (size - 1) + 1, stride)[..., ::gap]
+    places = x.movedim(1, 1 + sides)  # (N, pixels..., channels, taps...)
+    shape = places.shape[: 1 + sides]
+    return _wide(places[torch.unravel_index(_drawn(shape.numel()).to(x.device), shape)].flatten(1))
+
+
+def _drawn(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from toy_nets import NETS, duplicated, randomise_, relative_error
 
 from pipeline.compression import METHODS, Projection, channel_groups, compress, synthesize
 from pipeline.compression.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
-from pipeline.compression.compensate import compensate_, observe
+from pipeline.compression.compensate import compensate_, matrix, observe, sees_patches
 from pipeline.compression.methods import FOLDING, GRADIENTS, GroupWeights
 from pipeline.compression.projection import apply, compressed_tensors, named_tensors
 from pipeline.models import build_model
@@ -61,7 +61,7 @@ def test_what_was_lossless_stays_so(name):
 def test_every_reader_is_the_least_squares_solution(fold):
     """What is left of its output has nothing in common with what it reads: the normal equations, tap by tap."""
     model = randomise_(build_model("resnet18", 10, 3, width=4)).double()
-    pictures = torch.randn(64, 3, 16, 16, dtype=torch.float64)
+    pictures = torch.randn(32, 3, 16, 16, dtype=torch.float64)
     groups, tensors = channel_groups(model, pictures[:1]), {n: t.detach() for n, t in named_tensors(model).items()}
     weights = [GroupWeights(g, tensors) for g in groups]
     projections = (
@@ -69,14 +69,14 @@ def test_every_reader_is_the_least_squares_solution(fold):
     )
     smaller, solved = compensated(model, groups, projections, pictures, ridge=1e-12)
     assert {"linear.weight", "layer2.0.shortcut.0.weight", "layer4.1.conv2.weight"} <= set(solved)
-    outputs = {**tensors, **compressed_tensors(tensors, groups, projections, reads=False)}
-    before, after = (observe(net, groups, pictures).inputs for net in (model, smaller))
+    written = {**tensors, **compressed_tensors(tensors, groups, projections, reads=False)}
+    before, after = (inputs_of(net, solved, pictures) for net in (model, smaller))
 
     def left(weights, name):
-        """The error of a reader and its product with the inputs, relative to its output."""
-        wanted = torch.tensordot(before[name], outputs[name], ([1], [1]))
-        rest = wanted - torch.tensordot(after[name], weights[name], ([1], [1]))
-        product = torch.tensordot(after[name], rest, ([0], [0])).norm() / after[name].norm() / wanted.norm()
+        """The error of a reader and its product with what it reads, relative to its output."""
+        wanted = before[name] @ matrix(written[name], 1, taps=True)
+        rest = wanted - after[name] @ matrix(weights[name], 1, taps=True)
+        product = (after[name].T @ rest).norm() / after[name].norm() / wanted.norm()
         return float(rest.norm() / wanted.norm()), float(product)
 
     plain = apply(model, groups, projections).state_dict()
@@ -84,6 +84,71 @@ def test_every_reader_is_the_least_squares_solution(fold):
         error, product = left(smaller.state_dict(), name)
         assert product < 1e-6, name
         assert error < left(plain, name)[0], name
+
+
+@torch.no_grad()
+def inputs_of(model, weights, pictures):
+    """{weight: (rows, inputs x taps)} of what its layer reads, by torch's own unfold; no more than ROWS."""
+    found = {}
+
+    def keep(name):
+        def hook(layer, given):
+            x = given[0]
+            if x.dim() == 4:
+                x = torch.nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+                x = x.movedim(1, 2).flatten(0, 1)
+            found[name] = x
+
+        return hook
+
+    handles = [model.get_submodule(n.rpartition(".")[0]).register_forward_pre_hook(keep(n)) for n in weights]
+    model.eval()(pictures)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(4, 3, 3, stride=2, padding=1), (6, 4, 9)),
+    "same": (nn.Conv2d(4, 3, (5, 3), padding="same", dilation=(2, 1)), (6, 4, 7, 8)),
+    "reflect": (nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"), (6, 4, 5, 5)),
+    "strided": (nn.Conv2d(4, 3, 1, stride=2), (6, 4, 5, 6)),
+    "3d": (nn.Conv3d(4, 3, (1, 3, 2), padding=(0, 1, 0)), (4, 4, 3, 4, 5)),
+    "transposed": (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1), (6, 4, 3, 3)),
+    "pointwise": (nn.Conv2d(4, 3, 1), (6, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_every_kind_of_convolution_is_solved(kind):
+    """One of four channels goes that is a sum of two others at every pixel: nothing need be lost."""
+    conv, shape = CONVOLUTIONS[kind]
+    first = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](shape[1], 4, 1)
+    model = randomise_(nn.Sequential(first, conv)).double()
+    with torch.no_grad():
+        for tensor in (first.weight, first.bias):
+            tensor[2] = 2 * tensor[0] - tensor[1]
+    x = torch.randn(shape, dtype=torch.float64)
+    groups = channel_groups(model, x[:1])
+    smaller, solved = compensated(model, groups, [Projection(torch.tensor([0, 1, -1, 2]))], x, ridge=1e-14)
+    assert solved == ["1.weight"]
+    assert sees_patches(conv) == (kind not in ("transposed", "pointwise"))
+    with torch.no_grad():
+        assert relative_error(model(x), smaller(x)) < 1e-9
+
+
+def test_neighbours_tell_what_the_pixel_does_not():
+    """A channel that is another one a pixel further on is not missed by a reader that sees both."""
+    model = nn.Sequential(nn.Conv2d(1, 2, (1, 3), padding=(0, 1), bias=False), nn.Conv2d(2, 2, (1, 5), bias=False))
+    model = randomise_(model).double()
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(2, 1, 1, 3)
+        model[1].weight[..., [0, 4]] = 0
+    x = torch.randn(20, 1, 4, 12, dtype=torch.float64)
+    groups = channel_groups(model, x[:1])
+    smaller, _ = compensated(model, groups, [Projection(torch.tensor([0, -1]))], x, ridge=1e-14)
+    with torch.no_grad():
+        assert relative_error(model(x), smaller(x)) < 1e-9
 
 
 def test_statistics_follow_what_the_smaller_network_computes():
