@@ -168,12 +168,14 @@ class Measurement:
     def folds(self) -> dict[str, bool]:
         """Of the labels of methods that compare at one ratio: do they fold, or prune?
 
-        Not "auto", what sees pictures or compresses some of the groups alone, and masks (their ratio is of weights).
+        Not "auto", masks (their ratio is of weights) and what has any of ADDITIONS, by its options or in its label: the
+        gap that an epoch logs is that of reports, which know labels alone.
         """
+        added = [item for options in ADDITIONS.values() for item in options.items()]
         return {
             label: o["method"] in FOLDING
             for label, o in self.methods.items()
-            if not o["pictures"] and o["method"] in METHODS and o.get("units", "all") == "all"
+            if o["method"] in METHODS and "+" not in label and not any(o.get(k) == v for k, v in added)
         }
 
     @property

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -28,6 +29,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from pipeline.cells import read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import PictureData
@@ -52,6 +54,7 @@ from scripts.cell import launch, run_cell
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
+TRAINING = ("seed", "optim", "label_smoothing", "data", "trainer", "shrink")  # of a run's settings, how it trained
 SHORT = ("methods", "ratios", "stages", "parts", "save")  # of compression, on the command line
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
@@ -77,14 +80,26 @@ def run(config: Config, sweeping: bool = False) -> Path:
     quiet()
     checkpoint = config["checkpoint"]
     if checkpoint is not None:
-        # What the file's name says of its training, as the study names its checkpoints: columns of the report.
-        config = {**config, "named": settings_in(checkpoint), "model": without_weights(config["model"])}
+        # What is known of its training: columns of the report.
+        named = settings_of_run(checkpoint) | settings_in(checkpoint)
+        config = {**config, "named": named, "model": without_weights(config["model"])}
     elif not config["model"].get("pretrained"):
         raise UserError(
             f"model {config['model']['name']!r} has no trained weights; give them as checkpoint=FILE (or many as "
             "checkpoints='FOLDER/*.pt'), or take a model with model.pretrained"
         )
     return run_cell(config, begin, sweeping=sweeping)
+
+
+def settings_of_run(checkpoint: str) -> Config:
+    """How the training run trained, in whose folder a checkpoint lies: its optimizer, augmentation, seed, ..."""
+    try:
+        record = read_record(Path(checkpoint).parent)
+    except UserError as error:
+        warnings.warn(f"how {checkpoint} was trained is not known: {error}", RuntimeWarning, stacklevel=2)
+        return {}
+    told = record["config"] if record else {}
+    return {key: told[key] for key in TRAINING if told.get(key) is not None}
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
