@@ -1,17 +1,21 @@
 """How much accuracy the methods leave, of real networks, without data and with 512 unlabelled pictures.
 
-    python -m scripts.train sweep=accuracy_resnets_cifar10 data.root=cifar10.npz paths.runs=runs/accuracy
-    python -m scripts.train sweep=accuracy_vit_cifar10 data.root=cifar10.npz paths.runs=runs/accuracy
-    python -m scripts.compress checkpoint=resnet20-12fca82f.th model=resnet20 name=resnet20 $NORMAL $COMMON \\
-        'methods=[fold,l1,l2,mix,mix+synthetic,l1+grail,mix+data]' paths.runs=runs/accuracy     # and resnet32
+    python -m scripts.train sweep=accuracy_resnets_cifar10 model=resnet18 data.root=cifar10.npz paths.runs=runs/resnet18
+    python -m scripts.train sweep=accuracy_resnets_cifar10 model=preact_resnet18 ... paths.runs=runs/preact_resnet18
+    python -m scripts.train sweep=accuracy_vit_cifar10 data.root=cifar10.npz paths.runs=runs/simple_vit
+    python -m scripts.compress 'checkpoints=runs/resnet18/*/last.ckpt' model=resnet18 model.width=16 $COMMON $SHOWN
+    python -m scripts.compress 'checkpoints=runs/preact_resnet18/*/last.ckpt' model=preact_resnet18 model.width=16 ...
+    python -m scripts.compress 'checkpoints=runs/simple_vit/*/last.ckpt' model=simple_vit model.patch_size=8 \\
+        model.dim=128 model.heads=2 model.mlp_dim=256 ...
+    python -m scripts.compress checkpoint=resnet20-12fca82f.th model=resnet20 $NORMAL $COMMON $SHOWN     # and resnet32
     python -m scripts.report runs/accuracy --out benchmarks/results/accuracy.parquet
 
-    # what foretells, and all methods; of the networks trained above and of resnet20 (with $NORMAL), resnet32
+    # what foretells, and all methods; of networks trained as above and of resnet20 (with $NORMAL), resnet32
     python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=foretold $COMMON \\
-        data.test_size=1000 ratios=[0.1,0.3,0.5,0.7] 'methods=[fold,l1,l2,mix,fold+ar,auto]' stages=[raw] \\
+        ratios=[0.1,0.3,0.5,0.7] 'methods=[fold,l1,l2,mix,fold+ar,auto]' stages=[raw] \\
         compression.predict=true paths.runs=runs/foretold
     python -m scripts.report runs/foretold --out benchmarks/results/foretold.parquet
-    python -m scripts.compress ... name=methods $COMMON data.test_size=1000 ratios=[0.3,0.5,0.7] \\
+    python -m scripts.compress ... name=methods $COMMON ratios=[0.3,0.5,0.7] \\
         paths.runs=runs/methods 'methods=[fold,fold+ar,mix,mix+ar,kmeans,special,random_fold,l1,l2,obs,wanda,fpgm,
         bn_scale,random,auto,
         obs+synthetic,fold+synthetic,l1+synthetic,mix+synthetic,taylor+data,fisher+data,wanda+data,obs+data,fold+data,
@@ -25,12 +29,13 @@
 
     # sizes by what groups can spare
     python -m scripts.compress ... 'methods=[mix+synthetic,mix+synthetic+macs,mix+data,mix+data+macs]' \\
-        ratios=[0.3,0.5,0.7] stages=[raw] paths.runs=runs/allocation
+        data.test_size=2000 ratios=[0.3,0.5,0.7] stages=[raw] paths.runs=runs/allocation
     python -m scripts.report runs/allocation --out benchmarks/results/allocation.parquet
     python -m benchmarks.accuracy
 
-$COMMON: data.root=cifar10.npz data.test_size=2000 compression.repair_size=1024 ratios=[0.1,0.3,0.5,0.7,0.9] save=false
-profile.runtimes=[]. $NORMAL: data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225], as ResNet-20 and -32 of
+$COMMON: data.root=cifar10.npz data.test_size=1000 compression.repair_size=1024 save=false profile.runtimes=[].
+$SHOWN: 'methods=[fold,l1,l2,mix,mix+synthetic,l1+grail,mix+data]' ratios=[0.1,0.3,0.5,0.7,0.9] name=accuracy
+paths.runs=runs/accuracy. $NORMAL: data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225], as ResNet-20 and -32 of
 akamaster/pytorch_resnet_cifar10 want. Writes docs/accuracy.md and its picture.
 """
 
@@ -139,10 +144,11 @@ def page(rows: pl.DataFrame) -> list[str]:
 
 def recipes(rows: pl.DataFrame) -> list[str]:
     """What SAM and weight decay do to the networks that sweeps trained."""
-    found = against_the_study(rows).filter(pl.col("optim.sam.rho").is_not_null())
+    rho, decay = (pl.col(f"named.optim.{name}") for name in ("sam.rho", "weight_decay"))
+    found = against_the_study(rows).filter(rho.is_not_null())
     found = found.with_columns(
-        SAM=pl.when(pl.col("optim.sam.rho") > 0).then(pl.lit("on")).otherwise(pl.lit("off")),
-        decay=pl.col("optim.weight_decay").cast(pl.String),
+        SAM=pl.when(rho > 0).then(pl.lit("on")).otherwise(pl.lit("off")),
+        decay=decay.cast(pl.String),
     )
     lines = ["## Half of the channels gone, by recipe", ""]
     for stage in ("raw", "repaired"):
