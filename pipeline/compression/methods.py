@@ -99,11 +99,11 @@ class GroupWeights:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Gram matrix of the features, (C, C) of self.dtype on the CPU."""
+        """Gram matrix of the features, (C, C) of self.dtype on the CPU, multiplied where the network is."""
         total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
         for block in self.blocks():
-            rows = block.cpu().numpy()
-            gram = torch.from_numpy(rows @ rows.T)  # of one array with itself NumPy computes one half only
+            rows = block if block.is_cuda else block.cpu().numpy()  # NumPy computes one half only of what is symmetric
+            gram = torch.as_tensor(rows @ rows.T).cpu()
             if self.scale == "tensor" and gram.trace() > 0:
                 gram /= float(gram.trace())
             total += gram

@@ -270,3 +270,16 @@ def test_networks_without_statistics_get_noise_and_tokens_an_error():
     assert abs(pictures.std() - 1) < 1e-3
     with pytest.raises(UserError, match="pass unlabelled data"):
         synthesize(model, torch.zeros(1, 8, dtype=torch.long))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu():
+    model, pictures = randomise_(build_model("resnet20", 10, 3)).eval(), torch.randn(64, 3, 16, 16)
+    here, there = (
+        compress(model.to(device), pictures[:1].to(device), "mix", 0.5, pictures=pictures.to(device))
+        for device in ("cpu", "cuda")
+    )
+    for ours, theirs in zip(here.report.groups, there.report.groups, strict=True):
+        assert torch.equal(ours.labels, theirs.labels)
+    with torch.no_grad():
+        assert relative_error(here.model.cpu()(pictures), there.model.cpu()(pictures)) < 1e-2
