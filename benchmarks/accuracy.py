@@ -110,7 +110,7 @@ def page(rows: pl.DataFrame) -> list[str]:
         "",
         f"## Mean accuracy, repaired, of the {repaired[NETWORK].n_unique()} that have BatchNorm",
         "",
-        "Statistics re-estimated on 1,024 training pictures.",
+        "Statistics changed by as much as compression changed them on 1,024 training pictures.",
         "",
         *table(repaired, "acc", signed=False),
         "",

@@ -34,9 +34,9 @@ from pipeline.compression.methods import FOLDING, METHODS, check_pictures
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, named_tensors
 from pipeline.compression.repair import (
-    Expected,
-    expected,
+    Reference,
     norm_parameters,
+    reference,
     repair_,
     statistics,
     tracked_norms,
@@ -53,7 +53,7 @@ PICTURES = ("synthetic", "data")  # that a method may be compensated on
 ADDITIONS: dict[str, dict[str, Any]] = {
     "synthetic": {"pictures": "synthetic"},
     "data": {"pictures": "data"},
-    "grail": {"pictures": "data", "solve_on": "dense", "ridge": 1e-3},  # as in its paper
+    "grail": {"pictures": "data", "solve_on": "dense"},
     "ar": {"approximate_repair": True},
     "macs": {"allocate": "macs"},
     "params": {"allocate": "params"},
@@ -168,8 +168,8 @@ class Measurement:
     def folds(self) -> dict[str, bool]:
         """Of the labels of methods that compare at one ratio: do they fold, or prune?
 
-        Not "auto", masks (their ratio is of weights) and what has any of ADDITIONS, by its options or in its label: the
-        gap that an epoch logs is that of reports, which know labels alone.
+        Not "auto", masks (their ratio is of weights) and what has any of ADDITIONS, by its options or in its label. So
+        the gap that an epoch logs is that of reports, which know no more than labels, wherever those say it all.
         """
         added = [item for options in ADDITIONS.values() for item in options.items()]
         return {
@@ -238,13 +238,13 @@ class Measurement:
                 found[plan[0]] = evaluated(net, batches, values, forward)
             count = len(self.methods) * len(self.ratios)
             with tqdm(total=count, leave=False, dynamic_ncols=True, **(bar or {"disable": True})) as shown:
-                seen = cache(lambda: statistics(net, (inputs for inputs, _ in mending)))
+                on_pictures = cache(lambda: statistics(net, (batch for batch, _ in mending)))
                 for entries, compressed, values in self._compressed(net, example, mending, plan[1:], found):
                     shown.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
-                    usual = partial(self.usual, net, example, entries[0].method, compressed.report, seen)
+                    against = partial(self.reference, entries[0].method, net, example, compressed.report, on_pictures)
                     for entry in entries:
                         with self._or_fail(found, [entry], str(entry), values):
-                            mend_(compressed.model, entry.stage, mending, usual, values, forward)
+                            mend_(compressed.model, entry.stage, mending, against, values, forward)
                             found[entry] = evaluated(compressed.model, batches, values, forward)
                             done(entry, compressed)
                     shown.update()
@@ -284,15 +284,20 @@ class Measurement:
                     yield [entry for entry in own if entry.ratio == ratio], compressed, values
                     start = time.perf_counter()
 
-    def usual(
-        self, net: nn.Module, example: Tensor, label: str, report: Report, seen: Callable[[], Mapping[str, Tensor]]
-    ) -> Expected:
-        """What the network's BatchNorm statistics, kept and seen, are in a smaller one, that repair starts from."""
+    def reference(
+        self,
+        label: str,
+        net: nn.Module,
+        example: Tensor,
+        report: Report,
+        on_pictures: Callable[[], Mapping[str, Tensor]],
+    ) -> Reference:
+        """What a smaller network of this label is repaired against."""
         options = self.methods[label]
         if options["method"] in MASKS:
-            return expected(net, seen())
-        projections = [Projection(row.labels) for row in report.groups]
-        return expected(net, seen(), self.groups(label, net, example), projections, options.get("norm_scale", True))
+            return reference(net, on_pictures())
+        groups, projections = self.groups(label, net, example), [Projection(row.labels) for row in report.groups]
+        return reference(net, on_pictures(), groups, projections, options.get("norm_scale", True))
 
     def judge(self, net: nn.Module, example: Tensor, made: dict[str, Tensor]) -> Callable[[nn.Module], float | None]:
         """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
@@ -416,7 +421,7 @@ def mend_(
     model: nn.Module,
     stage: str,
     batches: Sequence[Batch],
-    usual: Callable[[], Expected],
+    against: Callable[[], Reference],
     values: dict[str, Any],
     forward: Callable[[], AbstractContextManager],
 ) -> None:
@@ -424,7 +429,7 @@ def mend_(
     start = time.perf_counter()
     with forward(), torch.enable_grad():
         if stage == "repaired":
-            repair_(model, (inputs for inputs, _ in batches), usual())
+            repair_(model, (inputs for inputs, _ in batches), against())
         elif stage == "norm_tuned":
             tune_norms_(model, batches)
     values["seconds"] += time.perf_counter() - start

@@ -29,7 +29,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from pipeline.cells import read_record
+from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import PictureData
@@ -40,6 +40,7 @@ from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.tables import UserError, call, one_line, pick
 from scripts.build import (
+    WHERE,
     Config,
     architecture_of,
     build_net,
@@ -47,6 +48,7 @@ from scripts.build import (
     file_hash,
     load_data,
     row_context,
+    under,
     without,
     without_weights,
 )
@@ -54,7 +56,7 @@ from scripts.cell import launch, run_cell
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
-TRAINING = ("seed", "optim", "label_smoothing", "data", "trainer", "shrink")  # of a run's settings, how it trained
+TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # what a run's settings say of that
 SHORT = ("methods", "ratios", "stages", "parts", "save")  # of compression, on the command line
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
@@ -99,7 +101,11 @@ def settings_of_run(checkpoint: str) -> Config:
         warnings.warn(f"how {checkpoint} was trained is not known: {error}", RuntimeWarning, stacklevel=2)
         return {}
     told = record["config"] if record else {}
-    return {key: told[key] for key in TRAINING if told.get(key) is not None}
+    if (told.get("shrink") or {}).get("method") is None:  # what is off says nothing
+        told = without(told, "shrink")
+    if told.get("checkpoint"):
+        told = {**told, "checkpoint": Path(told["checkpoint"]).name}
+    return {key: value for key, value in flat(told).items() if under(key, TRAINING) and not under(key, WHERE)}
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:

@@ -92,10 +92,17 @@ class Sweep:
         return [name for name in self.cells.columns if name not in RECORD_COLUMNS and not name.startswith(UNSHOWN)]
 
     def setting(self, name: str) -> str:
-        """The full name of a setting; its last parts are enough where they name one only ("lr", "optim")."""
+        """The full name of a setting; its last parts are enough where they name one only ("lr", "optim").
+
+        Of checkpoints, what they were trained with ("named.") comes before what they were measured with.
+        """
         found = [full for full in self.settings if name == full] or [
-            full for full in self.settings if full.endswith(f".{name}") or full.removesuffix(".name") == name
+            full
+            for full in self.settings
+            if f".{full}".endswith(f".{name}") or f".{full.removesuffix('.name')}".endswith(f".{name}")
         ]
+        if len(found) > 1:
+            found = [full for full in found if full.startswith("named.")] or found
         if len(found) > 1:
             raise UserError(f"setting {name!r} could be any of: {', '.join(found)}")
         return found[0] if found else pick("setting", {full: full for full in self.settings}, name)

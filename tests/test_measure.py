@@ -176,6 +176,31 @@ def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
     assert found["auto", 0.5, "raw"].fidelity >= found["mix", 0.5, "raw"].fidelity
 
 
+def test_repair_leaves_what_nothing_was_removed_of_as_it_was():
+    """Whatever the pictures are like; and a method's own way of merging is that of its reference."""
+    net = build_model("resnet20", 4, 3)
+    mending = [(3 * PICTURES.tensors[0] + 1, PICTURES.tensors[1])]
+    methods = {"mix": {"method": "mix"}, "lamp": {"method": "lamp"}, "apart": {"method": "fold", "norm_scale": False}}
+    measurement = Measurement(methods, [0.0, 0.5], ["raw", "repaired"])
+    given = Inputs(PICTURES.tensors[0][:1], [tuple(PICTURES.tensors)], mending)
+    found = {(row.method, row.ratio, row.stage): row for row in measurement.rows(net, lambda: given, CONTEXT)}
+    dense = found["dense", 0.0, "raw"].loss
+    for label in methods:
+        assert found[label, 0.0, "repaired"].loss == pytest.approx(dense, rel=1e-5), label
+        assert found[label, 0.5, "repaired"].loss != pytest.approx(dense, rel=1e-5), label
+    asked = []
+    real = pipeline.measure.reference
+
+    def noting(*args):
+        asked.append(args[4] if len(args) > 2 else None)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.measure, "reference", noting)
+        measurement.rows(net, lambda: given, CONTEXT)
+    assert asked == [True, True, None, None, False, False]
+
+
 def test_fidelity_that_cannot_be_foretold_costs_a_warning():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     inputs = torch.randn(8, 4), torch.arange(8) % 4

@@ -4,7 +4,8 @@ A layer that read x (I inputs) with the weight W now reads x' (I' inputs) from a
 compressed, and compensated already. Its new weight W' has the least E‖W x - W' x'‖² + λ m ‖W' - S‖², where S are the
 cluster sums, to which it keeps where the pictures do not say (ridge regression; m is the mean of E[x'²]). For a
 convolution x is the patch under its kernel, I = channels x taps (as OBC, arXiv:2208.11580, does for single weights):
-the neighbours of a pixel tell of a channel that is gone what the other channels at that pixel cannot.
+the neighbours of a pixel tell of a channel that is gone what the other channels at that pixel cannot. (Transposed ones
+and those that pad by themselves are solved for one factor a channel, as GRAIL does.)
 
 GRAIL (arXiv:2602.23795) takes for x' the cluster means of the dense network's x, pixel by pixel, which is right for
 kept channels of an exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
@@ -31,7 +32,10 @@ from pipeline.tables import pick
 Hook = Callable[[Any, tuple[Tensor, ...]], None]
 
 ROWS = 8192  # pixels or tokens that are looked at in a layer, drawn from all pictures
-RIDGE = 1e-2  # λ of above
+# λ of above, by what readers are solved on: the same within a point from 1e-3 to 1e-1, and as in GRAIL's paper.
+RIDGES = {"smaller": 1e-2, "dense": 1e-3}
+# Those that pad within (timm's Conv2dSame) see other patches than they say.
+PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 class Seen(NamedTuple):
@@ -89,38 +93,40 @@ def compensate_(
     seen: Seen,
     *,
     norm_scale: bool = True,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     solve_on: str = "smaller",
 ) -> list[str]:
-    """In place: re-estimate the BatchNorms of `smaller` and solve its readers, in the order of the forward pass.
+    """In place: the BatchNorms of `smaller` follow and its readers are solved, in the order of the forward pass.
 
     smaller: apply(model, groups, projections, norm_scale); seen: observe(model, groups, pictures).
     A statistic changes by as much as it does on the pictures, so pictures that are not quite the training ones will do.
     solve_on: "smaller", or "dense" for GRAIL: x' are the cluster means of x, and statistics stay as they are.
+    ridge: λ of the module; None: that of RIDGES.
     Returns the weights that were solved. What else reads channels (queries; weights that a forward uses without
     calling their layer, or more than once) keeps its cluster sums.
     """
-    pick("solve_on", dict.fromkeys(("smaller", "dense")), solve_on)
+    ridge = pick("solve_on", RIDGES, solve_on) if ridge is None else ridge
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]
-    changed = {axis.tensor: axis.axis for group in work for axis in group.reads}  # and which of its axes
+    reads = [axis for group in work for axis in group.reads]
+    queries = {axis.tensor for axis in reads if axis.query}
+    changed = {axis.tensor: axis.axis for axis in reads if axis.tensor not in queries}  # and which of its axes
 
     def narrowed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """All tensors with the new outputs, and the inputs of before."""
         return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
 
     mends = solve_on == "smaller"
-    written = narrowed(tensors)
-    # What is linear in the rows of a weight is merged as these are.
-    outputs = narrowed({**tensors, **seen.outputs}) if mends else {}
-    on_pictures = narrowed({**tensors, **seen.statistics}) if mends else {}
+    # What a layer puts out is merged as the rows of its weight are, in whose place it stands.
+    written = narrowed({**tensors, **seen.outputs} if mends else tensors)
+    on_pictures = narrowed({**tensors, **seen.statistics}) if mends and seen.statistics else {}
     solved: list[str] = []
 
     def solve(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
         dim, taps = changed[name], mends and name in seen.outputs
         if taps:
-            inputs, wanted = _patches(layer, given[0]), outputs[name].T
+            inputs, wanted = _patches(layer, given[0]), written[name].T
         else:
             before = seen.inputs[name]
             inputs = _rows(layer, given[0]) if mends else merged_inputs(before, name, groups, projections)
@@ -164,9 +170,7 @@ def input_dim(layer: nn.Module) -> int | None:
 
 def sees_patches(layer: Any) -> bool:
     """Is it a convolution whose outputs do not stand for one pixel of the input each?"""
-    if not isinstance(layer, nn.modules.conv._ConvNd) or isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return False
-    return max(*layer.kernel_size, *layer.stride) > 1
+    return type(layer).forward in PLAIN and max(*layer.kernel_size, *layer.stride) > 1
 
 
 def matrix(weight: Tensor, dim: int, taps: bool) -> Tensor:

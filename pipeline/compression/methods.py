@@ -102,8 +102,9 @@ class GroupWeights:
         """Gram matrix of the features, (C, C) of self.dtype on the CPU, multiplied where the network is."""
         total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
         for block in self.blocks():
-            rows = block if block.is_cuda else block.cpu().numpy()  # NumPy computes one half only of what is symmetric
-            gram = torch.as_tensor(rows @ rows.T).cpu()
+            # NumPy computes one half only of what is symmetric; a GPU may round products of float32 to a few digits.
+            rows = block.double() if block.is_cuda else block.cpu().numpy()
+            gram = torch.as_tensor(rows @ rows.T).to("cpu", self.dtype)
             if self.scale == "tensor" and gram.trace() > 0:
                 gram /= float(gram.trace())
             total += gram

@@ -15,6 +15,7 @@ from pipeline.compression.projection import Projection, compressed_tensors, name
 from pipeline.tables import UserError
 
 STATISTICS = ("running_var", "running_mean")  # of BatchNorm
+SHOWN = 1e-4  # of the variance in training, that pictures must show of a channel
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 
 
@@ -28,31 +29,31 @@ def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
 
 
-class Expected(NamedTuple):
-    """BatchNorm statistics, {buffer: (C,)}, that a smaller network would have had compression changed nothing of them.
+class Reference(NamedTuple):
+    """What repair starts from: BatchNorm statistics, {buffer: (C,)}, of a network as if compression changed none.
 
-    kept: as training left them; seen: as the pictures show them, which are not quite what it trained on.
+    trained: as training left them; on_pictures: as the pictures show them, which are not quite what it trained on.
     """
 
-    kept: Mapping[str, Tensor]
-    seen: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
+    on_pictures: Mapping[str, Tensor]
 
 
-def expected(
+def reference(
     model: nn.Module,
-    seen: Mapping[str, Tensor],
+    on_pictures: Mapping[str, Tensor],
     groups: Sequence[ChannelGroup] = (),
     projections: Sequence[Projection] = (),
     norm_scale: bool = True,
-) -> Expected:
-    """What becomes of the statistics of `model` and of seen = statistics(model, batches) under these projections."""
+) -> Reference:
+    """What becomes of the statistics of `model` and of on_pictures = statistics(model, batches) by the projections."""
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
 
     def merged(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         edited = compressed_tensors({**tensors, **found}, groups, projections, norm_scale, reads=False)
         return {name: edited.get(name, tensor) for name, tensor in found.items()}
 
-    return Expected(merged({name: tensors[name] for name in seen}), merged(seen))
+    return Reference(merged({name: tensors[name] for name in on_pictures}), merged(on_pictures))
 
 
 @torch.no_grad()
@@ -70,7 +71,8 @@ def statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]
     if first is None:
         raise UserError("repair needs at least one batch of pictures, got none")
     before = [(norm.momentum, {name: t.clone() for name, t in norm.named_buffers()}) for norm in norms]
-    names = [name for name, module in model.named_modules() if module in set(norms)]
+    tracked = set(norms)
+    names = [name for name, module in model.named_modules() if module in tracked]
     with kept_modes(model):
         model.eval()  # only norms are put in training mode: dropout stays off
         try:
@@ -93,40 +95,45 @@ def statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def repair_(model: nn.Module, batches: Iterable[Tensor], usual: Expected | None = None) -> bool:
+def repair_(model: nn.Module, batches: Iterable[Tensor], against: Reference | None = None) -> bool:
     """In place: re-estimate all BatchNorm statistics on unlabelled pictures (REPAIR, arXiv:2211.08403, section 4).
 
     batches: (B, C, H, W) network inputs without augmentation.
-    usual: of the network that was compressed (`expected`). Then every statistic changes by as much as compression
+    against: of the network that was compressed (`reference`). Then every statistic changes by as much as compression
         changed it on the pictures. Augmentation, or other pictures, shift statistics too: a CIFAR-10 ResNet-20 of
         which nothing was removed falls from 92.0 to 88.5% under statistics of the plain training pictures.
-        None: the statistics are those of the pictures.
+        None: the statistics become those of the pictures, as the paper has it.
 
     Returns False, and does nothing, for a model without running statistics.
     """
     found = statistics(model, batches)
     for name in {name.rpartition(".")[0] for name in found}:
         norm, at = model.get_submodule(name), [f"{name}.{kind}" for kind in STATISTICS]
-        if usual is None:
-            set_statistics_(norm, [found[n] for n in at])
-        else:
-            set_statistics_(norm, [usual.kept[n] for n in at])
-            follow_(norm, [found[n] for n in at], [usual.seen[n] for n in at])
+        set_statistics_(norm, [found[n] if against is None else against.trained[n] for n in at])
+        if against is not None:
+            follow_(norm, [found[n] for n in at], [against.on_pictures[n] for n in at])
     return bool(found)
 
 
 def set_statistics_(norm: Any, values: Sequence[Tensor]) -> None:
-    """values: of STATISTICS"""
+    """In place: what the norm keeps; values: of STATISTICS, each (C,)."""
     for kind, value in zip(STATISTICS, values, strict=True):
         getattr(norm, kind).copy_(value)
 
 
-def follow_(norm: Any, now: Sequence[Tensor], usual: Sequence[Tensor]) -> None:
-    """In place: what the norm keeps changes as STATISTICS did on some pictures: from `usual` to `now`, each (C,)."""
-    (var, mean), (usual_var, usual_mean) = now, usual
-    scale = (norm.running_var + norm.eps) / (usual_var + norm.eps)
-    norm.running_mean += (mean - usual_mean) * scale.sqrt()
-    norm.running_var.copy_(((var + norm.eps) * scale - norm.eps).clamp(min=0))
+def follow_(norm: Any, now: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """In place: what the norm keeps changes as STATISTICS did on some pictures, from `before` to `now`, each (C,).
+
+    Channels that these pictures hardly showed before stay as they are: there is nothing to measure a change by.
+    """
+    (var, mean), (var_before, mean_before) = now, before
+    scale = (norm.running_var + norm.eps) / (var_before + norm.eps)
+    shown = var_before > SHOWN * norm.running_var
+    new_mean = norm.running_mean + (mean - mean_before) * scale.sqrt()
+    new_var = ((var + norm.eps) * scale - norm.eps).clamp(min=0)
+    set_statistics_(
+        norm, [torch.where(shown, new_var, norm.running_var), torch.where(shown, new_mean, norm.running_mean)]
+    )
 
 
 def tune_norms_(

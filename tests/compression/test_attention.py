@@ -167,3 +167,19 @@ def test_groups_of_a_convolution_go_as_a_whole():
     ]
     smaller, _ = compress(net, x, "l1", 0.5)
     assert (smaller.b.groups, smaller.b.in_channels, smaller.b.out_channels) == (2, 6, 12)
+
+
+def test_queries_keep_their_cluster_sums_under_compensation():
+    """One weight reads the stream along one axis and, as queries, keys along the other."""
+    model = randomise_(nn.Sequential(nn.Linear(5, STREAM), Attention("scaled_dot_product"), nn.Linear(STREAM, 3)))
+    x = torch.randn(20, 7, 5, generator=torch.Generator().manual_seed(0))
+    options = {"parts": ["hidden", "residual", "width"]}
+    plain, report = compress(model.eval(), x[:1], "fold", 0.5, **options)
+    assert {len(row.labels) for row in report.groups} == {STREAM, WIDTH}
+    better, _ = compress(model, x[:1], "fold", 0.5, pictures=x, **options)
+    assert torch.equal(better[1].q.weight, compress(model, x[:1], "fold", 0.5, pictures=x, **options)[0][1].q.weight)
+    assert better[1].q.weight.shape == plain[1].q.weight.shape
+    assert not torch.equal(better[2].weight, plain[2].weight)
+    with torch.no_grad():
+        wanted = model(x)
+        assert relative_error(wanted, better(x)) < relative_error(wanted, plain(x))

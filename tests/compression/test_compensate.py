@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 from toy_nets import NETS, duplicated, randomise_, relative_error
 
@@ -115,13 +116,19 @@ CONVOLUTIONS = {
     "strided": (nn.Conv2d(4, 3, 1, stride=2), (6, 4, 5, 6)),
     "3d": (nn.Conv3d(4, 3, (1, 3, 2), padding=(0, 1, 0)), (4, 4, 3, 4, 5)),
     "transposed": (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1), (6, 4, 3, 3)),
+    "circular": (nn.Conv2d(4, 3, (2, 3), padding=1, padding_mode="circular"), (6, 4, 4, 5)),
     "pointwise": (nn.Conv2d(4, 3, 1), (6, 4, 3, 3)),
+    "padded within": (Conv2dSame(4, 3, 3, stride=2), (6, 4, 2, 2)),
 }
+PIXELS = ("transposed", "pointwise", "padded within")  # those that are solved for one factor a channel
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_every_kind_of_convolution_is_solved(kind):
-    """One of four channels goes that is a sum of two others at every pixel: nothing need be lost."""
+    """One of four channels goes that is a sum of two others at every pixel: nothing need be lost.
+
+    What is seen of a layer is what it puts out, less its bias.
+    """
     conv, shape = CONVOLUTIONS[kind]
     first = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](shape[1], 4, 1)
     model = randomise_(nn.Sequential(first, conv)).double()
@@ -132,8 +139,12 @@ def test_every_kind_of_convolution_is_solved(kind):
     groups = channel_groups(model, x[:1])
     smaller, solved = compensated(model, groups, [Projection(torch.tensor([0, 1, -1, 2]))], x, ridge=1e-14)
     assert solved == ["1.weight"]
-    assert sees_patches(conv) == (kind not in ("transposed", "pointwise"))
+    assert sees_patches(conv) == (kind not in PIXELS)
     with torch.no_grad():
+        outputs = (model(x) - conv.bias.view(-1, *[1] * (len(shape) - 2))).movedim(1, -1).flatten(0, -2)
+        for seen in observe(model, groups, x).outputs.values():
+            places = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(seen.T, outputs[places])
         assert relative_error(model(x), smaller(x)) < 1e-9
 
 

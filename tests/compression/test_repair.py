@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from toy_nets import NETS, conv_norms, picture, randomise_, relative_error, vgg, vit
 
 from pipeline.compression import Projection, channel_groups, compress
-from pipeline.compression.repair import expected, repair_, statistics, tune_norms_
+from pipeline.compression.repair import follow_, reference, repair_, set_statistics_, statistics, tune_norms_
 from pipeline.tables import UserError
 
 
@@ -101,13 +102,13 @@ def test_repair_against_the_whole_network_is_about_what_compression_changed(trai
     pictures = [3 * x + 1 for x, _ in train_data[:2]]
     seen, groups = statistics(trained, pictures), channel_groups(trained, pictures[0][:1])
     same, plain = copy.deepcopy(trained), copy.deepcopy(trained)
-    repair_(same, pictures, expected(trained, seen))
+    repair_(same, pictures, reference(trained, seen))
     repair_(plain, pictures)
     for name, value in trained.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], value, msg=name)
     assert not torch.allclose(plain.state_dict()[next(iter(seen))], trained.state_dict()[next(iter(seen))])
     smaller, report = compress(trained, pictures[0][:1], "l1", 0.5, groups=groups)
-    usual = expected(trained, seen, groups, [Projection(row.labels) for row in report.groups])
+    usual = reference(trained, seen, groups, [Projection(row.labels) for row in report.groups])
     first, again = copy.deepcopy(smaller), copy.deepcopy(smaller)
     repair_(first, pictures, usual)
     with torch.no_grad():  # what a network kept before does not matter, as after compensation
@@ -115,10 +116,34 @@ def test_repair_against_the_whole_network_is_about_what_compression_changed(trai
             again.get_buffer(name).fill_(7)
     repair_(again, pictures, usual)
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in first.state_dict().items())
-    now, name = statistics(smaller, pictures), list(seen)[-2]
-    eps = 1e-5
-    moved = (first.get_buffer(name) + eps) / (usual.kept[name] + eps)
-    torch.testing.assert_close(moved, (now[name] + eps) / (usual.seen[name] + eps))
+
+
+def test_what_other_pictures_do_to_all_statistics_does_not_count():
+    """Where they turn every activation y into a y + b, statistics follow as on the training pictures."""
+    norm = nn.BatchNorm2d(8, eps=0)
+    g = torch.Generator().manual_seed(0)
+    (var, mean), (wanted_var, wanted_mean) = (
+        (torch.rand(8, generator=g) + 0.5, torch.randn(8, generator=g)) for _ in range(2)
+    )
+    a, b = torch.rand(8, generator=g) + 0.5, torch.randn(8, generator=g)
+    set_statistics_(norm, [var, mean])
+    follow_(norm, [a**2 * wanted_var, a * wanted_mean + b], [a**2 * var, a * mean + b])
+    torch.testing.assert_close(norm.running_var, wanted_var)
+    torch.testing.assert_close(norm.running_mean, wanted_mean)
+
+
+def test_channels_that_the_pictures_do_not_show_keep_their_statistics():
+    model = randomise_(vgg()).eval()
+    kept = model[1].running_var.clone(), model[1].running_mean.clone()
+    blank = [torch.zeros(4, 3, 8, 8)]
+    groups = channel_groups(model, blank[0][:1])
+    same = [Projection(torch.arange(g.size)) for g in groups]
+    seen = statistics(model, blank)
+    with torch.no_grad():
+        model[0].bias += 5
+    repair_(model, blank, reference(model, seen, groups, same))
+    assert torch.equal(model[1].running_var, kept[0])
+    assert torch.equal(model[1].running_mean, kept[1])
 
 
 @pytest.mark.parametrize("build", [vgg, vit])
