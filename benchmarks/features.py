@@ -94,7 +94,8 @@ def main() -> None:
     test = list(data.eval_dataloader(data.test_data.subset(range(args.n))))
     drawn = torch.randperm(len(data.repair_data), generator=torch.Generator().manual_seed(0))[:1024]
     calibration = [inputs for inputs, _ in data.eval_dataloader(data.repair_data.subset(drawn))]
-    lines = [f"Accuracy (%) on {args.n} CIFAR-10 test pictures, n = 1 network each, repaired with 1,024 pictures.\n"]
+    of = f"Accuracy (%) on {args.n} CIFAR-10 test pictures, n = 1 network each"
+    lines = [f"{of}, repaired to statistics of 1,024 pictures.\n"]
     for name, net in networks(args, data).items():
         groups = channel_groups(net, test[0][0][:1])
         heads = [f"{stage} {ratio:g}" for stage in ("raw", "rep.") for ratio in RATIOS]

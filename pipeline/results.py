@@ -31,8 +31,8 @@ class Row:
 
     cell: the run it belongs to; seed: of the run; epoch: finished epochs; step: optimizer steps by then
     method: as named by the user; ratio: fraction of channels removed (of weights, by masks), 0 <= r < 1
-    stage: raw (as compressed), repaired (statistics re-estimated on unlabelled training pictures), norm_tuned (norm
-        parameters trained with labels)
+    stage: raw (as compressed), repaired (BatchNorm statistics follow on unlabelled training pictures), norm_tuned
+        (norm parameters trained with labels)
     split, n: which pictures the accuracy was measured on, and how many
     acc: 0 ... 1; loss: mean cross-entropy in nats; error: mean relative parameter error of the channel groups or
         masked weights

@@ -230,3 +230,18 @@ def test_values_are_read_and_shown_as_on_the_command_line():
         "True",
         "sgd",
     ]
+
+
+def test_checkpoints_are_split_by_how_they_were_trained(tmp_path, report):
+    """Their recipe stands under "named."; names mean it where the measurement has settings of the same name."""
+    for i, (name, augment) in enumerate([("sgd", "[]"), ("adam", "[]"), ("adam", '["crop"]')]):
+        folder = add(tmp_path, f"m-{i}", fold=0.5 + i / 10)
+        named = {"optim.name": name, "optim.schedule.name": "cosine", "data.augment": augment}
+        write_record(folder, {"data": {"augment": "[]"}, "named": named}, "done", "", 1.0)
+    means = [line for line in report(tmp_path, "--by", "optim") if line.startswith("Mean")]
+    assert [re.search("over (.) done cells? with (.*?),", line).groups() for line in means] == [
+        ("2", "optim=adam"),
+        ("1", "optim=sgd"),
+    ]
+    assert sum(line.startswith("Mean") for line in report(tmp_path, "--where", "augment=[crop]", "--by", "optim")) == 1
+    assert load(tmp_path).setting("schedule") == "named.optim.schedule.name"
