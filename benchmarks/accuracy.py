@@ -205,7 +205,7 @@ def prediction(rows: pl.DataFrame) -> list[str]:
         "Fidelity (top-1 agreement times correlation with the dense network, on 128 synthetic pictures) against raw "
         "accuracies, and the difference of fidelity between fold or mix and the better of l1 and l2 against the gap "
         "of their accuracies. Spearman's rank correlations over networks, methods and ratios; a gap of more than 2 "
-        f"points is clear. {rows['n'].max():,} test pictures.",
+        f"points is clear. {rows['n'].max():,} test pictures. Networks of the same recipes, of an earlier training.",
         "",
         line("networks", ["n", "accuracy", "gap", "winner named, of clear gaps"]),
         "|---|---|---|---|---|",
@@ -237,7 +237,8 @@ def tuning(rows: pl.DataFrame) -> list[str]:
     return [
         "## Tuned for one epoch, and the same size from scratch",
         "",
-        "ResNet18 of width 16, weight decay .005, no SAM: mean accuracy of seeds. Dense networks had two epochs.",
+        "ResNet18 of width 16, weight decay .005, no SAM: mean accuracy of seeds. Dense networks had two epochs. Of an "
+        "earlier training, with readers solved for one factor a channel.",
         "",
         *table(found.sort("ratio", "method"), "acc", signed=False, counts=True),
     ]
@@ -267,15 +268,26 @@ def table(
 
 def sizes(rows: pl.DataFrame) -> list[str]:
     """Every network of the rows whose methods differ in how sizes are allocated: accuracy and MACs."""
-    found = measured(rows).filter(pl.col("stage") == "raw")
+    found = measured(rows).filter(pl.col("stage") == "raw").with_columns(acc=100 * pl.col("acc"))
     ratios = sorted(set(found["ratio"]))
-    lines = ["## Sizes by what groups can spare, at equal MACs: raw accuracy (million MACs)", ""]
-    lines += ["ResNet-20 of above, and a ResNet18 of width 16 after 4 epochs (79.2%).", ""]
-    lines += [line("network", ["method", *(f"{r:g}" for r in ratios)]), "|---|---|" + "---|" * len(ratios)]
-    for (cell, method), group in found.partition_by(NETWORK, "method", as_dict=True, maintain_order=True).items():
-        at = {r: f"{100 * acc:.1f} ({count / 1e6:.1f})" for r, acc, count in group["ratio", "acc", "macs"].iter_rows()}
-        lines.append(line(cell.rpartition("-")[0], [method, *(at[r] for r in ratios)]))
-    return lines
+    lines = [
+        "## Sizes by what groups can spare, at equal MACs: raw accuracy (million MACs)",
+        "",
+        f"{found['n'].max():,} test pictures.",
+        "",
+        line("network", ["method", *(f"{r:g}" for r in ratios)]),
+        "|---|---|" + "---|" * len(ratios),
+    ]
+    for (_, method), group in found.partition_by(NETWORK, "method", as_dict=True, maintain_order=True).items():
+        at = {r: f"{acc:.1f} ({count / 1e6:.1f})" for r, acc, count in group["ratio", "acc", "macs"].iter_rows()}
+        lines.append(line(group["model"][0], [method, *(at[r] for r in ratios)]))
+    even = found.with_columns(method=pl.col("method").str.strip_suffix("+macs"))
+    sized = even.filter(found["method"].str.ends_with("+macs"))
+    even = even.filter(~found["method"].str.ends_with("+macs"))
+    won = sized.join(even, on=[NETWORK, "method", "ratio"], suffix="_even", maintain_order="left")
+    won = won.with_columns(won=pl.col("acc") - pl.col("acc_even"))
+    lines += ["", "Points that this wins, mean over the networks:", ""]
+    return [*lines, *table(won, "won", margin=True)]
 
 
 def line(name: str, cells: list[str]) -> str:
