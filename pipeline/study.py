@@ -292,17 +292,21 @@ def print_speeds(speeds: pl.DataFrame) -> None:
 
 
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
-    """Accuracy over ratio, one colour per method; one panel per stage, sharing the axes; the dense network dotted."""
+    """Accuracy over ratio, one colour per method; one panel per stage, sharing the axes.
+
+    Dotted: the uncompressed networks, of those that have rows of the stage (without BatchNorm nothing is repaired).
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     found = curves(rows)
     stages = list(dict.fromkeys(stage for stage, _ in found)) or ["raw"]
     methods = list(dict.fromkeys(method for _, method in found))
-    dense = dense_accuracy(rows)
     masked = rows.select(is_mask(pl.col("method")).any()).item()
     figure = Figure(figsize=(1.5 + 4.5 * len(stages), 4.2), layout="constrained")
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
     for panel, stage in zip(panels, stages, strict=True):
+        has = rows.filter((pl.col("stage") == stage) & (pl.col("method") != DENSE))
+        dense = dense_accuracy(rows.join(has.select("cell"), on="cell", how="semi") if len(has) else rows)
         for (s, method), line in found.items():
             if s != stage:
                 continue
@@ -312,13 +316,14 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
             percent = [100 * a for a in accuracies]
             panel.plot(ratios, percent, "o-", color=f"C{methods.index(method)}", label=method, markersize=4)
         if dense is not None:
-            panel.axhline(100 * dense, color="grey", linestyle=":", label=f"dense {100 * dense:.1f}%")
+            dotted = panel.axhline(100 * dense, color="grey", linestyle=":", label=f"dense {100 * dense:.1f}%")
+            panel.legend(handles=[dotted], frameon=False, loc="upper right")
         panel.set_title(TITLES[stage], fontsize=10)
         panel.set_xlabel("fraction of channels removed" + ", of weights by masks" * masked)
         panel.set_ylim(0, 100)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
-    if found or dense is not None:
+    if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)

@@ -4,6 +4,7 @@ import math
 
 import polars as pl
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from pipeline.results import DENSE, Row, table
@@ -134,6 +135,17 @@ def test_nothing_measured_still_gives_a_table_and_a_picture(tmp_path):
     result_table(rows, duel=True)
     plot_curves(rows, tmp_path / "empty.png", "title")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_a_panel_starts_from_the_networks_that_have_its_stage(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    both = [row("a", DENSE, 0.0, 0.9), row("b", DENSE, 0.0, 0.5), row("a"), row("b"), row("a", stage="repaired")]
+    plot_curves(table(both), tmp_path / "curves.png", "title")
+    starts = [panel.lines[0].get_ydata()[0] for panel in drawn[0].axes]
+    dotted = [panel.lines[-1].get_label() for panel in drawn[0].axes]
+    assert starts == pytest.approx([70, 90])
+    assert dotted == ["dense 70.0%", "dense 90.0%"]
 
 
 def test_masks_are_shown_and_not_compared():
