@@ -271,9 +271,7 @@ def joined(sweep: Sweep) -> pl.DataFrame:
 
     Without the folders of this machine, so that the file can be passed on.
     """
-    cells = sweep.cells.drop(
-        [name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root", "named.data.root"))]
-    )
+    cells = sweep.cells.drop([name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root"))])
     if "checkpoint" in cells.columns:
         cells = cells.with_columns(pl.col("checkpoint").cast(pl.String).str.extract(r"([^/\\]+[/\\]?[^/\\]*)$"))
     taken = {name: f"cell.{name}" for name in cells.columns if name in SCHEMA and name != "cell"}

@@ -75,8 +75,7 @@ def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example)
     hooks: list[tuple[nn.Module, Hook]] = [
         (layer, partial(keep, name)) for name, layer in layers.items() if input_dim(layer) == reads[name]
     ]
-    norms = set(tracked_norms(model))
-    hooks += [(module, partial(measure, name)) for name, module in model.named_modules() if module in norms]
+    hooks += [(norm, partial(measure, name)) for name, norm in tracked_norms(model).items()]
     _watched(model, hooks, pictures)
     for found in seen[1:]:  # what is called twice cannot be right for both
         for name in [n for n in found if calls[model.get_submodule(n.rpartition(".")[0])] > 1]:
@@ -105,7 +104,8 @@ def compensate_(
     Returns the weights that were solved. What else reads channels (queries; weights that a forward uses without
     calling their layer, or more than once) keeps its cluster sums.
     """
-    ridge = pick("solve_on", RIDGES, solve_on) if ridge is None else ridge
+    usual_ridge = pick("solve_on", RIDGES, solve_on)
+    ridge = usual_ridge if ridge is None else ridge
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]

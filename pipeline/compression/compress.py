@@ -105,7 +105,7 @@ AUTO = "auto"
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")  # that it chooses from where there are no pictures, and where there are
 COMPENSATED = ("mix", "fold", "l2", "obs")
 
-# On shapes, they would take half of the time of a count.
+# They multiply nothing that is counted, and on shapes would take half of the time of a count.
 UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
 
@@ -484,13 +484,9 @@ def _macs(model: nn.Module, example: Example, device: str | None) -> int:
     memo: dict[int, Any] = {id(t): moved(t) for t in model.buffers()}
     memo |= {id(t): nn.Parameter(moved(t), requires_grad=False) for t in model.parameters()}
     twin = copy.deepcopy(model, memo).eval()
-    for module in twin.modules() if device == "meta" else ():
-        if type(module) in (
-            nn.BatchNorm1d,
-            nn.BatchNorm2d,
-            nn.BatchNorm3d,
-        ):  # half of the time, and no product to count
-            module.forward = lambda x: x
+    for module in twin.modules():
+        if device == "meta" and type(module) in UNCOUNTED:
+            module.forward = lambda input: input
     args, kwargs = torch.utils._pytree.tree_map(moved, call_arguments(example))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(*args, **kwargs)

@@ -19,9 +19,9 @@ SHOWN = 1e-4  # of the variance in training, that pictures must show of a channe
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 
 
-def tracked_norms(model: nn.Module) -> list[_NormBase]:
-    """The normalisations of a model that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+def tracked_norms(model: nn.Module) -> dict[str, _NormBase]:
+    """The normalisations of a model that keep running statistics, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None}
 
 
 def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -70,28 +70,22 @@ def statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]
     first = next(batches, None)
     if first is None:
         raise UserError("repair needs at least one batch of pictures, got none")
-    before = [(norm.momentum, {name: t.clone() for name, t in norm.named_buffers()}) for norm in norms]
-    tracked = set(norms)
-    names = [name for name, module in model.named_modules() if module in tracked]
+    before = {norm: (norm.momentum, [t.clone() for t in norm.buffers()]) for norm in norms.values()}
     with kept_modes(model):
         model.eval()  # only norms are put in training mode: dropout stays off
         try:
-            for norm in norms:
+            for norm in before:
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative mean, in place of a running one in which the first ones survive
                 norm.train()
             for batch in chain([first], batches):
                 model(batch)
-            return {
-                f"{n}.{kind}": getattr(m, kind).clone()
-                for n, m in zip(names, norms, strict=True)
-                for kind in STATISTICS
-            }
+            return {f"{name}.{kind}": getattr(m, kind).clone() for name, m in norms.items() for kind in STATISTICS}
         finally:
-            for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            for norm, (momentum, values) in before.items():
                 norm.momentum = momentum
-                for name, value in buffers.items():
-                    getattr(norm, name).copy_(value)
+                for buffer, value in zip(norm.buffers(), values, strict=True):
+                    buffer.copy_(value)
 
 
 @torch.no_grad()
@@ -107,8 +101,8 @@ def repair_(model: nn.Module, batches: Iterable[Tensor], against: Reference | No
     Returns False, and does nothing, for a model without running statistics.
     """
     found = statistics(model, batches)
-    for name in {name.rpartition(".")[0] for name in found}:
-        norm, at = model.get_submodule(name), [f"{name}.{kind}" for kind in STATISTICS]
+    for name, norm in tracked_norms(model).items():
+        at = [f"{name}.{kind}" for kind in STATISTICS]
         set_statistics_(norm, [found[n] if against is None else against.trained[n] for n in at])
         if against is not None:
             follow_(norm, [found[n] for n in at], [against.on_pictures[n] for n in at])

@@ -29,7 +29,7 @@ def synthesize(
         raise UserError("synthetic inputs are made for networks of pictures (N, C, H, W); pass unlabelled data instead")
     pictures = natural_noise((count, *example.shape[1:]), seed).to(example)
     net = bare_copy(model).eval().requires_grad_(False)
-    norms = tracked_norms(net)
+    norms = tracked_norms(net).values()
     if not norms or not steps:
         return pictures
     mismatches: list[Tensor] = []

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from toy_nets import NETS, duplicated, mobile, picture, randomise_, relative_error, tied, vgg
 
 from pipeline.compression import ChannelGroups, channel_groups, compress
@@ -249,6 +250,20 @@ def test_channels_last_stays_channels_last():
     assert weights["layer1.0.conv1.weight"].shape[:2] == (2, 2)
     for name, weight in weights.items():
         assert weight.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_macs_of_a_norm_that_is_called_by_keyword_are_counted_on_shapes():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(x))
+
+    counted = {}
+    assert macs(Keyword(), torch.zeros(1, 3, 8, 8), counted) == 6 * 6 * 4 * 27
+    assert len(counted) == 1, "not by a real pass, which is kept for no other network"
 
 
 def test_macs_are_counted_once_for_all_methods(monkeypatch):
