@@ -154,7 +154,12 @@ def compensate_(
 
 def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:
     """STATISTICS, variance (correction as of torch.var) and mean, of (N, C, ...) over all but the channels."""
-    return torch.var_mean(_wide(x).transpose(0, 1).flatten(1), 1, correction=correction)
+    x = _wide(x).reshape(*x.shape[:2], -1)  # (N, C, pixels)
+    count = x.shape[0] * x.shape[2]
+    mean = x.sum(2).sum(0) / count
+    centred = x - mean[:, None]
+    # torch.var_mean is half of a compensation on the CPU: this is twice as fast, as close, and its gradient, too.
+    return torch.linalg.vecdot(centred, centred).sum(0) / (count - correction), mean
 
 
 def input_dim(layer: nn.Module) -> int | None:
