@@ -154,7 +154,7 @@ def recipes(rows: pl.DataFrame) -> list[str]:
     lines = ["## Half of the channels gone, by recipe", ""]
     for stage in ("raw", "repaired"):
         at = half(found.filter(pl.col("stage") == stage))
-        lines += [*by(at, ["model", "decay", "SAM"], stage), ""]
+        lines += [*by(at.sort("model", "decay", "SAM", maintain_order=True), ["model", "decay", "SAM"], stage), ""]
     return lines[:-1]
 
 
