@@ -58,8 +58,12 @@ class GroupWeights:
     def rows(self, axis: Axis, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The entries of each channel along an axis, (C, F) of self.dtype; tensors: others of the same shapes."""
         tensor = (self.tensors if tensors is None else tensors)[axis.tensor]
-        chosen = tensor.index_select(axis.axis, axis.index.reshape(-1).to(tensor.device)).movedim(axis.axis, 0)
-        return chosen.reshape(len(axis.index), -1).to(self.dtype)
+        places = axis.index.reshape(-1).to(tensor.device)
+        if not torch.equal(places, torch.arange(tensor.shape[axis.axis], device=tensor.device)):
+            tensor = tensor.index_select(axis.axis, places)
+        # One copy where one is due: these are all the weights of the network, and Gram matrices half of a clustering.
+        rows = tensor.movedim(axis.axis, 0).to(self.dtype, memory_format=torch.contiguous_format)
+        return rows.reshape(len(axis.index), -1)
 
     @property
     def writers(self) -> list[Axis]:
