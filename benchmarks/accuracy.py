@@ -261,10 +261,15 @@ def table(
             here, std, n = at.get((method, ratio), (None, None, 0))
             text = "-" if here is None else f"{here:+.1f}" if signed else f"{here:.1f}"
             if margin and n > 2:
-                text += f" ±{stdtrit(n - 1, 0.975) * std / n**0.5:.1f}"
+                text += f" ±{half_interval(std, n):.1f}"
             cells.append(text + f" (n {n})" * (counts and n > 0))
         lines.append(line(method, cells))
     return lines
+
+
+def half_interval(std: float, n: int) -> float:
+    """Half of a 95% interval of a mean (Student's t)."""
+    return stdtrit(n - 1, 0.975) * std / n**0.5
 
 
 def sizes(rows: pl.DataFrame) -> list[str]:
@@ -287,8 +292,14 @@ def sizes(rows: pl.DataFrame) -> list[str]:
     even = even.filter(~found["method"].str.ends_with("+macs"))
     won = sized.join(even, on=[NETWORK, "method", "ratio"], suffix="_even", maintain_order="left")
     won = won.with_columns(won=pl.col("acc") - pl.col("acc_even"))
-    lines += ["", "Points that this wins, mean over the networks:", ""]
-    return [*lines, *table(won, "won", margin=True)]
+    lines += ["", "Points that this wins, mean over the networks:", "", *table(won, "won", margin=True)]
+    every = won.group_by(NETWORK).agg(pl.col("won").mean())["won"]
+    spread = half_interval(every.std(), len(every))
+    return [
+        *lines,
+        "",
+        f"Over both and all ratios: {every.mean():+.1f} ±{spread:.1f} points (n {len(every)} networks).",
+    ]
 
 
 def line(name: str, cells: list[str]) -> str:
