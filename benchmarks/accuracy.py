@@ -45,11 +45,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
-from scipy.special import stdtrit
 
 from benchmarks.common import write_below
 from pipeline.results import DENSE, measured
-from pipeline.study import dense_rows, foretold, plot_curves
+from pipeline.study import dense_rows, foretold, half_interval, plot_curves
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/accuracy.md")
@@ -265,11 +264,6 @@ def table(
             cells.append(text + f" (n {n})" * (counts and n > 0))
         lines.append(line(method, cells))
     return lines
-
-
-def half_interval(std: float, n: int) -> float:
-    """Half of a 95% interval of a mean (Student's t)."""
-    return stdtrit(n - 1, 0.975) * std / n**0.5
 
 
 def sizes(rows: pl.DataFrame) -> list[str]:

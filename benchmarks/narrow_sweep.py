@@ -15,10 +15,10 @@ import itertools
 from pathlib import Path
 
 import polars as pl
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 
 from pipeline.results import DENSE, means
-from pipeline.study import dense_rows, duels, gaps, plot_curves
+from pipeline.study import dense_rows, duels, gaps, half_interval, plot_curves
 
 ROWS = Path("benchmarks/results/narrow_sweep.parquet")
 PAGE = Path("docs/narrow_sweep.md")
@@ -128,7 +128,7 @@ def effect(lines: pl.DataFrame, factor: str, outcome: str) -> tuple[float, float
     on = pl.col(factor) == ("adam" if factor == "optimizer" else True)
     first = {name: pl.col(outcome).filter(which).first() for name, which in (("on", on), ("off", ~on))}
     pairs = lines.group_by(rest).agg(**first).select(pl.col("on") - pl.col("off")).drop_nulls()["on"]
-    return pairs.mean(), t.ppf(0.975, len(pairs) - 1) * pairs.std() / len(pairs) ** 0.5
+    return pairs.mean(), half_interval(pairs.std(), len(pairs))
 
 
 # --- the page

@@ -1,6 +1,6 @@
 """How long folding takes at nine ratios, beside the study's algorithm, scikit-learn and Torch-Pruning, in one run.
 
-    python -m benchmarks.speed                                  # most of an hour on two busy cores
+    python -m benchmarks.speed                                  # ten minutes on two busy cores of an EPYC
     python -m benchmarks.speed --networks resnet18,simple_vit   # these anew, the others stay in the page
     python -m benchmarks.speed --quick                          # ResNet18 after one epoch, all once; writes nothing
 

@@ -89,8 +89,13 @@ def gaps(rows: pl.DataFrame) -> pl.DataFrame:
     gap = pl.col("gap")
     found = duels(rows).drop_nulls("gap").group_by("stage", "ratio", maintain_order=True)
     found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
-    t = pl.Series([stdtrit(n - 1, 0.975) if n >= 3 else None for n in found["n"]], dtype=pl.Float64)
-    return found.with_columns(margin=t * pl.col("std") / pl.col("n").sqrt()).drop("std")
+    margins = [half_interval(std, n) if n >= 3 else None for std, n in found["std", "n"].iter_rows()]
+    return found.with_columns(margin=pl.Series(margins, dtype=pl.Float64)).drop("std")
+
+
+def half_interval(std: float, n: int) -> float:
+    """Half of the 95% interval of a mean of n (Student's t), from their standard deviation."""
+    return stdtrit(n - 1, 0.975) * std / n**0.5
 
 
 class Foretold(NamedTuple):
