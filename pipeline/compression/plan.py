@@ -1,0 +1,51 @@
+"""What was decided for one network, and what a network has been through: both travel with it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.compression.group import ChannelGroups
+from pipeline.compression.projection import Projection
+
+HISTORY = "compression_history"  # attribute of a module that holds its steps; copies of the module keep it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe decided for one network: its groups, their projections and how they merge.
+
+    projections: one for each group. joint_norms: a weight and the norm behind it merge as one affine map.
+    approximate_repair: variances of merged channels follow the weights (see `projection.apply`).
+    masks: {weight: bool of its shape, False where it is zero}; a masked network has no groups.
+    """
+
+    groups: ChannelGroups
+    projections: Sequence[Projection] = ()
+    joint_norms: bool = True
+    approximate_repair: bool = False
+    masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that a network went through, in JSON values alone, so that a file can hold it.
+
+    stage: the spelling of the stage: "mix+data", "repair", "tune". about: what it says of itself; of a compression
+    "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that modules keep as Python numbers) and
+    "groups": {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}.
+    """
+
+    stage: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def history(model: nn.Module) -> tuple[Step, ...]:
+    """The stages that this network went through, in their order; none for a network that is as it was built."""
+    return getattr(getattr(model, "_orig_mod", model), HISTORY, ())
+
+
+def remember_(model: nn.Module, *steps: Step) -> None:
+    """In place: the network has gone through these stages, too."""
+    setattr(model, HISTORY, (*history(model), *steps))
