@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks.network import NetworkCallback
 from pipeline.compression import ChannelGroup, Compressed, Projection
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.compress import GroupReport, LayerReport, Report
+from pipeline.compression.report import GroupReport, LayerReport, Report
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, Frozen
 from pipeline.compression.projection import compressed_tensors, named_tensors

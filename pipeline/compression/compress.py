@@ -1,113 +1,42 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.compression.allocate import BUDGETS, SPARES, allocated
-from pipeline.compression.compensate import compensate_, observe
+from pipeline.compression.allocate import allocated
+from pipeline.compression.compensate import Seen, compensate_, observe
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.gradients import Gradients
 from pipeline.compression.graph import Example, call_arguments, channel_groups
-from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroups, Frozen
+from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.layers import other_units
-from pipeline.compression.masks import MASKS, masks_of
-from pipeline.compression.methods import METHODS, GroupWeights, Projections, check_pictures
+from pipeline.compression.masks import masks_of
+from pipeline.compression.methods import METHODS, GroupWeights
+from pipeline.compression.plan import Plan
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
+from pipeline.compression.recipe import AUTO, Recipe, parse, recipe, spell
+from pipeline.compression.report import GroupReport, Report, group_report, layer_report
 from pipeline.compression.synthetic import synthesize
 from pipeline.tables import UserError, call, pick
 
-
-@dataclass(frozen=True)
-class GroupReport:
-    """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features.
-
-    labels: (before,) int64, the new channel of each old one, -1 = dropped.
-    tie: the name that groups of one layer, such as its heads, have in common.
-    """
-
-    name: str
-    before: int
-    after: int
-    error: float
-    labels: torch.Tensor = field(repr=False, compare=False)
-    tie: str = ""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One masked weight: its entries before and those that the mask leaves, and the relative error ‖W - W'‖ / ‖W‖."""
-
-    name: str
-    before: int
-    after: int
-    error: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example.
-
-    Of a masked network `layers` stands in place of `groups`. Its params_after are the parameters that masks leave, and
-    its macs_after are those of the dense network: that is what hardware computes where it cannot skip zeros.
-
-    numbers: sizes that modules keep as Python numbers and that had to follow: {"blocks.0.attn.head_dim": 32}.
-    """
-
-    method: str
-    ratio: float
-    groups: tuple[GroupReport, ...]
-    frozen: tuple[Frozen, ...]
-    params_before: int
-    params_after: int
-    macs_before: int
-    macs_after: int
-    numbers: Mapping[str, int | float] = field(default_factory=dict)
-    layers: tuple[LayerReport, ...] = ()
-
-    @property
-    def error(self) -> float:
-        """Mean relative parameter error over the groups, or over the masked weights."""
-        of = self.groups or self.layers
-        return sum(one.error for one in of) / len(of)
-
-    def __str__(self) -> str:
-        layers: dict[str, list[GroupReport | LayerReport]] = {}
-        for one in self.groups or self.layers:
-            tie = one.tie if isinstance(one, GroupReport) else ""
-            layers.setdefault(tie or one.name, []).append(one)
-        width = max(len(name) for name in layers)
-        lines = [
-            f"{self.method} at ratio {self.ratio:g}: "
-            f"parameters {self.params_before:,} -> {self.params_after:,} "
-            f"({self.params_after / self.params_before:.1%}), "
-            f"MACs {self.macs_before:,} -> {self.macs_after:,} ({self.macs_after / max(1, self.macs_before):.1%})",
-            f"{'group':<{width}}  channels  relative error"
-            if self.groups
-            else f"{'layer':<{width}}  weights  relative error",
-            *(
-                f"{name:<{width}}  {of[0].before:>4} -> {of[0].after:<4}  {sum(g.error for g in of) / len(of):.4f}"
-                + (f"  (mean of {len(of)} groups)" if len(of) > 1 else "")
-                for name, of in layers.items()
-            ),
-        ]
-        return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
-
-
-AUTO = "auto"
-CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")  # that it chooses from where there are no pictures, and where there are
+# What auto chooses from where there are no pictures, and where there are.
+CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")
 COMPENSATED = ("mix", "fold", "l2", "obs")
 
-# They multiply nothing that is counted, and on shapes would take half of the time of a count.
+# BatchNorm adds no counted MACs but takes half of the counting time, so it is skipped.
 UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
+
+# One group at one size: its projection, and the line of the report on it.
+Choice = tuple[Projection, GroupReport]
 
 
 class Compressed(NamedTuple):
@@ -115,6 +44,43 @@ class Compressed(NamedTuple):
 
     model: nn.Module
     report: Report
+
+
+@dataclass
+class Network:
+    """A network to compress, and what all its compressions share.
+
+    model: bare of hooks and masks. example: what it is called with; a batch of one is enough.
+    groups: its channel groups. pictures: unlabelled inputs that methods look at. seed: of what is drawn.
+    full: {group name: channels} that ratios count from, of a network that was made smaller before; None: its own.
+    counted: MACs that were counted for this architecture, looked up and added to.
+    """
+
+    model: nn.Module
+    example: Example
+    groups: ChannelGroups
+    pictures: Example | None = None
+    seed: int = 0
+    full: Mapping[str, int] | None = None
+    counted: Counted = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: t.detach() for name, t in named_tensors(self.model).items()}
+
+    @cached_property
+    def seen(self) -> Seen | None:
+        return None if self.pictures is None else observe(self.model, self.groups, self.pictures)
+
+    @cached_property
+    def gradients(self) -> Gradients | None:
+        """Nothing of them is computed before a method asks."""
+        return None if self.pictures is None else Gradients(self.model, self.groups, self.pictures, self.seed)
+
+    @cached_property
+    def cost(self) -> tuple[int, int]:
+        """Its parameters and MACs."""
+        return parameters(self.model), macs(self.model, self.example, self.counted)
 
 
 @overload
@@ -128,7 +94,8 @@ def compress(model, example, method="fold", ratio=0.5, **options):
 
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
     method: a name in METHODS: fold, l1, l2, ...; or in MASKS: magnitude, lamp, n_m, ..., which set single weights to
-        zero and leave all shapes as they are; or "auto": the method that is foretold to leave the most accuracy.
+        zero and leave all shapes as they are; or "auto": the method that is foretold to leave the most accuracy; or the
+        spelling of a recipe, "mix+data", or a Recipe.
     ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1, or a sequence of
         them; then a list comes back, and what the ratios can share is computed once.
     options: those of `compressions`, and those of the method (fold: refine; l1, l2: score; n_m: m).
@@ -142,260 +109,201 @@ def compress(model, example, method="fold", ratio=0.5, **options):
 
 
 def compressions(
-    model: nn.Module, example: Example, method: str, ratios: Sequence[float], **options
+    model: nn.Module,
+    example: Example,
+    method: str | Recipe,
+    ratios: Sequence[float],
+    *,
+    pictures: Example | None = None,
+    judge_on: Example | None = None,
+    groups: ChannelGroups | None = None,
+    counted: Counted | None = None,
+    full: Mapping[str, int] | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
 
-    options: of a method in METHODS those of `smaller_copies`, of one in MASKS those of `masked_copies`, of "auto" those
-    of `judged_copies`.
+    pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
+        see activations (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on:
+        see compensate_). A recipe that says "synthetic" makes its own where none are given.
+    judge_on: network inputs on which "auto" foretells the candidates; None: the pictures, else synthetic ones.
+    groups: what `channel_groups(model, example, parts)` gave for this architecture; traced anew when None.
+    counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
+    full: {group name: channels} that ratios count from, of a network that has been made smaller before; None: its own.
+    seed: of methods that draw.
+    options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
+        approximate_repair; round_to, allocate, spare, protect; ridge, solve_on; and those of the method itself.
     """
-    return pick("method", kinds(), method)(model, example, method, ratios, **options)
+    done = wanted(method, pictures is not None, options)
+    check_ratios(ratios, done.sizes.round_to)
+    # Hooks and masks of the live model stay out of the smaller ones.
+    bare = bare_copy(model, share=True)
+    check_finite({name: t.detach() for name, t in named_tensors(bare).items()})
+    counted = {} if counted is None else counted
+    if done.kind == "mask":
+        return masked_copies(Network(bare, example, ChannelGroups(()), seed=seed, counted=counted), done, ratios)
+    if done.kind == AUTO:
+        bare.eval()
+    groups = channel_groups(bare, example, done.scope.parts) if groups is None else groups
+    check_groups(bare, groups)
+    if pictures is None and done.calibration.pictures != "none":
+        pictures = made_pictures(bare, example, done, seed)
+    net = Network(bare, example, groups, pictures, seed, full, counted)
+    if done.kind == AUTO:
+        return judged_copies(net, done, ratios, judge_on)
+    return smaller_copies(net, done, ratios)
 
 
-def kinds() -> dict[str, Callable[..., Iterator[Compressed]]]:
-    """Every name of a method, and what makes its copies."""
-    return {**dict.fromkeys(METHODS, smaller_copies), **dict.fromkeys(MASKS, masked_copies), AUTO: judged_copies}
+def wanted(method: str | Recipe, pictures: bool, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of a method, a spelling or a recipe, and of options; pictures: are there any?"""
+    if isinstance(method, str) and "+" not in method:
+        return recipe(method, pictures="data" if pictures else None, **options)
+    if options:
+        raise UserError(f"{method} says all by itself; give {', '.join(options)} as a part of it")
+    return parse(method) if isinstance(method, str) else method
+
+
+def made_pictures(model: nn.Module, example: Example, recipe: Recipe, seed: int) -> torch.Tensor:
+    if recipe.calibration.pictures != "synthetic":
+        raise UserError(f"{spell(recipe)} looks at data; give unlabelled network inputs as pictures=")
+    count = {} if recipe.calibration.size is None else {"count": recipe.calibration.size}
+    return synthesize(model, example, seed=seed, **count)
 
 
 def judged_copies(
-    model: nn.Module,
-    example: Example,
-    method: str,
-    ratios: Sequence[float],
-    *,
-    candidates: Sequence[str] | None = None,
-    judge_on: Example | None = None,
-    pictures: Example | None = None,
-    groups: ChannelGroups | None = None,
-    parts: Sequence[str] = DEFAULT_PARTS,
-    counted: Counted | None = None,
-    seed: int = 0,
-    **options,
+    net: Network, recipe: Recipe, ratios: Sequence[float], judge_on: Example | None = None
 ) -> Iterator[Compressed]:
     """For every ratio the copy, of those by the candidates, that is foretold to be the most accurate (see predict.py).
 
-    candidates: names in METHODS, also with "+ar" behind (approximate_repair); the first of them wins a tie.
-    judge_on: network inputs that foretell it; None: the pictures that methods see, else synthetic ones (`synthesize`).
-    The rest: of `smaller_copies`.
+    The recipe's option candidates: names in METHODS, also with "+ar" behind; the first of them wins a tie.
     """
-    if "approximate_repair" in options:
-        raise UserError(
-            "auto decides on approximate_repair (+ar) by itself; give it candidates, such as [fold+ar, mix+ar]"
-        )
-    model = bare_copy(model, share=True).eval()
-    groups = channel_groups(model, example, parts) if groups is None else groups
-    given = {"groups": groups, "pictures": pictures, "counted": counted, "seed": seed, **options}
+    usual = CANDIDATES if net.pictures is None else COMPENSATED
     makers = {}
-    for name in candidates or (CANDIDATES if pictures is None else COMPENSATED):
+    for name in recipe.option.get("candidates") or usual:
         alone = name.removesuffix("+ar")
         pick("candidate", METHODS, alone)
-        makers[name] = partial(smaller_copies, model, example, alone, approximate_repair=alone != name, **given)
+        merging = replace(recipe.merging, approximate_repair=alone != name)
+        makers[name] = partial(smaller_copies, net, replace(recipe, method=alone, options=(), merging=merging))
     if judge_on is None:
-        judge_on = synthesize(model, example, seed=seed) if pictures is None else pictures
-    judged = judge(model, judge_on)
+        judge_on = synthesize(net.model, net.example, seed=net.seed) if net.pictures is None else net.pictures
+    judged = judge(net.model, judge_on)
     found = {
-        (name, report.ratio): judged(smaller)
-        for name, maker in makers.items()
-        for smaller, report in maker(ratios=ratios)
+        (name, report.ratio): judged(smaller) for name, maker in makers.items() for smaller, report in maker(ratios)
     }
     for ratio in ratios:
         worth = {name: found[name, float(ratio)] for name in makers}
         best = max(worth, key=worth.__getitem__)
-        smaller, report = next(makers[best](ratios=[ratio]))
-        yield Compressed(smaller, replace(report, method=f"{method} ({best})"))
+        smaller, report = next(makers[best]([ratio]))
+        yield Compressed(smaller, replace(report, method=f"{recipe.method} ({best})", recipe=spell(recipe)))
 
 
-def masked_copies(
-    model: nn.Module,
-    example: Example,
-    method: str,
-    ratios: Sequence[float],
-    *,
-    seed: int = 0,
-    counted: Counted | None = None,
-    **options,
-) -> Iterator[Compressed]:
-    """A copy for every ratio, of the same shapes, in which `ratio` of the weights are zero (see masks.py).
-
-    seed: of masks that are drawn. counted: as of `smaller_copies`. options: those of the mask (n_m: m); what is said of
-    channels (parts, pictures, protect, ...) is refused.
-    """
-    check_ratios(ratios)
-    model = bare_copy(model, share=True)
-    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
-    check_finite(tensors)
-    params, count = parameters(model), macs(model, example, counted)
+def masked_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iterator[Compressed]:
+    """A copy for every ratio, of the same shapes, in which `ratio` of the weights are zero (see masks.py)."""
+    params, count = net.cost
     for ratio in ratios:
-        masks = masks_of(model, method, ratio, seed, **options)
-        masked = {name: tensors[name].masked_fill(~mask, 0) for name, mask in masks.items()}
-        layers = tuple(masked_report(name, tensors[name], masked[name], mask) for name, mask in masks.items())
-        left = params - sum(layer.before - layer.after for layer in layers)
-        report = Report(method, float(ratio), (), (), params, left, count, count, layers=layers)
-        yield Compressed(resized(model, masked), report)
+        masks = masks_of(net.model, recipe.method, ratio, net.seed, **recipe.option)
+        masked = {name: net.tensors[name].masked_fill(~mask, 0) for name, mask in masks.items()}
+        layers = tuple(layer_report(name, net.tensors[name], masked[name], mask) for name, mask in masks.items())
+        report = Report(
+            method=recipe.method,
+            ratio=float(ratio),
+            groups=(),
+            frozen=(),
+            params_before=params,
+            params_after=params - sum(layer.before - layer.after for layer in layers),
+            macs_before=count,
+            macs_after=count,
+            layers=layers,
+            recipe=spell(recipe),
+            plan=Plan(ChannelGroups(()), masks=masks),
+        )
+        yield Compressed(resized(net.model, masked), report)
 
 
-def masked_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: torch.Tensor) -> LayerReport:
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    lost = float(torch.linalg.vector_norm(weight - masked, dtype=torch.float64))
-    return LayerReport(name, mask.numel(), int(mask.sum()), lost / norm if norm else 0.0)
+def smaller_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iterator[Compressed]:
+    """A copy for every ratio, in which every channel group has lost `ratio` of its channels, or as a budget says."""
+    sizes = sizes_left(net, recipe, ratios)
+    # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
+    plans = [choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios]) for i, g in enumerate(net.groups)]
+    for ratio in ratios:
+        # Without a name here, so that only the caller holds it: two of a large network may not fit.
+        yield made(net, recipe, ratio, [of_group[k] for k, of_group in zip(sizes[ratio], plans, strict=True)])
 
 
-def smaller_copies(
-    model: nn.Module,
-    example: Example,
-    method: str,
-    ratios: Sequence[float],
-    *,
-    groups: ChannelGroups | None = None,
-    parts: Sequence[str] = DEFAULT_PARTS,
-    features: str = "writers+readers",
-    scale: str = "tensor",
-    norm: bool = False,
-    norm_scale: bool = True,
-    approximate_repair: bool = False,
-    round_to: int = 1,
-    seed: int = 0,
-    pictures: Example | None = None,
-    ridge: float | None = None,
-    solve_on: str = "smaller",
-    allocate: str = "uniform",
-    spare: str | None = None,
-    protect: Sequence[str] = (),
-    full: Mapping[str, int] | None = None,
-    units: str = "all",
-    counted: Counted | None = None,
-    **options,
-) -> Iterator[Compressed]:
-    """A copy for every ratio, in which every channel group has lost `ratio` of its channels.
+def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int]) -> dict[int, Choice]:
+    """{size: what the method makes of this group}"""
+    described, inputs = recipe.features, net.seen.inputs if net.seen else {}
+    weights = GroupWeights(
+        group, net.tensors, described.features, described.scale, described.norm, net.seed, inputs, net.gradients
+    )
+    method = METHODS[recipe.method].choose
+    found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
+    return {k: (projection, group_report(weights, projection)) for k, projection in found.items()}
 
-    groups: what `channel_groups(model, example, parts)` gave for this architecture; traced anew when None.
-    parts: what is compressed (see channel_groups): "hidden", "residual", and of attention "width" or "head".
-    features, scale, norm: what describes a channel (see GroupWeights); both the folding and the reported error use it.
-    norm_scale: merge a weight and its norm as one affine map (see projection.apply).
-    approximate_repair: set the BatchNorm variances of merged channels by the weights (Fold-AR; see projection.apply);
-        not with pictures, on which they are measured.
-    round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
-    seed: of methods that draw.
-    pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
-        see activations (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on:
-        see compensate_).
-    allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
-        than by uniform sizes, and groups that can spare more lose more (see allocate.py).
-    spare: by what `allocate` says what a group can spare: "output" (of the network, on the pictures) or "parameters"
-        (the method's own errors, without pictures); None: "output" where there are pictures.
-    protect: names of groups that keep all their channels, or what these begin with ("layer1.", "conv1").
-    full: {group name: channels} that ratios count from, of a network that has been made smaller before; None: its own.
-    units: "filters" compresses only groups that convolutions write, "neurons" only those of linear layers (see
-        layers.other_units); "all" of them.
-    counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
-    """
-    counted = {} if counted is None else counted
-    choose = METHODS[method]
-    check_pictures(method, pictures)
-    check_ratios(ratios, round_to)
-    if approximate_repair and pictures is not None:
-        raise UserError("approximate_repair guesses variances that pictures measure: choose one of the two")
-    model = bare_copy(model, share=True)  # hooks and masks of the live model stay out of the smaller ones
-    groups = channel_groups(model, example, parts) if groups is None else groups
-    check_groups(model, groups)
-    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
-    check_finite(tensors)
-    seen = None if pictures is None else observe(model, groups, pictures)
-    gradients = None if pictures is None else Gradients(model, groups, pictures, seed)  # nothing is computed yet
 
-    def weights_of(group: ChannelGroup) -> GroupWeights:
-        return GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {}, gradients)
+def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[float, list[int]]:
+    """{ratio: channels that stay of every group}"""
+    groups, full, round_to = net.groups, net.full or {}, recipe.sizes.round_to
+    whole = [*protected(groups, recipe.sizes.protect), *other_units(net.model, groups, recipe.scope.units)]
 
-    def chosen(weights: GroupWeights, sizes: Iterable[int]) -> Projections:
-        return call(f"method {method!r}", choose, weights, sorted(set(sizes)), **options)
+    def left(group: ChannelGroup, ratio: float) -> int:
+        return min(group.size, channels_left(full.get(group.name, group.size), ratio, round_to))
 
-    def planned(group: ChannelGroup, sizes: Iterable[int]) -> dict[int, tuple[Projection, GroupReport]]:
-        weights = weights_of(group)
-        return {k: (p, reported(weights, p)) for k, p in chosen(weights, sizes).items()}
+    sizes = {ratio: [g.size if g in whole else left(g, ratio) for g in groups] for ratio in ratios}
+    return sizes if recipe.sizes.allocate == "uniform" else sizes_under_budget(net, recipe, sizes)
+
+
+def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Sequence[int]]) -> dict[float, list[int]]:
+    budget = recipe.sizes.allocate
+    spare = recipe.sizes.spare or ("output" if net.seen else "parameters")
 
     def left_at(sizes: Sequence[int]) -> int:
-        """What `allocate` counts of the network at these sizes, whichever channels they are."""
-        smaller = apply(model, groups, [first_channels(g.size, k) for g, k in zip(groups, sizes, strict=True)])
-        return parameters(smaller) if allocate == "params" else macs(smaller, example, counted)
+        """What the budget counts of the network at these sizes, whichever channels they are."""
+        kept = [first_channels(g.size, k) for g, k in zip(net.groups, sizes, strict=True)]
+        smaller = apply(net.model, net.groups, kept)
+        return parameters(smaller) if budget == "params" else macs(smaller, net.example, net.counted)
 
-    whole = [*protected(groups, protect), *other_units(model, groups, units)]
-    sizes = {
-        ratio: [
-            g.size if g in whole else min(g.size, channels_left((full or {}).get(g.name, g.size), ratio, round_to))
-            for g in groups
-        ]
-        for ratio in ratios
-    }
-    if allocate != "uniform":
-        pick("allocate", dict.fromkeys(("uniform", *BUDGETS)), allocate)
-        spare = spare or ("output" if seen else "parameters")
-        pick("spare", dict.fromkeys(SPARES), spare)
-        if spare == "output" and seen is None:
-            raise UserError("spare=output compares outputs on pictures, so it needs pictures (or spare=parameters)")
-        sizes = allocated(
-            model,
-            example,
-            groups,
-            seen if spare == "output" else None,
-            lambda group, of_group: {k: (p, row.error) for k, (p, row) in planned(group, of_group).items()},
-            sizes,
-            allocate,
-            lambda size, left: channels_left(size, 1 - left, round_to),
-            left_at,
-        )
-    # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
-    plans = [planned(group, [sizes[ratio][i] for ratio in ratios]) for i, group in enumerate(groups)]
-    before = parameters(model), macs(model, example, counted)
-
-    def narrowed(projections: Sequence[Projection]) -> nn.Module:
-        smaller = apply(model, groups, projections, norm_scale, approximate_repair=approximate_repair)
-        if seen:
-            compensate_(
-                smaller, model, groups, projections, seen, norm_scale=norm_scale, ridge=ridge, solve_on=solve_on
-            )
-        return smaller
-
-    for ratio in ratios:
-        plan = [plan[k] for k, plan in zip(sizes[ratio], plans, strict=True)]
-        # Without a name here, so that only the caller holds it: two of a large network may not fit.
-        yield _made(model, example, groups, plan, narrowed, counted, method, ratio, before)
+    return allocated(
+        net.model,
+        net.example,
+        net.groups,
+        net.seen if spare == "output" else None,
+        lambda group, sizes: {k: (p, row.error) for k, (p, row) in choices(net, recipe, group, sizes).items()},
+        uniform,
+        budget,
+        lambda size, left: channels_left(size, 1 - left, recipe.sizes.round_to),
+        left_at,
+    )
 
 
-def _made(
-    model: nn.Module,
-    example: Example,
-    groups: ChannelGroups,
-    plan: Sequence[tuple[Projection, GroupReport]],
-    narrowed: Callable[[Sequence[Projection]], nn.Module],
-    counted: Counted,
-    method: str,
-    ratio: float,
-    before: tuple[int, int],
-) -> Compressed:
-    """before: parameters and MACs of the model"""
-    projections, rows = [p for p, _ in plan], tuple(row for _, row in plan)
-    smaller = narrowed(projections)
+def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -> Compressed:
+    """The smaller network of these choices, one for each group, compensated where there are pictures."""
+    plan = Plan(net.groups, [p for p, _ in chosen], recipe.merging.norm_scale, recipe.merging.approximate_repair)
+    smaller = apply(
+        net.model, plan.groups, plan.projections, plan.joint_norms, approximate_repair=plan.approximate_repair
+    )
+    if net.seen:
+        how = {"ridge": recipe.calibration.ridge, "solve_on": recipe.calibration.solve_on}
+        compensate_(smaller, net.model, plan.groups, plan.projections, net.seen, norm_scale=plan.joint_norms, **how)
     report = Report(
-        method=method,
+        method=recipe.method,
         ratio=float(ratio),
-        groups=rows,
-        frozen=groups.frozen,
-        params_before=before[0],
+        groups=tuple(row for _, row in chosen),
+        frozen=net.groups.frozen,
+        params_before=net.cost[0],
         params_after=parameters(smaller),
-        macs_before=before[1],
-        macs_after=macs(smaller, example, counted),
-        numbers=new_numbers(model, groups, projections),
+        macs_before=net.cost[1],
+        macs_after=macs(smaller, net.example, net.counted),
+        numbers=new_numbers(net.model, plan.groups, plan.projections),
+        recipe=spell(recipe),
+        plan=plan,
     )
     return Compressed(smaller, report)
 
 
 def first_channels(size: int, left: int) -> Projection:
     return Projection(torch.where(torch.arange(size) < left, torch.arange(size), -1))
-
-
-def reported(weights: GroupWeights, projection: Projection) -> GroupReport:
-    group, labels = weights.group, projection.labels
-    return GroupReport(group.name, group.size, len(projection.counts), weights.error(projection), labels, group.tie)
 
 
 def channels_left(size: int, ratio: float, round_to: int = 1) -> int:

@@ -8,6 +8,7 @@ so that what the sizes can share is computed once. Adding a method is one functi
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class GroupWeights:
     scale: "none", "tensor" (every weight tensor counts the same) or "channel" (every channel has norm 1: angles alone)
     norm: put the scale and shift of the norm behind a weight, and biases, into the description
     inputs: {weight: (rows, inputs)}, what its layer reads on some pictures (see compensate.observe)
-    gradients: those of the network on these pictures, for the methods of GRADIENTS
+    gradients: those of the network on these pictures, for the methods that look at them
 
     Measured on a CIFAR-10 ResNet-20 and a narrow ResNet18 (docs/features.md): writers and readers together lead, the
     norm is better left out, and scale "none" and "tensor" tie; "tensor" leads once repaired.
@@ -152,7 +153,6 @@ class GroupWeights:
 
 
 Projections = dict[int, Projection]
-Method = Callable[..., Projections]
 
 
 def fold(weights: GroupWeights, sizes: Sequence[int], *, refine: bool = True) -> Projections:
@@ -298,35 +298,44 @@ def fisher(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
 
 def gradients_of(weights: GroupWeights, method: str) -> Gradients:
-    check_pictures(method, weights.gradients)
-    assert weights.gradients is not None
+    if weights.gradients is None:
+        raise UserError(f"method {method!r} needs pictures (pictures=): {method}+synthetic or {method}+data")
     return weights.gradients
 
 
+# Three ways for a channel to go: pruning drops it, folding merges it, and mix does either.
+KINDS = ("fold", "prune", "mix")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS.
+
+    choose: (weights, sizes, **options) -> {k: Projection}; kind: of KINDS; gradients: does it look at gradients, and so
+    need pictures?
+    """
+
+    choose: Callable[..., Projections]
+    kind: str
+    gradients: bool = False
+
+    def __call__(self, weights: GroupWeights, sizes: Sequence[int], **options: Any) -> Projections:
+        return self.choose(weights, sizes, **options)
+
+
 METHODS: dict[str, Method] = {
-    "fold": fold,
-    "mix": mix,
-    "kmeans": kmeans,
-    "special": special,
-    "random_fold": random_fold,
-    "l1": partial(magnitude, p=1),
-    "l2": partial(magnitude, p=2),
-    "obs": brain_surgeon,
-    "wanda": wanda,
-    "taylor": taylor,
-    "fisher": fisher,
-    "fpgm": geometric_median,
-    "bn_scale": norm_scale,
-    "random": random,
+    "fold": Method(fold, "fold"),
+    "mix": Method(mix, "mix"),
+    "kmeans": Method(kmeans, "fold"),
+    "special": Method(special, "fold"),
+    "random_fold": Method(random_fold, "fold"),
+    "l1": Method(partial(magnitude, p=1), "prune"),
+    "l2": Method(partial(magnitude, p=2), "prune"),
+    "obs": Method(brain_surgeon, "prune"),
+    "wanda": Method(wanda, "prune"),
+    "taylor": Method(taylor, "prune", gradients=True),
+    "fisher": Method(fisher, "prune", gradients=True),
+    "fpgm": Method(geometric_median, "prune"),
+    "bn_scale": Method(norm_scale, "prune"),
+    "random": Method(random, "prune"),
 }
-
-# Of METHODS, those that merge channels; the others drop them.
-FOLDING = frozenset({"fold", "mix", "kmeans", "special", "random_fold"})
-# Those that look at gradients, and so at nothing without pictures.
-GRADIENTS = frozenset({"taylor", "fisher"})
-
-
-def check_pictures(method: str, pictures: object) -> None:
-    """Raise UserError for a method that needs pictures where there are none."""
-    if method in GRADIENTS and pictures is None:
-        raise UserError(f"method {method!r} needs pictures (pictures=): {method}+synthetic or {method}+data")

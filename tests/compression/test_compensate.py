@@ -11,7 +11,7 @@ from toy_nets import NETS, duplicated, randomise_, relative_error
 from pipeline.compression import METHODS, Projection, channel_groups, compress, synthesize
 from pipeline.compression.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
 from pipeline.compression.compensate import compensate_, matrix, observe, sees_patches
-from pipeline.compression.methods import FOLDING, GRADIENTS, GroupWeights
+from pipeline.compression.methods import GroupWeights
 from pipeline.compression.projection import apply, compressed_tensors, named_tensors
 from pipeline.models import build_model
 from pipeline.tables import UserError
@@ -198,7 +198,7 @@ def traced(name):
 
 
 @pytest.mark.parametrize(
-    ("method", "seen"), [(m, seen) for m in METHODS for seen in (False, True) if seen or m not in GRADIENTS]
+    ("method", "seen"), [(m, seen) for m in METHODS for seen in (False, True) if seen or not METHODS[m].gradients]
 )
 def test_every_method_on_every_kind_of_network(method, seen):
     for name in ("resnet18", "vit", "mobile", "shuffled"):
@@ -208,8 +208,8 @@ def test_every_method_on_every_kind_of_network(method, seen):
         for row in report.groups:
             assert row.after == max(1, int(row.before * 0.5 + 1e-9)) == len(row.labels[row.labels >= 0].unique())
             merges = bool(torch.bincount(row.labels[row.labels >= 0]).max() > 1)
-            assert not merges or method in FOLDING
-            assert not (row.labels < 0).any() or method not in FOLDING or method == "mix"
+            assert not merges or METHODS[method].kind != "prune"
+            assert not (row.labels < 0).any() or METHODS[method].kind == "prune" or method == "mix"
         again, _ = compress(model, example, method, 0.5, groups=groups, pictures=pictures)
         with torch.no_grad():
             assert torch.equal(smaller(example), again(example))

@@ -1,0 +1,303 @@
+"""A recipe: one way to compress, as a record. The ratio is no part of it: one recipe is measured at many.
+
+    parse("mix+data+macs") == Recipe("mix", calibration=Calibration("data"), sizes=Sizes("macs"))
+    spell(recipe)          == "mix+data+macs"
+
+A spelling is the name of a method and additions behind plus signs: words of WORDS, or "option=value" for what has no
+word ("fold+round_to=8"). `parse(spell(recipe)) == recipe` for every recipe; no other module looks into a spelling.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipeline.compression.group import DEFAULT_PARTS, PARTS
+from pipeline.compression.layers import UNITS
+from pipeline.compression.masks import MASKS
+from pipeline.compression.methods import FEATURES, METHODS, SCALES
+from pipeline.tables import UserError, call, check_options, pick
+
+AUTO = "auto"  # the method that picks another for every ratio
+CALIBRATIONS = ("none", "synthetic", "data")
+SOLVE_ON = ("smaller", "dense")
+BUDGETS = ("uniform", "macs", "params")
+SPARES = ("output", "parameters")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Unlabelled network inputs that methods look at, and on which the readers of the channels are solved anew.
+
+    pictures: "none", "synthetic" (made from the network itself), "data" (training samples).
+    size: how many; None: the default of that kind.
+    solve_on: "smaller" (on what the smaller network computes) or "dense" (GRAIL); see compensate_.
+    ridge: how strongly solved readers keep to the cluster sums; None: the default of solve_on.
+    """
+
+    pictures: str = "none"
+    size: int | None = None
+    solve_on: str = "smaller"
+    ridge: float | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many channels every group keeps.
+
+    allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
+        than by uniform sizes, and groups that can spare more lose more.
+    spare: how a budget finds out what a group can spare: "output" (of the network, on the pictures) or "parameters"
+        (errors of the method itself); None: "output" where there are pictures.
+    round_to: multiples of so many channels stay. protect: names of groups, or their beginnings, that keep all.
+    """
+
+    allocate: str = "uniform"
+    spare: str | None = None
+    round_to: int = 1
+    protect: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is compressed. parts: of PARTS. units: "filters" of convolutions, "neurons" of linear layers, or "all"."""
+
+    parts: tuple[str, ...] = DEFAULT_PARTS
+    units: str = "all"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What describes a channel to the method; see methods.GroupWeights."""
+
+    features: str = "writers+readers"
+    scale: str = "tensor"
+    norm: bool = False
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How channels become one.
+
+    norm_scale: a weight and the norm behind it merge as the one affine map that they are, else each tensor by itself.
+    approximate_repair: BatchNorm variances of merged channels follow the weights (Fold-AR); see projection.apply.
+    """
+
+    norm_scale: bool = True
+    approximate_repair: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to compress.
+
+    method: a name in METHODS, in MASKS, or "auto". options: of the method itself, such as (("refine", False),).
+
+    Raises UserError for names that are not in their tables, and for parts that contradict each other.
+    """
+
+    method: str
+    options: tuple[tuple[str, Any], ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+    sizes: Sizes = field(default_factory=Sizes)
+    scope: Scope = field(default_factory=Scope)
+    features: Features = field(default_factory=Features)
+    merging: Merging = field(default_factory=Merging)
+
+    def __post_init__(self) -> None:
+        pick("method", names(), self.method)
+        if self.kind == "mask":
+            what = f"{self.method!r}, a mask of single weights,"
+            said = [option for option, _ in (*additions(self), *self.options)]
+            return check_options(what, MASKS[self.method], said, 3)
+        if self.method == AUTO:
+            check_options("method 'auto'", lambda *, candidates: None, self.option)
+        else:
+            check_options(f"method {self.method!r}", METHODS[self.method].choose, self.option, 2)
+        _check_names(self)
+        _check_calibration(self)
+        _check_sizes(self.sizes, self.calibration)
+
+    @property
+    def kind(self) -> str:
+        """What becomes of channels: "fold", "prune", "mix"; of single weights: "mask"; "auto": one of the first."""
+        if self.method == AUTO:
+            return AUTO
+        return "mask" if self.method in MASKS else METHODS[self.method].kind
+
+    @property
+    def option(self) -> dict[str, Any]:
+        """The options of the method itself."""
+        return dict(self.options)
+
+
+PARTS_OF_A_RECIPE: dict[str, type] = {
+    "calibration": Calibration,
+    "sizes": Sizes,
+    "scope": Scope,
+    "features": Features,
+    "merging": Merging,
+}
+# Option: the part of a recipe that holds it.
+OPTIONS = {f.name: part for part, record in PARTS_OF_A_RECIPE.items() for f in fields(record)}
+# Word: the options that it stands for.
+WORDS: dict[str, dict[str, Any]] = {
+    "grail": {"pictures": "data", "solve_on": "dense"},
+    "synthetic": {"pictures": "synthetic"},
+    "data": {"pictures": "data"},
+    "ar": {"approximate_repair": True},
+    "macs": {"allocate": "macs"},
+    "params": {"allocate": "params"},
+    "filters": {"units": "filters"},
+    "neurons": {"units": "neurons"},
+}
+
+
+def names() -> dict[str, None]:
+    """Every name that a method can have."""
+    return dict.fromkeys((*METHODS, *MASKS, AUTO))
+
+
+def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:
+    """The recipe of a method and of options by their names, those of its parts and those of the method itself.
+
+    label: how the user calls it, for errors. Lists become tuples; None stands for the default.
+    """
+    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS_OF_A_RECIPE}
+    own = {}
+    pick("method", names(), method)
+    if method in MASKS:
+        given = [name for name, value in options.items() if (name, value) != ("pictures", None)]
+        check_options(f"{label or method!r}, a mask of single weights,", MASKS[method], given, 3)
+    for name, value in options.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in OPTIONS:
+            own[name] = value
+        elif value is not None:
+            parts[OPTIONS[name]][name] = value
+    for name in ("parts", "protect"):
+        if isinstance(text := options.get(name), str):
+            raise UserError(f"{name} must be a list, such as [{text}], got {text!r}")
+    built = {part: call(label or method, record, **parts[part]) for part, record in PARTS_OF_A_RECIPE.items()}
+    return Recipe(method, tuple(sorted(own.items())), **built)
+
+
+def parse(text: str) -> Recipe:
+    """The recipe that a spelling stands for. UserError for an addition that is none, and for two that differ."""
+    method, *said = re.split(r"\+(?![^\[]*\])", text)  # not at a plus sign within a list
+    options: dict[str, Any] = {}
+    for addition in said:
+        for name, value in _options_of(text, addition).items():
+            if options.get(name, value) != value:
+                raise UserError(f"{text!r} says both {name}={options[name]} and {name}={value}; choose one")
+            options[name] = value
+    return recipe(method, text, **options)
+
+
+def spell(recipe: Recipe) -> str:
+    """The shortest spelling: words first, in the order of WORDS, then what has none."""
+    left = dict(additions(recipe))
+    said = [recipe.method]
+    for word, options in WORDS.items():
+        if options.items() <= left.items():
+            said.append(word)
+            left = {name: value for name, value in left.items() if name not in options}
+    return "+".join([*said, *(f"{name}={_as_text(value)}" for name, value in (*left.items(), *recipe.options))])
+
+
+def additions(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """(option, value) of all that is not as usual, but for the options of the method itself."""
+    for part, record in PARTS_OF_A_RECIPE.items():
+        usual, found = record(), getattr(recipe, part)
+        for f in fields(record):
+            if (value := getattr(found, f.name)) != getattr(usual, f.name):
+                yield f.name, value
+
+
+def recipes(methods: Sequence[str] | Mapping[str, Mapping[str, Any] | None], **shared: Any) -> dict[str, Recipe]:
+    """{label: recipe} of what a config says: spellings, or {label: {"method": name, options}}.
+
+    shared: options that hold wherever a recipe says nothing of them; masks know none of them.
+    """
+    named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    found = {}
+    for label, options in named.items():
+        given = dict(options) if options else _as_options(parse(label))
+        method = given.pop("method", label)
+        pick("method", names(), method)
+        found[label] = recipe(method, label, **(given if method in MASKS else {**shared, **given}))
+    return found
+
+
+def _as_options(recipe: Recipe) -> dict[str, Any]:
+    return {"method": recipe.method, **dict(additions(recipe)), **recipe.option}
+
+
+def _options_of(text: str, addition: str) -> dict[str, Any]:
+    name, equals, value = addition.partition("=")
+    return {name: _value(value)} if equals else pick("addition to a method", WORDS, addition)
+
+
+def _value(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return tuple(filter(None, text[1:-1].split(",")))
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text, text)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_names(recipe: Recipe) -> None:
+    calibration, sizes, scope, features = recipe.calibration, recipe.sizes, recipe.scope, recipe.features
+    named: Iterable[tuple[str, Sequence[str], Any]] = (
+        ("pictures", CALIBRATIONS, calibration.pictures),
+        ("solve_on", SOLVE_ON, calibration.solve_on),
+        ("allocate", BUDGETS, sizes.allocate),
+        ("spare", SPARES, sizes.spare),
+        ("units", UNITS, scope.units),
+        ("features", FEATURES, features.features),
+        ("scale", SCALES, features.scale),
+        *(("part", PARTS, part) for part in scope.parts),
+    )
+    for what, table, name in named:
+        if name is not None:
+            pick(what, dict.fromkeys(table), name)
+    if {"width", "head"} <= set(scope.parts):
+        raise UserError("parts can hold 'width' or 'head', not both: compress twice to shrink heads and drop some")
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    calibration, blind = recipe.calibration, recipe.calibration.pictures == "none"
+    if recipe.method in METHODS and METHODS[recipe.method].gradients and blind:
+        name = recipe.method
+        raise UserError(f"method {name!r} needs pictures (pictures=): {name}+synthetic or {name}+data")
+    if recipe.merging.approximate_repair and recipe.method == AUTO:
+        raise UserError(
+            "auto decides on approximate_repair (+ar) by itself; give it candidates, such as [fold+ar, mix+ar]"
+        )
+    if recipe.merging.approximate_repair and not blind:
+        raise UserError("approximate_repair guesses variances that pictures measure: choose one of the two")
+    if blind and calibration != Calibration():
+        name, value = next((n, v) for n, v in additions(recipe) if OPTIONS[n] == "calibration")
+        raise UserError(f"{name}={value} says how readers are solved on pictures: give pictures=data or synthetic, too")
+    if calibration.size is not None and calibration.size < 1:
+        raise UserError(f"size {calibration.size} must be at least 1 picture")
+    if calibration.ridge is not None and not calibration.ridge >= 0:
+        raise UserError(f"ridge {calibration.ridge} must not be negative")
+
+
+def _check_sizes(sizes: Sizes, calibration: Calibration) -> None:
+    if sizes.round_to < 1:
+        raise UserError(f"round_to {sizes.round_to} must be at least 1 channel")
+    if sizes.spare is not None and sizes.allocate == "uniform":
+        raise UserError(f"spare={sizes.spare} says what a budget goes by: give allocate=macs or params, too")
+    if sizes.spare == "output" and calibration.pictures == "none":
+        raise UserError("spare=output compares outputs on pictures, so it needs pictures (or spare=parameters)")

@@ -1,0 +1,103 @@
+"""What a compression did to a network, in numbers that people read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.compression.group import Frozen
+from pipeline.compression.methods import GroupWeights
+from pipeline.compression.plan import Plan
+from pipeline.compression.projection import Projection
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features.
+
+    labels: (before,) int64, the new channel of each old one, -1 = dropped.
+    tie: the name that groups of one layer, such as its heads, have in common.
+    """
+
+    name: str
+    before: int
+    after: int
+    error: float
+    labels: torch.Tensor = field(repr=False, compare=False)
+    tie: str = ""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One masked weight: its entries before and those that the mask leaves, and the relative error ‖W - W'‖ / ‖W‖."""
+
+    name: str
+    before: int
+    after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example.
+
+    Of a masked network `layers` stands in place of `groups`. Its params_after are the parameters that masks leave, and
+    its macs_after are those of the dense network: that is what hardware computes where it cannot skip zeros.
+
+    numbers: sizes that modules keep as Python numbers and that had to follow: {"blocks.0.attn.head_dim": 32}.
+    recipe: the spelling of what was done; plan: what it decided for this network.
+    """
+
+    method: str
+    ratio: float
+    groups: tuple[GroupReport, ...]
+    frozen: tuple[Frozen, ...]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    numbers: Mapping[str, int | float] = field(default_factory=dict)
+    layers: tuple[LayerReport, ...] = ()
+    recipe: str = ""
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def error(self) -> float:
+        """Mean relative parameter error over the groups, or over the masked weights."""
+        of = self.groups or self.layers
+        return sum(one.error for one in of) / len(of)
+
+    def __str__(self) -> str:
+        layers: dict[str, list[GroupReport | LayerReport]] = {}
+        for one in self.groups or self.layers:
+            tie = one.tie if isinstance(one, GroupReport) else ""
+            layers.setdefault(tie or one.name, []).append(one)
+        width = max(len(name) for name in layers)
+        lines = [
+            f"{self.method} at ratio {self.ratio:g}: "
+            f"parameters {self.params_before:,} -> {self.params_after:,} "
+            f"({self.params_after / self.params_before:.1%}), "
+            f"MACs {self.macs_before:,} -> {self.macs_after:,} ({self.macs_after / max(1, self.macs_before):.1%})",
+            f"{'group':<{width}}  channels  relative error"
+            if self.groups
+            else f"{'layer':<{width}}  weights  relative error",
+            *(
+                f"{name:<{width}}  {of[0].before:>4} -> {of[0].after:<4}  {sum(g.error for g in of) / len(of):.4f}"
+                + (f"  (mean of {len(of)} groups)" if len(of) > 1 else "")
+                for name, of in layers.items()
+            ),
+        ]
+        return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
+
+
+def group_report(weights: GroupWeights, projection: Projection) -> GroupReport:
+    """What a projection does to the group of these weights."""
+    group, labels = weights.group, projection.labels
+    return GroupReport(group.name, group.size, len(projection.counts), weights.error(projection), labels, group.tie)
+
+
+def layer_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: torch.Tensor) -> LayerReport:
+    """What a mask does to a weight."""
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    lost = float(torch.linalg.vector_norm(weight - masked, dtype=torch.float64))
+    return LayerReport(name, mask.numel(), int(mask.sum()), lost / norm if norm else 0.0)
