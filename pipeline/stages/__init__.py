@@ -1,0 +1,28 @@
+"""What can be done to a network, one after the other: chains of stages, one file a stage."""
+
+from pipeline.stages.chain import STAGES, TAILS, Chain, Followed, fitting, needed, parse_chain, parse_tail, spell_chain
+from pipeline.stages.compress import Compress, compressed
+from pipeline.stages.repair import Repair
+from pipeline.stages.stage import Stage, State, Supplies, Traces
+from pipeline.stages.tune import Tune, TuneNorms
+
+__all__ = [
+    "STAGES",
+    "TAILS",
+    "Chain",
+    "Compress",
+    "Followed",
+    "Repair",
+    "Stage",
+    "State",
+    "Supplies",
+    "Traces",
+    "Tune",
+    "TuneNorms",
+    "compressed",
+    "fitting",
+    "needed",
+    "parse_chain",
+    "parse_tail",
+    "spell_chain",
+]

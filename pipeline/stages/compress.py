@@ -1,0 +1,70 @@
+"""Compression as a stage: a recipe at a ratio."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.compression import Recipe, compressions, parse, spell
+from pipeline.compression.compress import check_ratios
+from pipeline.compression.recipe import AUTO
+from pipeline.stages.stage import State, Supplies
+from pipeline.tables import UserError
+
+
+@dataclass(frozen=True)
+class Compress:
+    """ratio: fraction of the channels (masks: of the weights) that goes, 0 <= ratio < 1."""
+
+    recipe: Recipe
+    ratio: float
+
+    def __post_init__(self) -> None:
+        check_ratios([self.ratio])
+
+    @classmethod
+    def parsed(cls, text: str) -> "Compress":
+        """From its spelling, "mix+data@0.5"."""
+        spelling, _, ratio = text.rpartition("@")
+        try:
+            return cls(parse(spelling.strip()), float(ratio))
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{text!r}: the ratio behind @ must be a number, got {ratio!r}") from error
+
+    def __str__(self) -> str:
+        return f"{spell(self.recipe)}@{self.ratio:g}"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needs(self.recipe)
+
+    def reason_against(self, model: nn.Module) -> str:
+        return ""
+
+    def run(self, state: State, supplies: Supplies) -> State:
+        return next(compressed(state, self.recipe, [self.ratio], supplies))
+
+
+def needs(recipe: Recipe) -> frozenset[str]:
+    """What a recipe draws on."""
+    return frozenset({"calibration"} if recipe.calibration.pictures == "data" else ())
+
+
+def compressed(
+    state: State, recipe: Recipe, ratios: Sequence[float], supplies: Supplies, full: dict[str, int] | None = None
+) -> Iterator[State]:
+    """The network at every ratio, one at a time; what ratios can share is computed once.
+
+    full: {group name: channels} that ratios count from; None: those of the network.
+    """
+    calibration = recipe.calibration
+    given = {"pictures": supplies.pictures(calibration.pictures, calibration.size)}
+    if recipe.kind != "mask":
+        given |= {"groups": supplies.traces.of(state.model, supplies.example, recipe.scope.parts), "full": full}
+    if recipe.method == AUTO and given["pictures"] is None:
+        given["judge_on"] = supplies.pictures("synthetic", None)
+    shared = {"counted": supplies.traces.counted, "seed": supplies.seed}
+    for smaller, report in compressions(state.model, supplies.example, recipe, ratios, **shared, **given):
+        yield State(smaller, report, state.model)

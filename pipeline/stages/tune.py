@@ -1,0 +1,124 @@
+"""Weights trained on labelled samples after a compression: those of the norms alone, or all of them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compression.graph import call_arguments
+from pipeline.compression.repair import kept_modes, norm_parameters
+from pipeline.stages.stage import State, Supplies
+from pipeline.tables import UserError
+from pipeline.tasks.task import Batch, Task
+
+
+@dataclass(frozen=True)
+class TuneNorms:
+    """Train the gains and shifts of all norms, and nothing else; Adam with lr, one step a batch.
+
+    The study calls this REPAIR for ViT and CLIP (one supervised epoch on LayerNorm parameters). Its results are a stage
+    of their own because it sees labels.
+    """
+
+    lr: float = 1e-3
+
+    needs = frozenset({"labels"})
+
+    def __post_init__(self) -> None:
+        check_positive("tune_norms", lr=self.lr)
+
+    def __str__(self) -> str:
+        return spelled("tune_norms", self)
+
+    def reason_against(self, model: nn.Module) -> str:
+        return "" if norm_parameters(model) else "no norm has a gain or a shift"
+
+    def run(self, state: State, supplies: Supplies) -> State:
+        tune_norms_(state.model, supplies.batches, supplies.task, self.lr)
+        return state
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Train all weights on the labelled samples; Adam with lr, `epochs` passes over them."""
+
+    epochs: int = 1
+    lr: float = 1e-4
+
+    needs = frozenset({"labels"})
+
+    def __post_init__(self) -> None:
+        check_positive("tune", epochs=self.epochs, lr=self.lr)
+
+    def __str__(self) -> str:
+        return spelled("tune", self)
+
+    def reason_against(self, model: nn.Module) -> str:
+        return ""
+
+    def run(self, state: State, supplies: Supplies) -> State:
+        with kept_modes(state.model):
+            state.model.train()
+            train_(state.model, set(state.model.parameters()), supplies.batches, supplies.task, self.lr, self.epochs)
+        return state
+
+
+def tune_norms_(model: nn.Module, batches: Iterable[Batch], task: Task, lr: float = 1e-3) -> bool:
+    """In place: train the gains and shifts of all norms. Statistics of BatchNorm stay as they are.
+
+    Returns False, and does nothing, for a model without such parameters.
+    """
+    tuned = norm_parameters(model)
+    if tuned:
+        with kept_modes(model):
+            model.eval()  # dropout off, BatchNorm statistics fixed
+            train_(model, tuned, batches, task, lr)
+    return bool(tuned)
+
+
+def train_(
+    model: nn.Module, tuned: set[nn.Parameter], batches: Iterable[Batch], task: Task, lr: float, epochs: int = 1
+) -> None:
+    """In place: Adam on these parameters alone, one step a batch. Flags and gradients are left as they were found."""
+    needed_grad = {p: p.requires_grad for p in model.parameters()}
+    optimizer = torch.optim.Adam([p for p in needed_grad if p in tuned], lr)
+    with torch.enable_grad():
+        try:
+            for p in needed_grad:
+                p.requires_grad_(p in tuned)
+            for _ in range(epochs):
+                for batch in batches:
+                    _step_(model, batch, task.loss, task.inputs, optimizer)
+        finally:
+            for p, flag in needed_grad.items():
+                p.requires_grad_(flag)
+            for p in tuned:
+                p.grad = None
+
+
+def _step_(
+    model: nn.Module, batch: Batch, loss: Callable, inputs: Callable, optimizer: torch.optim.Optimizer
+) -> Tensor:
+    args, kwargs = call_arguments(inputs(batch))
+    value = loss(model(*args, **kwargs), batch)
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+    return value
+
+
+def spelled(name: str, stage: Tune | TuneNorms) -> str:
+    """tune(epochs=3,lr=0.01), with what is not as usual alone."""
+    usual = type(stage)()
+    options = [f"{key}={value:g}" for key, value in vars(stage).items() if value != getattr(usual, key)]
+    return f"{name}({','.join(options)})" if options else name
+
+
+def check_positive(name: str, **values: float) -> None:
+    for key, value in values.items():
+        if isinstance(value, str) or not value > 0:
+            raise UserError(f"{name}: {key} {value} must be greater than 0")
+
+
+__all__: Sequence[str] = ["Tune", "TuneNorms", "tune_norms_"]
