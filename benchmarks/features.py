@@ -19,8 +19,9 @@ from pipeline.compression import channel_groups, compressions
 from pipeline.compression.methods import FEATURES, SCALES
 from pipeline.compression.repair import repair_
 from pipeline.data.module import PictureData
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import measured
 from pipeline.models import build_model
+from pipeline.tasks import Classification
 
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 # The normalisation that akamaster's checkpoints were trained with.
@@ -70,13 +71,18 @@ class Renormalise(nn.Module):
         return x * self.gain + self.shift
 
 
+def accuracy(net: nn.Module, test: list) -> float:
+    """In %."""
+    return 100 * measured(net, Classification("multiclass"), test)["acc"]
+
+
 def measure(net: nn.Module, test: list, calibration: list[Tensor], options: dict, groups) -> list[float]:
     """Accuracies in %: raw at every ratio, then repaired at every ratio."""
     raw, repaired = [], []
     for compressed in compressions(net, test[0][0][:1], ratios=RATIOS, groups=groups, **options):
-        raw.append(100 * evaluate(compressed.model, test).acc)
+        raw.append(accuracy(compressed.model, test))
         repair_(compressed.model, calibration)
-        repaired.append(100 * evaluate(compressed.model, test).acc)
+        repaired.append(accuracy(compressed.model, test))
     return raw + repaired
 
 
@@ -99,7 +105,7 @@ def main() -> None:
     for name, net in networks(args, data).items():
         groups = channel_groups(net, test[0][0][:1])
         heads = [f"{stage} {ratio:g}" for stage in ("raw", "rep.") for ratio in RATIOS]
-        lines += [f"\n## {name}, dense {100 * evaluate(net, test).acc:.1f}\n"]
+        lines += [f"\n## {name}, dense {accuracy(net, test):.1f}\n"]
         lines += ["| | " + " | ".join(heads) + " | mean |", "|---|" + "---|" * (len(heads) + 1)]
         for label, options in combinations().items():
             values = measure(net, test, calibration, options, groups)

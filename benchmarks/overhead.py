@@ -35,6 +35,7 @@ from pipeline.data.picture_set import Part, PictureSet, picture_set
 from pipeline.measure import evaluate, repair_
 from pipeline.models import build_model
 from pipeline.tasks import Classification
+from pipeline.training import Training
 
 SEED = 0
 CLASSES = 10
@@ -97,7 +98,7 @@ def measured(train: int, val: int, test: int, every: int, repeats: int) -> tuple
     assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (train, val, test)
     net = build_model("resnet18", classes=CLASSES, channels=3, width=WIDTH).to(memory_format=torch.channels_last)
     plain = PlainLoop(copy.deepcopy(net), data, epochs=every * repeats)
-    task = Classification(net, CLASSES, {"name": "sgd", **SGD}, {"name": "cosine"})
+    task = Training(net, Classification("multiclass", classes=CLASSES), {"name": "sgd", **SGD}, {"name": "cosine"})
     bare = BarePasses()
     compression = TimedCompression(
         bare, METHODS, RATIOS, every, STAGES, eval_data=data.test_dataloader(), repair_size=REPAIR_SIZE, seed=SEED

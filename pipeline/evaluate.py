@@ -1,47 +1,59 @@
 """The only evaluation loop."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Metrics:
-    """Sums over pictures, so that the parts of several processes add up."""
-
-    correct: float = 0.0
-    loss_sum: float = 0.0
-    n: float = 0.0
-
-    @property
-    def acc(self) -> float:
-        """Fraction of pictures whose largest logit is the label's, 0 ... 1."""
-        return self.correct / self.n
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return self.loss_sum / self.n
+from pipeline.compression.graph import call_arguments
+from pipeline.tasks import Task
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-    """Accuracy and loss over (inputs, labels (B,) int64) batches that lie on the model's device. Keeps the mode."""
-    training = model.training
-    model.eval()
+def evaluate(model: nn.Module, task: Task, batches: Iterable[Any], check: bool = False) -> Tensor | None:
+    """(task.size,) float64 sums over batches that lie on the model's device, on the CPU; None for no batches.
+
+    check: ask the task of every batch whether it can be measured (of one network is enough: UserError where not). The
+    model keeps its mode.
+    """
     sums: Tensor | None = None
-    n = 0
-    for inputs, labels in batches:
-        logits = model(inputs).float()
-        found = torch.stack(
-            [(logits.argmax(1) == labels).sum().double(), F.cross_entropy(logits, labels, reduction="sum").double()]
-        )
-        sums = found if sums is None else sums + found  # stays on the device: one synchronisation at the end
-        n += len(labels)
-    model.train(training)
-    if sums is None:
-        return Metrics()
-    return Metrics(*sums.tolist(), n)
+    with evaluating(model):
+        for batch in batches:
+            output = outputs(model, task, batch)
+            if check:
+                task.check(output, batch)
+            found = task.totals(output, batch)
+            sums = found if sums is None else sums + found  # stays on the device: one synchronisation at the end
+    return None if sums is None else sums.cpu().double()
+
+
+def measured(model: nn.Module, task: Task, batches: Iterable[Any]) -> dict[str, float]:
+    """Every metric of a settled task by its name."""
+    totals = evaluate(model, task, batches)
+    return task.values(torch.zeros(task.size) if totals is None else totals)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, task: Task, batch: Any) -> Task:
+    """The task that measures batches such as this one. UserError where none does."""
+    with evaluating(model):
+        return task.settled(outputs(model, task, batch), batch)
+
+
+def outputs(model: nn.Module, task: Task, batch: Any) -> Any:
+    args, kwargs = call_arguments(task.inputs(batch))
+    return model(*args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own mode back, also one that was frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -34,6 +34,7 @@ from pipeline.optim import build_optimizer
 from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import Classification
+from pipeline.training import Training
 
 Config = dict[str, Any]
 
@@ -174,7 +175,7 @@ def build_net(config: Config, data: PictureData, tell: bool = False) -> nn.Modul
     return net
 
 
-def build_task(config: Config, data: PictureData) -> Classification:
+def build_task(config: Config, data: PictureData) -> Training:
     net = build_net(config, data)
     net = net.to(memory_format=torch.channels_last)  # convolutions train 1.7 times as fast on a CPU
     optim = config["optim"]
@@ -183,9 +184,9 @@ def build_task(config: Config, data: PictureData) -> Classification:
     restarts = [epoch / epochs for epoch in shrink_steps(config)] if shrink["rewind"] else []
     task = call(
         "optim",
-        Classification,
+        Training,
         net=net,
-        classes=data.num_classes,
+        task=Classification("multiclass", "logits", classes=data.num_classes),
         optim=without(optim, "schedule", "l1", "l2", "sam", "ema"),
         schedule=optim["schedule"],
         restarts=restarts,

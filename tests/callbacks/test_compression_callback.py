@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import CompressionCallback
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import measured as measure
 from pipeline.results import RowStore, foldability, read
 from pipeline.tables import UserError
+from pipeline.tasks import Classification
 
 HERE = Path(__file__).parent
 
@@ -196,8 +197,10 @@ def test_the_averaged_network_is_measured_and_not_the_live_one(tmp_path):
 
     class Spy(lightning.Callback):
         def on_train_epoch_end(self, trainer, module):
-            losses["live"] = evaluate(module.backbone, [VAL.tensors]).loss
-            losses["average"] = evaluate(average._average_model.module.backbone, [VAL.tensors]).loss
+            losses["live"] = measure(module.backbone, Classification("multiclass"), [VAL.tensors])["loss"]
+            losses["average"] = measure(
+                average._average_model.module.backbone, Classification("multiclass"), [VAL.tensors]
+            )["loss"]
 
     measured, average = callback(methods=["fold"], stages=["raw"], ratios=[0.0]), EMAWeightAveraging(decay=0.9)
     module, trainer = fit(tmp_path, [measured, average, Spy()])
@@ -210,7 +213,9 @@ def test_the_averaged_network_is_measured_and_not_the_live_one(tmp_path):
     # Lightning left the average in the module: what a test is given is what it measures, other weights too.
     for _ in range(2):
         trainer.test(module, DataLoader(TEST, 16), verbose=False)
-        assert dense(measured, "test")["loss"] == pytest.approx(evaluate(module.backbone, [TEST.tensors]).loss)
+        assert dense(measured, "test")["loss"] == pytest.approx(
+            measure(module.backbone, Classification("multiclass"), [TEST.tensors])["loss"]
+        )
         with torch.no_grad():
             module.backbone[-1].bias += torch.tensor([1.0, 0.0, -1.0])
 

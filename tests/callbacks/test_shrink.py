@@ -19,6 +19,7 @@ from pipeline.compression.checkpoint import load_compressed
 from pipeline.compression.projection import compressed_tensors, named_tensors
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
+from pipeline.training import Training
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_compression_callback import TRAIN, VAL, fit, trainer_for
@@ -38,8 +39,12 @@ def network(width: int = 8) -> nn.Module:
     )  # fmt: skip
 
 
-def task(optim: str = "sgd", **options) -> Classification:
-    return Classification(network(), 3, **{"optim": OPTIMIZERS[optim], "schedule": {"name": "constant"}, **options})
+def task(optim: str = "sgd", **options) -> Training:
+    return Training(
+        network(),
+        Classification("multiclass", classes=3),
+        **{"optim": OPTIMIZERS[optim], "schedule": {"name": "constant"}, **options},
+    )
 
 
 def run(folder: Path, module, callbacks: list, epochs: int, ckpt_path: Path | None = None, **options):

@@ -21,6 +21,7 @@ from pipeline.optim import build_optimizer
 from pipeline.optim.sam import Ascent, frozen_statistics, perturbation
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
+from pipeline.training import Training
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -56,8 +57,8 @@ def loader(count: int = STEPS, shuffle: bool = False) -> DataLoader:
     return DataLoader(TensorDataset(inputs, labels), BATCH, shuffle=shuffle)
 
 
-def task(base: dict, sam: dict, dropout: float = 0.0, schedule: str = "cosine", **options) -> Classification:
-    return Classification(net(dropout), 4, base, {"name": schedule}, sam=sam, **options)
+def task(base: dict, sam: dict, dropout: float = 0.0, schedule: str = "cosine", **options) -> Training:
+    return Training(net(dropout), Classification("multiclass", classes=4), base, {"name": schedule}, sam=sam, **options)
 
 
 def trainer(**options) -> Trainer:
@@ -193,7 +194,7 @@ def test_a_gradient_without_direction_moves_nothing(value):
 
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(base, tmp_path):
-    def run(epochs: int, checkpoint=None) -> Classification:
+    def run(epochs: int, checkpoint=None) -> Training:
         fitted = task(BASES[base], {"rho": 0.05}, dropout=0.3)
         callbacks = [EpochSeed(7), latest_checkpoint(tmp_path), StopAfter(epochs)]
         fit = trainer(max_epochs=4, enable_checkpointing=True, callbacks=callbacks)

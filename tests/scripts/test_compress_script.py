@@ -18,12 +18,13 @@ from pipeline.cells import read_record
 from pipeline.compressed import load
 from pipeline.data.cifar10 import load as load_cifar10
 from pipeline.data.module import PictureData
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import measured
 from pipeline.measure import Entry
 from pipeline.models import build_model
 from pipeline.models.checkpoint import load_into, read_state, settings_in
 from pipeline.results import DENSE, read, read_speeds
 from pipeline.tables import UserError
+from pipeline.tasks import Classification
 from scripts.build import build_data, cell_of, data_options, file_hash, without_weights
 from scripts.compress import chosen_device, expanded, is_checkpoint, run, wanted
 from scripts.report import main as report
@@ -77,8 +78,8 @@ def test_a_checkpoint_of_ours_keeps_its_accuracy_and_gets_smaller(trained, tmp_p
     pictures = manifest["about"]["pictures"]
     assert (pictures["size"], pictures["mean"], pictures["classes"]) == (8, data.test_data.mean, data.classes)
     row = found.filter(method="fold", stage="repaired")
-    metrics = evaluate(smaller, [data.test_data.__getitems__(range(50))])
-    assert metrics.loss == pytest.approx(row["loss"].item(), rel=1e-4)
+    metrics = measured(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
+    assert metrics["loss"] == pytest.approx(row["loss"].item(), rel=1e-4)
 
 
 def test_what_is_kept_loads_in_a_fresh_process_and_elsewhere(trained, tmp_path):
@@ -113,8 +114,8 @@ def test_masked_networks_are_measured_kept_and_load_again(trained, tmp_path, cap
         assert manifest["groups"] == {}
         row = found.filter(method=method, stage="repaired")
         assert row["params"].item() == manifest["params"]
-        metrics = evaluate(smaller, [data.test_data.__getitems__(range(50))])
-        assert metrics.loss == pytest.approx(row["loss"].item(), rel=1e-4)
+        metrics = measured(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
+        assert metrics["loss"] == pytest.approx(row["loss"].item(), rel=1e-4)
 
 
 def test_an_export_that_fails_costs_a_warning(trained, tmp_path, monkeypatch):

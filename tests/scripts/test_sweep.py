@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 
 from callbacks import CompressionCallback
 from pipeline.cells import Busy, flat, held, read_record
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import measured as measure
 from pipeline.results import KEY, read
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
+from pipeline.training import Training
 from scripts.build import build_data, build_task, cell_of
 from scripts.sweep import check_launcher, duration, line
 from scripts.train import run
@@ -76,12 +77,12 @@ def test_a_cut_off_cell_goes_on_bit_for_bit(recipe, when, tmp_path, monkeypatch)
             raise Crash("power cut")
         return step(self, *args, **kwargs)
 
-    step = Classification.training_step
+    step = Training.training_step
     with monkeypatch.context() as patch:
         if when == "before the test":
             patch.setattr(Trainer, "test", crash)
         else:
-            patch.setattr(Classification, "training_step", crash)
+            patch.setattr(Training, "training_step", crash)
         with pytest.raises(Crash):
             run(config("cut"))
     (folder,) = (tmp_path / "cut").glob("quickstart-*")
@@ -106,7 +107,8 @@ def test_the_averaged_weights_are_what_is_measured_and_kept(tmp_path):
         for name in ("state_dict", "current_model_state"):
             task = build_task(config, data)
             task.load_state_dict(saved[name])
-            losses[name] = evaluate(task.net, [pictures.__getitems__(range(len(pictures)))]).loss
+            batches = [pictures.__getitems__(range(len(pictures)))]
+            losses[name] = measure(task.net, Classification("multiclass"), batches)["loss"]
         assert measured == pytest.approx(losses["state_dict"], rel=1e-4), split
         assert measured != pytest.approx(losses["current_model_state"], rel=1e-2), split
 

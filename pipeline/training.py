@@ -1,30 +1,51 @@
-"""The Lightning modules: what is trained, by which loss, and how it is measured."""
+"""The LightningModule: any network and any task, with the loss of training and the metrics of the task."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, Metric
 
+from pipeline.compression.graph import call_arguments
 from pipeline.compression.projection import named_tensors, resized
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.optim.sam import Ascent, frozen_statistics
 from pipeline.tables import UserError, call, pick
+from pipeline.tasks import Task
 
-Batch = tuple[Tensor, Tensor]
 SECOND_PASS = {"freeze": frozen_statistics, "update": nullcontext}
+SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64  # mps has no other
 
 
-class Classification(LightningModule):
-    """Cross-entropy training of `net`, (B, ...) inputs to (B, classes) logits. Logs {train,val,test}/{loss,acc}.
+class Total(Metric):
+    """One metric of a task over all batches of an epoch and all processes: the sums that `evaluate` adds up."""
 
-    Labels are (B,) int64 or, mixed, (B, classes) probabilities.
+    full_state_update = False
 
+    def __init__(self, task: Task, metric: str) -> None:
+        super().__init__()
+        self.task, self.metric = task, metric
+        self.add_state("sums", torch.zeros(task.size, dtype=SUMS), dist_reduce_fx="sum")
+
+    def update(self, totals: Tensor) -> None:
+        self.sums = self.sums + totals
+
+    def compute(self) -> Tensor:
+        value = self.task.values(self.sums)[self.metric]
+        return torch.tensor(value, dtype=SUMS, device=self.sums.device)
+
+
+class Training(LightningModule):
+    """Trains `net` by the loss of a task. Logs {train,val,test}/{metric} for every metric of it.
+
+    train/loss is what is trained on, smoothed labels included, before penalties.
+
+    task: one whose metrics are known, such as Classification("multiclass"); labels may be mixed in training
+        alone, so nothing is settled on the first batch
     optim: {"name", "lr", options of the optimizer}; schedule: {"name", options}; see pipeline.optim.
     label_smoothing: of the training loss alone
     l1, l2: add l1 * sum|w| + l2 / 2 * sum w^2 over all parameters to the training loss (not to the one that is logged);
@@ -37,7 +58,7 @@ class Classification(LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        classes: int,
+        task: Task,
         optim: Mapping[str, Any],
         schedule: Mapping[str, Any],
         label_smoothing: float = 0.0,
@@ -47,7 +68,7 @@ class Classification(LightningModule):
         restarts: Sequence[float] = (),
     ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.task = net, task
         self.optim, self.schedule, self.restarts = dict(optim), dict(schedule), tuple(restarts)
         for name, value in {"label_smoothing": label_smoothing, "l1": l1, "l2": l2}.items():
             if value < 0:
@@ -56,16 +77,21 @@ class Classification(LightningModule):
             raise UserError(f"label_smoothing {label_smoothing} must be in 0..1")
         self.label_smoothing, self.l1, self.l2 = label_smoothing, l1, l2
         self.ascent = call("optim.sam", self.build_ascent, **(sam or {}))
-        self.accuracies = nn.ModuleDict(
-            {f"{split}_acc": MulticlassAccuracy(classes, average="micro") for split in ("train", "val", "test")}
+        self.train_loss = MeanMetric(nan_strategy="disable")  # else it looks for NaN, and waits for the device
+        self.totals = nn.ModuleDict(
+            {f"{split}_{name}": Total(task, name) for split in ("train", "val", "test") for name in self.logged(split)}
         )
 
     def build_ascent(self, rho: float = 0.0, adaptive: bool = False, bn_second_pass: str = "freeze") -> Ascent | None:
         self.second_pass = pick("optim.sam.bn_second_pass", SECOND_PASS, bn_second_pass)
         return Ascent(rho, adaptive) if rho else None
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.net(inputs)
+    def logged(self, split: str) -> list[str]:
+        """Metrics that are the task's own sums: in training not the loss, which is the one that is trained on."""
+        return [name for name in self.task.metrics if (split, name) != ("train", "loss")]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
 
     def on_fit_start(self) -> None:
         """Refuse where SAM would be silently off or wrong."""
@@ -79,7 +105,7 @@ class Classification(LightningModule):
                 f"SAM's step is lost in weights of precision {self.trainer.precision!r}; use 'bf16-mixed' or '32-true'"
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.ascent is None:
             return self.objective(batch)
         # Both passes draw the same dropout: it is one loss, looked at in two places.
@@ -103,9 +129,12 @@ class Classification(LightningModule):
         if self.ascent is not None:
             self.ascent.restore_()
 
-    def objective(self, batch: Batch, log: bool = True) -> Tensor:
+    def objective(self, batch: Any, log: bool = True) -> Tensor:
         """The training loss with its penalties."""
-        loss = self.step(batch, "train", self.label_smoothing, log)
+        output = self.output(batch)
+        loss = self.task.loss(output, batch, label_smoothing=self.label_smoothing)
+        if log:
+            self.measure(output, batch, "train", loss)
         parameters = list(self.net.parameters())
         if self.l1:
             loss = loss + self.l1 * torch.stack([p.abs().sum() for p in parameters]).sum()
@@ -113,24 +142,28 @@ class Classification(LightningModule):
             loss = loss + self.l2 / 2 * torch.stack([p.square().sum() for p in parameters]).sum()
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.step(batch, "val")
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.measure(self.output(batch), batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.step(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.measure(self.output(batch), batch, "test")
 
-    def step(self, batch: Batch, split: str, label_smoothing: float = 0.0, log: bool = True) -> Tensor:
-        inputs, labels = batch
-        logits = self(inputs)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        if log:
-            accuracy = self.accuracies[f"{split}_acc"]
-            accuracy(logits, labels.argmax(1) if labels.ndim == 2 else labels)
-            every = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
-            # Torchmetrics syncs itself; a plain number has to be told to.
-            self.log(f"{split}/loss", loss, sync_dist=split != "train", **every)
-            self.log(f"{split}/acc", accuracy, prog_bar=split != "train", **every)
-        return loss
+    def output(self, batch: Any) -> Any:
+        args, kwargs = call_arguments(self.task.inputs(batch))
+        return self(*args, **kwargs)
+
+    @torch.no_grad()
+    def measure(self, output: Any, batch: Any, split: str, loss: Tensor | None = None) -> None:
+        """Add a batch to what the epoch logs. loss: () of training, to log beside it"""
+        totals = self.task.totals(output, batch)
+        if loss is not None:
+            self.train_loss.update(loss, totals[0])
+            self.log(f"{split}/loss", self.train_loss, on_step=False, on_epoch=True)
+        for name in self.logged(split):
+            total = self.totals[f"{split}_{name}"]
+            total.update(totals)
+            shown = split != "train" and name == self.task.metrics[0]
+            self.log(f"{split}/{name}", total, prog_bar=shown, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.net.parameters(), **self.optim)

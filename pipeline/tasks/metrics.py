@@ -1,0 +1,39 @@
+"""The numbers that tasks measure: a metric is a row."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How people read a number, and which of two numbers is the better one.
+
+    scale, unit, digits: a value v is read as f"{scale * v:.{digits}f}{unit}"
+    log: compared on a log axis; foldability is then an area under the logarithm
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool = True
+    scale: float = 1.0
+    unit: str = ""
+    digits: int = 1
+    log: bool = False
+
+    def text(self, value: float) -> str:
+        """As in a sentence: "71.3%", "0.412 nats"."""
+        return f"{self.scale * value:.{self.digits}f}{self.unit}"
+
+    def short(self, value: float) -> str:
+        """As in a column, which has the unit in its head: aligned to the right, seven places wide."""
+        return f"{self.scale * value:7.{self.digits}f}"
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("acc", "accuracy", scale=100, unit="%"),
+        Metric("loss", "loss", higher_is_better=False, unit=" nats", digits=3),
+        Metric("miou", "mean IoU", scale=100, unit="%"),
+        Metric("exact", "samples with every label right", scale=100, unit="%"),
+    )
+}

@@ -1,0 +1,179 @@
+"""The protocol of a task, and how a batch and an output are taken apart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.tables import UserError
+
+Example = Tensor | tuple | dict  # what a network is called with, see pipeline.compression.graph.call_arguments
+Key = int | str
+
+
+class Task(Protocol):
+    """What a batch is, what is trained on it and what is measured on it.
+
+    name: in tables of tasks
+    metrics: names in METRICS; the first is the headline
+    size: S, how many sums `totals` has
+
+    A batch is as the loader gave it, an output as the network gave it. Of a task that is not settled only `inputs` and
+    `settled` can be asked.
+    """
+
+    name: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def inputs(self, batch: Any) -> Example:
+        """What the network is called with."""
+
+    def settled(self, output: Any, batch: Any) -> "Task":
+        """The task that measures such batches, decided on this one. UserError where none does."""
+
+    def check(self, output: Any, batch: Any) -> None:
+        """UserError for a batch that this task cannot measure; may wait for the device, so it is asked once a batch."""
+
+    def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
+        """() mean loss, to train by."""
+
+    def totals(self, output: Any, batch: Any) -> Tensor:
+        """(S,) float64 on the output's device, the first is n: sums that add up over batches and processes.
+
+        Waits for no device where that can be: it is asked of every batch, also in training.
+        """
+
+    def values(self, totals: Tensor) -> dict[str, float]:
+        """Every metric by its name; NaN where nothing was counted."""
+
+    def count(self, totals: Tensor) -> int:
+        """n, how many samples: pictures, also of dense prediction; sequences of language."""
+
+    def answers(self, output: Any) -> Tensor:
+        """(rows, classes) logits, a picture, a pixel or a token a row, so that two networks can be compared."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in a batch and in an output.
+
+    inputs, labels: index or key in a batch; None: the two of a pair, or key "labels" of a dict and all its other keys.
+        Several inputs, ("image", "mask"), are arguments in that order, or keyword arguments if the batch is a dict
+    output: index, key or attribute of the scores; None: the output itself, or what it calls "logits" or "out"
+    """
+
+    inputs: Key | tuple[Key, ...] | None = None
+    labels: Key | None = None
+    output: Key | None = None
+
+    def example(self, batch: Any) -> Example:
+        """What the network is called with."""
+        which = self._inputs(batch)
+        if isinstance(which, tuple):
+            found = {key: _part(batch, key) for key in which}
+            return found if isinstance(batch, Mapping) else tuple(found.values())
+        return _arguments(_part(batch, which))
+
+    def target(self, batch: Any) -> Tensor:
+        """The labels, as the batch holds them."""
+        self._check(batch)
+        labels = _part(batch, self._labels(batch))
+        if not isinstance(labels, Tensor):
+            raise UserError(f"labels are a {type(labels).__name__}, not a tensor; give the loader a collate_fn")
+        return labels
+
+    def scores(self, output: Any) -> Tensor:
+        """The tensor of an output that is to be measured."""
+        if self.output is not None:
+            found = _of_output(output, self.output)
+        elif isinstance(output, Tensor):
+            found = output
+        else:
+            found = next((part for key in ("logits", "out") if (part := _named(output, key)) is not None), None)
+        if not isinstance(found, Tensor):
+            raise UserError(f"the network gives {_described(output)}; say where its logits are by output=")
+        if not found.is_floating_point():
+            raise UserError(f"the network gives {found.dtype}, not scores of classes; let it return its logits")
+        return found
+
+    def _inputs(self, batch: Any) -> Key | tuple[Key, ...]:
+        self._check(batch)
+        if self.inputs is not None:
+            return self.inputs
+        if not isinstance(batch, Mapping):
+            return 0
+        return tuple(key for key in batch if key != self._labels(batch))
+
+    def _labels(self, batch: Any) -> Key:
+        if self.labels is not None:
+            return self.labels
+        return "labels" if isinstance(batch, Mapping) else 1
+
+    def _check(self, batch: Any) -> None:
+        """UserError for a batch whose parts nobody has told apart."""
+        said = self.inputs is not None and self.labels is not None
+        if isinstance(batch, Mapping):
+            if self.labels is None and "labels" not in batch:
+                raise UserError(f"the batch has no 'labels' among its keys {_keys(batch)}; say which by labels=")
+        elif not isinstance(batch, list | tuple) or (len(batch) != 2 and not said):
+            raise UserError(
+                f"the batch is {_described(batch)}, not (inputs, labels); say which is which by inputs= and labels="
+            )
+
+
+def widened(scores: Tensor) -> Tensor:
+    """Half precision as float32: sums of many losses would be lost in it."""
+    return scores.float() if scores.element_size() < 4 else scores
+
+
+def double(value: Tensor) -> Tensor:
+    """float64, or float32 on a device that has no other (mps)."""
+    return value.float() if value.device.type == "mps" else value.double()
+
+
+def _part(batch: Any, key: Key) -> Any:
+    try:
+        return batch[key]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"the batch, {_described(batch)}, has no part {key!r}; mend inputs= or labels=") from None
+
+
+def _arguments(part: Any) -> Example:
+    """One part of a batch as what a network is called with: a list of tensors is its arguments, a dict keywords."""
+    if isinstance(part, Mapping):
+        return dict(part)
+    return tuple(part) if isinstance(part, list) else part
+
+
+def _of_output(output: Any, key: Key) -> Any:
+    found = _named(output, key)
+    if found is None:
+        raise UserError(f"the network gives {_described(output)}, which has no {key!r}; mend output=")
+    return found
+
+
+def _named(output: Any, key: Key) -> Any:
+    if isinstance(output, Mapping):
+        return output.get(key)
+    if isinstance(output, list | tuple) and isinstance(key, int):
+        return output[key] if -len(output) <= key < len(output) else None
+    return getattr(output, key, None) if isinstance(key, str) else None
+
+
+def _described(thing: Any) -> str:
+    kind = type(thing).__name__
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, Mapping):
+        return f"a {kind} of {_keys(thing)}"
+    return f"a {kind} of {len(thing)} parts" if isinstance(thing, list | tuple) else f"a {kind}"
+
+
+def _keys(mapping: Mapping) -> str:
+    return ", ".join(repr(key) for key in mapping) or "nothing"
