@@ -1,20 +1,19 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression.allocate import BUDGETS, SPARES, allocated
 from pipeline.compression.compensate import compensate_, observe
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.count import Counted, macs, parameters
 from pipeline.compression.gradients import Gradients
-from pipeline.compression.graph import Example, call_arguments, channel_groups
+from pipeline.compression.graph import Example, channel_groups
 from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroups, Frozen
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import MASKS, masks_of
@@ -104,10 +103,6 @@ class Report:
 AUTO = "auto"
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")  # that it chooses from where there are no pictures, and where there are
 COMPENSATED = ("mix", "fold", "l2", "obs")
-
-# They multiply nothing that is counted, and on shapes would take half of the time of a count.
-UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
 
 
 class Compressed(NamedTuple):
@@ -289,7 +284,7 @@ def smaller_copies(
         layers.other_units); "all" of them.
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
     """
-    counted = {} if counted is None else counted
+    counted = Counted() if counted is None else counted
     choose = METHODS[method]
     check_pictures(method, pictures)
     check_ratios(ratios, round_to)
@@ -318,6 +313,7 @@ def smaller_copies(
         smaller = apply(model, groups, [first_channels(g.size, k) for g, k in zip(groups, sizes, strict=True)])
         return parameters(smaller) if allocate == "params" else macs(smaller, example, counted)
 
+    before = parameters(model), macs(model, example, counted)
     whole = [*protected(groups, protect), *other_units(model, groups, units)]
     sizes = {
         ratio: [
@@ -345,7 +341,6 @@ def smaller_copies(
         )
     # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
     plans = [planned(group, [sizes[ratio][i] for ratio in ratios]) for i, group in enumerate(groups)]
-    before = parameters(model), macs(model, example, counted)
 
     def narrowed(projections: Sequence[Projection]) -> nn.Module:
         smaller = apply(model, groups, projections, norm_scale, approximate_repair=approximate_repair)
@@ -440,54 +435,3 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             kind = "NaN" if tensor.isnan().any() else "Inf"
             raise UserError(f"{name} holds {kind}: training has diverged (lower the learning rate); not compressed")
-
-
-def parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def macs(model: nn.Module, example: Example, counted: Counted | None = None) -> int:
-    """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention).
-
-    Counted on shapes alone, with nothing computed, or by a real pass where the forward looks at values.
-    counted: what was found on shapes for networks of one architecture, looked up and added to. On a small network a
-        count takes as long as a forward pass of some hundred pictures.
-    """
-    counted = {} if counted is None else counted
-    shapes = _shapes(model, example)
-    try:
-        if shapes not in counted:
-            counted[shapes] = _macs(model, example, "meta")
-        return counted[shapes]
-    except Exception:  # a forward may do anything; what is wrong with the model itself raises again
-        return _macs(model, example, None)
-
-
-def _shapes(model: nn.Module, example: Example) -> tuple[Any, ...]:
-    """Of all tensors that a forward pass sees, and those of its arguments that are none."""
-    args, kwargs = call_arguments(example)
-    given = torch.utils._pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
-    shaped = [tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in given]
-    return (*shaped, *(tuple(t.shape) for t in named_tensors(model).values()))
-
-
-def _macs(model: nn.Module, example: Example, device: str | None) -> int:
-    """`macs` with the weights and inputs on `device` (None: where they are).
-
-    The pass runs on a twin, so that what a forward stores (a mask, a cache) and eval mode stay out of the live model.
-    """
-
-    def moved(value: Any) -> Any:
-        return value.detach().to(device) if isinstance(value, torch.Tensor) else value
-
-    memo: dict[int, Any] = {id(t): moved(t) for t in model.buffers()}
-    memo |= {id(t): nn.Parameter(moved(t), requires_grad=False) for t in model.parameters()}
-    twin = copy.deepcopy(model, memo).eval()
-    for module in twin.modules():
-        if device == "meta" and type(module) in UNCOUNTED:
-            module.forward = lambda input: input
-    args, kwargs = torch.utils._pytree.tree_map(moved, call_arguments(example))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(*args, **kwargs)
-    return counter.get_total_flops() // 2
