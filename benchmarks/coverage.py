@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.common import described, machine, rounded, timed
 from pipeline.compression import ChannelGroups, Projection, channel_groups, compress
-from pipeline.compression.compress import parameters
+from pipeline.compression.count import parameters
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.projection import apply, named_tensors

@@ -17,16 +17,14 @@ from tqdm.auto import tqdm
 from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
 from pipeline.compression.compress import (
     AUTO,
-    Counted,
     Report,
     check_finite,
     check_groups,
     check_ratios,
     kinds,
-    macs,
-    parameters,
 )
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.count import Counted, macs, parameters
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.layers import UNITS, other_units
 from pipeline.compression.masks import MASKS, check_mask
@@ -182,7 +180,7 @@ class Measurement:
         self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
         self.predict, self.who = predict, who
         self._groups: dict[tuple[Any, ...], ChannelGroups] = {}
-        self._counted: Counted = {}
+        self._counted = Counted()
         self._warned: set[str] = set()
 
     @property

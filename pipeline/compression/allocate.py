@@ -8,14 +8,13 @@ ratio is reached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.compression.compensate import Seen, compensate_
+from pipeline.compression.count import places
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.projection import Projection, apply, named_tensors
@@ -159,7 +158,7 @@ def costs(model: nn.Module, example: Example, groups: ChannelGroups, budget: str
     tensors = named_tensors(model)
     times = {name: 1.0 for name, t in tensors.items() if isinstance(t, nn.Parameter)}
     if budget == "macs":
-        times = places(model, example)
+        times = {name: float(count) for name, count in places(model, example).items()}
     at: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (group, positions of a channel) that stand along each axis
     for i, group in enumerate(groups):
         for axis in (*group.writes, *group.reads):
@@ -175,24 +174,3 @@ def costs(model: nn.Module, example: Example, groups: ChannelGroups, budget: str
         return total
 
     return cost
-
-
-def places(model: nn.Module, example: Example) -> dict[str, float]:
-    """{weight: how many times a forward pass multiplies with it}, of linear layers and convolutions that it calls."""
-    found: dict[str, float] = {}
-
-    def count(name: str, layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            times = given[0].numel() / layer.in_channels
-        else:
-            times = output.numel() / output.shape[1 if isinstance(layer, nn.modules.conv._ConvNd) else -1]
-        found[name] = found.get(name, 0.0) + times
-
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    handles = [m.register_forward_hook(partial(count, f"{n}.weight")) for n, m in layers.items()]
-    try:
-        outputs(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

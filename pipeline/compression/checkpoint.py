@@ -33,7 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.compression.compress import Compressed, parameters
+from pipeline.compression.compress import Compressed
+from pipeline.compression.count import parameters
 from pipeline.compression.projection import CHANNELS_LAST, laid_out_as, named_tensors, resized
 from pipeline.tables import UserError, first_line
 

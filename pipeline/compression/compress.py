@@ -1,6 +1,5 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -8,13 +7,13 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression.allocate import allocated
 from pipeline.compression.compensate import Seen, compensate_, observe
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.count import Counted, macs, parameters
 from pipeline.compression.gradients import Gradients
-from pipeline.compression.graph import Example, call_arguments, channel_groups
+from pipeline.compression.graph import Example, channel_groups
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import masks_of
@@ -30,10 +29,6 @@ from pipeline.tables import UserError, call, pick
 # What auto chooses from where there are no pictures, and where there are.
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")
 COMPENSATED = ("mix", "fold", "l2", "obs")
-
-# BatchNorm adds no counted MACs but takes half of the counting time, so it is skipped.
-UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-Counted = dict[tuple[Any, ...], int]  # MACs by the shapes of a network and of its inputs
 
 # One group at one size: its projection, and the line of the report on it.
 Choice = tuple[Projection, GroupReport]
@@ -62,7 +57,7 @@ class Network:
     pictures: Example | None = None
     seed: int = 0
     full: Mapping[str, int] | None = None
-    counted: Counted = field(default_factory=dict)
+    counted: Counted = field(default_factory=Counted)
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -140,7 +135,7 @@ def compressions(
     # Hooks and masks of the live model stay out of the smaller ones.
     bare = bare_copy(model, share=True)
     check_finite({name: t.detach() for name, t in named_tensors(bare).items()})
-    counted = {} if counted is None else counted
+    counted = Counted() if counted is None else counted
     if done.kind == "mask":
         return masked_copies(Network(bare, example, ChannelGroups(()), seed=seed, counted=counted), done, ratios)
     if done.kind == AUTO:
@@ -223,6 +218,7 @@ def masked_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iter
 
 def smaller_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iterator[Compressed]:
     """A copy for every ratio, in which every channel group has lost `ratio` of its channels, or as a budget says."""
+    assert net.cost  # counted first: networks that are narrower follow from it
     sizes = sizes_left(net, recipe, ratios)
     # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
     plans = [choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios]) for i, g in enumerate(net.groups)]
@@ -348,54 +344,3 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             kind = "NaN" if tensor.isnan().any() else "Inf"
             raise UserError(f"{name} holds {kind}: training has diverged (lower the learning rate); not compressed")
-
-
-def parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def macs(model: nn.Module, example: Example, counted: Counted | None = None) -> int:
-    """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention).
-
-    Counted on shapes alone, with nothing computed, or by a real pass where the forward looks at values.
-    counted: what was found on shapes for networks of one architecture, looked up and added to. On a small network a
-        count takes as long as a forward pass of some hundred pictures.
-    """
-    counted = {} if counted is None else counted
-    shapes = _shapes(model, example)
-    try:
-        if shapes not in counted:
-            counted[shapes] = _macs(model, example, "meta")
-        return counted[shapes]
-    except Exception:  # a forward may do anything; what is wrong with the model itself raises again
-        return _macs(model, example, None)
-
-
-def _shapes(model: nn.Module, example: Example) -> tuple[Any, ...]:
-    """Of all tensors that a forward pass sees, and those of its arguments that are none."""
-    args, kwargs = call_arguments(example)
-    given = torch.utils._pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
-    shaped = [tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in given]
-    return (*shaped, *(tuple(t.shape) for t in named_tensors(model).values()))
-
-
-def _macs(model: nn.Module, example: Example, device: str | None) -> int:
-    """`macs` with the weights and inputs on `device` (None: where they are).
-
-    The pass runs on a twin, so that what a forward stores (a mask, a cache) and eval mode stay out of the live model.
-    """
-
-    def moved(value: Any) -> Any:
-        return value.detach().to(device) if isinstance(value, torch.Tensor) else value
-
-    memo: dict[int, Any] = {id(t): moved(t) for t in model.buffers()}
-    memo |= {id(t): nn.Parameter(moved(t), requires_grad=False) for t in model.parameters()}
-    twin = copy.deepcopy(model, memo).eval()
-    for module in twin.modules():
-        if device == "meta" and type(module) in UNCOUNTED:
-            module.forward = lambda input: input
-    args, kwargs = torch.utils._pytree.tree_map(moved, call_arguments(example))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(*args, **kwargs)
-    return counter.get_total_flops() // 2

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,22 @@ def bare_copy(model: nn.Module, share: bool = False) -> nn.Module:
         if share and not any(name.endswith("_orig") for name in module._parameters):
             memo |= {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     with torch.no_grad():
-        twin = copy.deepcopy(model, memo)
+        twin = deep_copy(model, memo)
     for module in twin.modules():
         for name in [n.removesuffix("_orig") for n, _ in module.named_parameters(recurse=False) if n.endswith("_orig")]:
             if hasattr(module, f"{name}_mask"):
                 prune.remove(module, name)
     return twin
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """copy.deepcopy(model, memo), in half of the time.
+
+    Every module has a dozen empty dicts of hooks, each of which deepcopy takes apart and builds anew; here fresh ones
+    stand in the memo. What is shared before is shared after.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                memo.setdefault(id(value), type(value)())
+    return copy.deepcopy(model, memo)

@@ -6,7 +6,6 @@ cluster sum, V M. So V P W = merge(V, sum) @ merge(W, mean), and exact duplicate
 of their clusters. Where pictures are at hand, what reads the channels is solved anew instead (compensate.py).
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.attention import NarrowMultiheadAttention
 from pipeline.compression.cluster import kept_energy
+from pipeline.compression.copies import deep_copy
 from pipeline.compression.group import Axis, ChannelGroup
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions of a weight
@@ -178,7 +178,7 @@ def resized(
         new = laid_out_as(old, given)
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     changed = {id(memo[id(state[name])]) for name in tensors}
-    smaller = copy.deepcopy(model, memo)
+    smaller = deep_copy(model, memo)
     for module in smaller.modules():
         if any(id(t) in changed for t in module.parameters(recurse=False)):
             _follow_shape_(module)

@@ -61,8 +61,8 @@ class Stage(Protocol):
 class Traces:
     """Channel groups and MACs of the architectures seen so far: each is traced and counted once."""
 
-    groups: dict[tuple[Any, ...], ChannelGroups] = field(default_factory=dict)
-    counted: Counted = field(default_factory=dict)
+    groups: dict[tuple[Any, ...], ChannelGroups] = field(default_factory=Counted)
+    counted: Counted = field(default_factory=Counted)
 
     def of(self, model: nn.Module, example: Example, parts: Sequence[str]) -> ChannelGroups:
         """The groups of networks of these shapes (a network may be made smaller while it trains)."""

@@ -7,7 +7,7 @@ from toy_nets import NETS, randomise_
 
 from pipeline.compression import channel_groups, compress
 from pipeline.compression.allocate import costs
-from pipeline.compression.compress import macs, parameters
+from pipeline.compression.count import macs, parameters
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.tables import UserError
 

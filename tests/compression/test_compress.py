@@ -1,17 +1,16 @@
 """compress(): what it promises about the model it takes and the model it gives."""
 
 import copy
-from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from toy_nets import NETS, duplicated, mobile, picture, randomise_, relative_error, tied, vgg
 
 from pipeline.compression import ChannelGroups, channel_groups, compress
-from pipeline.compression.compress import channels_left, macs
+from pipeline.compression.compress import channels_left
+from pipeline.compression.count import macs
 from pipeline.models import build_model
 from pipeline.tables import UserError
 
@@ -250,44 +249,6 @@ def test_channels_last_stays_channels_last():
     assert weights["layer1.0.conv1.weight"].shape[:2] == (2, 2)
     for name, weight in weights.items():
         assert weight.is_contiguous(memory_format=torch.channels_last), name
-
-
-def test_macs_of_a_norm_that_is_called_by_keyword_are_counted_on_shapes():
-    class Keyword(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return self.norm(input=self.conv(x))
-
-    counted = {}
-    assert macs(Keyword(), torch.zeros(1, 3, 8, 8), counted) == 6 * 6 * 4 * 27
-    assert len(counted) == 1, "not by a real pass, which is kept for no other network"
-
-
-def test_macs_are_counted_once_for_all_methods(monkeypatch):
-    module = import_module("pipeline.compression.compress")  # the package exports the function of this name
-    net, example, ratios = (
-        build_model("resnet18", classes=3, channels=3, width=4).eval(),
-        torch.zeros(1, 3, 32, 32),
-        [0.25, 0.5],
-    )
-    count, calls = module._macs, []
-    monkeypatch.setattr(module, "_macs", lambda *args: calls.append(1) or count(*args))
-    counted: dict = {}
-    found = {
-        method: [c.report.macs_after for c in module.compressions(net, example, method, ratios, counted=counted)]
-        for method in ("fold", "l1", "l2")
-    }
-    assert len(calls) == 1 + len(ratios)  # the network itself, and once each ratio
-    assert (
-        found["fold"]
-        == found["l1"]
-        == found["l2"]
-        == [macs(c.model, example) for c in compress(net, example, "l1", ratios)]
-    )
-    assert macs(net, torch.zeros(2, 3, 32, 32), counted) == 2 * macs(net, example, counted)
 
 
 @pytest.mark.parametrize(
