@@ -1,91 +1,40 @@
-"""What compression leaves of one network: the rows of a training epoch, or of a checkpoint, are all measured here."""
+"""What compression leaves of one network: chains become rows.
+
+`chains(methods, ratios, stages)` is short for a tree of chains: every method at every ratio, and behind each of these
+networks every stage, on a copy of its own. `measure` runs them on one network and gives a row for every network made.
+"""
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pipeline.compression import ChannelGroups, Compressed, channel_groups, compressions
-from pipeline.compression.compress import (
-    AUTO,
-    Report,
-    check_finite,
-    check_groups,
-    check_ratios,
-    kinds,
-)
+from pipeline.compression import Compressed, Recipe, spell
+from pipeline.compression.compress import check_finite, check_groups, check_ratios
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.count import Counted, macs, parameters
-from pipeline.compression.group import DEFAULT_PARTS, PARTS
-from pipeline.compression.layers import UNITS, other_units
-from pipeline.compression.masks import MASKS, check_mask
-from pipeline.compression.methods import FOLDING, METHODS, check_pictures
+from pipeline.compression.count import macs, parameters
+from pipeline.compression.graph import Example
+from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.compression.layers import other_units
+from pipeline.compression.plan import history
 from pipeline.compression.predict import judge
-from pipeline.compression.projection import Projection, named_tensors
-from pipeline.compression.repair import (
-    Reference,
-    norm_parameters,
-    reference,
-    repair_,
-    statistics,
-    tracked_norms,
-    tune_norms_,
-)
-from pipeline.compression.synthetic import synthesize
-from pipeline.evaluate import evaluate as totals_of
-from pipeline.results import DENSE, STAGES, Row
-from pipeline.tables import UserError, one_line, pick
-from pipeline.tasks import Classification
-
-Batch = tuple[Tensor, Tensor]
-PICTURES = ("synthetic", "data")  # that a method may be compensated on
-# What may stand behind a method's name, "mix+data+macs", and the options that it is short for.
-ADDITIONS: dict[str, dict[str, Any]] = {
-    "synthetic": {"pictures": "synthetic"},
-    "data": {"pictures": "data"},
-    "grail": {"pictures": "data", "solve_on": "dense"},
-    "ar": {"approximate_repair": True},
-    "macs": {"allocate": "macs"},
-    "params": {"allocate": "params"},
-    "filters": {"units": "filters"},
-    "neurons": {"units": "neurons"},
-}
-CALIBRATION = 512  # unlabelled training pictures for that
-KEPT = 2**31  # bytes of the machine's memory that evaluation batches may take
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Sums over pictures, so that the parts of several processes add up."""
-
-    correct: float = 0.0
-    loss_sum: float = 0.0
-    n: float = 0.0
-
-    @property
-    def acc(self) -> float:
-        return self.correct / self.n
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.n
-
-
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-    totals = totals_of(model, Classification("multiclass", "logits"), batches)
-    if totals is None:
-        return Metrics()
-    n, _, right, loss = totals.tolist()
-    return Metrics(right, loss, n)
+from pipeline.compression.projection import named_tensors
+from pipeline.compression.recipe import about, recipes
+from pipeline.evaluate import evaluate
+from pipeline.results import DENSE, Row
+from pipeline.stages import TAILS, Followed, State, Supplies, Traces, compressed, fitting, needed, parse_tail
+from pipeline.stages.compress import needs
+from pipeline.stages.repair import Repair
+from pipeline.tables import UserError, one_line
+from pipeline.tasks.task import Batch, Task
 
 
 class Entry(NamedTuple):
@@ -101,390 +50,301 @@ class Entry(NamedTuple):
     @property
     def file(self) -> str:
         """What the network of this entry is called on disk."""
-        return f"{self.method}-r{self.ratio:g}-{self.stage}.safetensors"
+        return re.sub(r"[^\w.+=,()\[\]-]+", "_", f"{self.method}-r{self.ratio:g}-{self.stage}") + ".safetensors"
 
 
-@dataclass
-class Found:
-    """What is known about an entry: values of its row, and this process's share of the sums if it was measured."""
+@dataclass(frozen=True)
+class Chains:
+    """Every recipe at every ratio, and behind each of these networks every stage.
 
-    values: dict[str, Any]
-    metrics: Metrics | None = None
-
-
-class Inputs(NamedTuple):
-    """All on the network's device: example, a batch of one; what to evaluate on; training samples for repair."""
-
-    example: Tensor
-    batches: Iterable[Batch]
-    mending: Sequence[Batch]
-
-
-class Measurement:
-    """Compress copies of a network by every method and ratio, evaluate each at every stage.
-
-    methods: names in METHODS, also with some of ADDITIONS behind ("fold+synthetic": compensated on pictures made from
-        the network itself, "fold+data": on unlabelled training pictures, "l1+grail": on these as GRAIL does,
-        "fold+ar": BatchNorm variances follow the weights, "fold+data+macs": also sizes by what groups can spare,
-        "l1+filters", "l1+neurons": groups of these alone), names in MASKS, or
-        {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
-    ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
-    stages: of results.STAGES; one that a network has nothing for (repair without BatchNorm) gives no rows
-    round_to: leave multiples of so many channels; seed: of methods that draw
-    parts: of compression.group.PARTS, what is compressed; a method's own options may say other parts. Masks know
-        neither channels nor parts: round_to and parts are not for them
-    predict: foretell, on synthetic pictures, what every network is worth: the fidelity in its rows
-    who: whom warnings name
-
-    Keeps the trace and the MAC counts, so one Measurement serves all networks of one architecture.
+    recipes: by the label that a row calls them; stages: names of TAILS, or chains spelled out.
+    seed: of methods that draw. predict: foretell on synthetic pictures what every network is worth (see predict.py).
     """
 
-    def __init__(
-        self,
-        methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
-        ratios: Sequence[float],
-        stages: Sequence[str],
-        round_to: int = 1,
-        seed: int = 0,
-        parts: Sequence[str] = DEFAULT_PARTS,
-        predict: bool = False,
-        who: str = "compression",
-    ) -> None:
-        for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
-            if isinstance(values, str | float | int):
-                raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
-        named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
-        self.methods = {
-            label: {"method": label, "pictures": None, **options} if options else _spelled_out(label)
-            for label, options in named.items()
-        }
-        self.shared = {"seed": seed, "round_to": round_to, "parts": parts}
-        for label, options in self.methods.items():
-            pick("method", kinds(), options["method"])
-            check_pictures(options["method"], options["pictures"])
-            if options["pictures"] is not None:
-                pick("pictures", dict.fromkeys(PICTURES), options["pictures"])
-            if options["method"] in MASKS:
-                check_mask(label, options["method"], _of_mask(options))
-                continue
-            pick("units", dict.fromkeys(UNITS), options.get("units", "all"))
-            for part in self._parts(options):
-                pick("part", dict.fromkeys(PARTS), part)
-        if DENSE in self.methods:
-            raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
-        check_ratios(ratios, round_to)
-        for stage in stages:
-            pick("stage", dict.fromkeys(STAGES), stage)
-        if not self.methods or not ratios or not stages:
-            raise UserError("compression needs at least one method, one ratio and one stage")
-        self.ratios, self.stages = sorted(set(map(float, ratios))), tuple(s for s in STAGES if s in stages)
-        self.predict, self.who = predict, who
-        self._groups: dict[tuple[Any, ...], ChannelGroups] = {}
-        self._counted = Counted()
-        self._warned: set[str] = set()
+    recipes: Mapping[str, Recipe]
+    ratios: tuple[float, ...]
+    stages: tuple[str, ...]
+    seed: int = 0
+    predict: bool = False
 
     @property
-    def mends(self) -> bool:
-        """Are training samples needed?"""
-        return bool(set(self.stages) - {"raw"}) or any(o["pictures"] == "data" for o in self.methods.values())
+    def needs(self) -> frozenset[str]:
+        """Do the chains need training samples, and with their labels? Of stages.NEEDS."""
+        return frozenset().union(*map(needs, self.recipes.values()), *map(needed, self.stages))
 
-    @property
-    def folds(self) -> dict[str, bool]:
-        """Of the labels of methods that compare at one ratio: do they fold, or prune?
-
-        Not "auto", masks (their ratio is of weights) and what has any of ADDITIONS, by its options or in its label. So
-        the gap that an epoch logs is that of reports, which know no more than labels, wherever those say it all.
-        """
-        added = [item for options in ADDITIONS.values() for item in options.items()]
-        return {
-            label: o["method"] in FOLDING
-            for label, o in self.methods.items()
-            if o["method"] in METHODS and "+" not in label and not any(o.get(k) == v for k, v in added)
-        }
-
-    @property
-    def traced(self) -> bool:
-        """Are the channel groups of an architecture known?"""
-        return bool(self._groups)
-
-    def trace(self, net: nn.Module, example: Tensor) -> None:
-        """Find the channel groups now, and forget those of another network. UserError when there are none.
-
-        Masks need none.
-        """
-        self._groups = {}
-        for label, options in self.methods.items():
-            if options["method"] not in MASKS:
-                groups = self.groups(label, net, example)
-                check_groups(net, groups)
-                other_units(net, groups, options.get("units", "all"))
-
-    def groups(self, label: str, net: nn.Module, example: Tensor) -> ChannelGroups:
-        """What the method of this label compresses, traced once for networks of the same shapes."""
-        parts = self._parts(self.methods[label])
-        shapes = tuple(t.shape for t in named_tensors(net).values())  # a network may be made smaller while it trains
-        if (parts, shapes) not in self._groups:
-            self._groups[parts, shapes] = channel_groups(net, example, parts)
-        return self._groups[parts, shapes]
-
-    def _parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple({**self.shared, **options}["parts"])
-
-    def rows(
-        self,
-        live: nn.Module,
-        inputs: Callable[[], Inputs],
-        context: Mapping[str, Any],
-        *,
-        device: torch.device | str = "cpu",
-        forward: Callable[[], AbstractContextManager] = nullcontext,
-        total: Callable[[Tensor], Tensor] = lambda sums: sums,
-        done: Callable[[Entry, Compressed], None] = lambda entry, compressed: None,
-        bar: Mapping[str, Any] | None = None,
-    ) -> list[Row]:
-        """The rows of this network, which stays as it is; what fails becomes failed rows.
-
-        inputs: makes what to measure on; what goes wrong there costs rows too
-        context: values of the other fields of Row
-        forward: context of every forward pass (autocast); bar: options of tqdm, shown when given
-        total: adds up (rows, 3) sums over processes, called once; every process must call `rows` alike
-        done: told of every network that was measured
-        """
-        # What is measured is settled before anything can fail, so that all processes add up the same entries.
-        plan = self.plan(live)
-        found: dict[Entry, Found] = {}
-        with self._or_fail(found, plan, "measurement"):
-            net = bare_copy(live).eval().to(device)
-            example, batches, mending = inputs()
-            values: dict[str, Any] = {"error": 0.0, "params": parameters(net)}
-            with self._or_fail(found, plan[:1], str(plan[0]), values):
-                values["macs"] = macs(net, example, self._counted)
-                found[plan[0]] = evaluated(net, batches, values, forward)
-            count = len(self.methods) * len(self.ratios)
-            with tqdm(total=count, leave=False, dynamic_ncols=True, **(bar or {"disable": True})) as shown:
-                on_pictures = cache(lambda: statistics(net, (batch for batch, _ in mending)))
-                for entries, compressed, values in self._compressed(net, example, mending, plan[1:], found):
-                    shown.set_postfix_str(f"{entries[0].method} {entries[0].ratio:g}")
-                    against = partial(self.reference, entries[0].method, net, example, compressed.report, on_pictures)
-                    for entry in entries:
-                        with self._or_fail(found, [entry], str(entry), values):
-                            mend_(compressed.model, entry.stage, mending, against, values, forward)
-                            found[entry] = evaluated(compressed.model, batches, values, forward)
-                            done(entry, compressed)
-                    shown.update()
-        return as_rows(plan, found, context, total)
-
-    def plan(self, net: nn.Module) -> list[Entry]:
-        """All entries in the order of the rows; stages that the network has nothing for are left out.
-
-        The order of the stages matters: norm tuning starts from repaired statistics.
-        """
-        applies = {"raw": True, "repaired": bool(tracked_norms(net)), "norm_tuned": bool(norm_parameters(net))}
-        stages = [stage for stage in self.stages if applies[stage]]
-        smaller = [Entry(label, ratio, stage) for label in self.methods for ratio in self.ratios for stage in stages]
+    def entries(self, net: nn.Module) -> list[Entry]:
+        """What is measured, in the order of the rows; stages that the network has nothing for are left out."""
+        stages = [stage for stage in self.stages if fitting(stage, net) is not None]
+        smaller = [Entry(label, ratio, stage) for label in self.recipes for ratio in self.ratios for stage in stages]
         return [Entry(DENSE, 0.0, "raw"), *smaller]
 
-    def _compressed(
-        self,
-        net: nn.Module,
-        example: Tensor,
-        mending: Sequence[Batch],
-        plan: Sequence[Entry],
-        found: dict[Entry, Found],
-    ) -> Iterator[tuple[list[Entry], Compressed, dict[str, Any]]]:
-        """(its entries, network, row values) for every method and ratio; an error costs the method's ratios left."""
-        made: dict[str, Tensor] = {}
-        judged = self.judge(net, example, made)
-        for label in dict.fromkeys(entry.method for entry in plan):
-            own = [entry for entry in plan if entry.method == label]
-            with self._or_fail(found, own, label):
-                start = time.perf_counter()
-                smaller = self.compressed(label, net, example, mending, made)
-                for ratio, compressed in zip(self.ratios, smaller, strict=True):
-                    report = compressed.report
-                    values = {"error": report.error, "params": report.params_after, "macs": report.macs_after}
-                    values["seconds"] = time.perf_counter() - start
-                    values["fidelity"] = judged(compressed.model)
-                    yield [entry for entry in own if entry.ratio == ratio], compressed, values
-                    start = time.perf_counter()
 
-    def reference(
-        self,
-        label: str,
-        net: nn.Module,
-        example: Tensor,
-        report: Report,
-        on_pictures: Callable[[], Mapping[str, Tensor]],
-    ) -> Reference:
-        """What a smaller network of this label is repaired against."""
-        options = self.methods[label]
-        if options["method"] in MASKS:
-            return reference(net, on_pictures())
-        groups, projections = self.groups(label, net, example), [Projection(row.labels) for row in report.groups]
-        return reference(net, on_pictures(), groups, projections, options.get("norm_scale", True))
+def chains(
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any] | None],
+    ratios: Sequence[float],
+    stages: Sequence[str] = ("raw",),
+    round_to: int = 1,
+    seed: int = 0,
+    parts: Sequence[str] = DEFAULT_PARTS,
+    predict: bool = False,
+) -> Chains:
+    """The chains of methods x ratios x stages.
 
-    def judge(self, net: nn.Module, example: Tensor, made: dict[str, Tensor]) -> Callable[[nn.Module], float | None]:
-        """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
-        if self.predict:
-            with self.or_warn("fidelity cannot be foretold"):
-                return judge(net, self.synthetic(net, example, made))
-        return lambda smaller: None
+    methods: spellings of recipes ("fold", "mix+data", "l1+grail"), or {label: {"method": name, options of a recipe}}
+    ratios: fractions of channels to remove (masks: of weights), 0 <= r < 1
+    stages: names of TAILS, or chains behind a compression ("repair > tune_norms(lr=0.01)")
+    round_to, parts: of recipes that do not say others; masks know neither
 
-    def compressed(
-        self,
-        label: str,
-        net: nn.Module,
-        example: Tensor,
-        mending: Sequence[Batch],
-        made: dict[str, Tensor] | None = None,
-        **options: Any,
-    ) -> Iterator[Compressed]:
-        """The network at every ratio by the method of this label, as it is, without a later stage.
+    Raises UserError for what is in no table, and for what contradicts itself.
+    """
+    for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
+        if isinstance(values, str | float | int):
+            raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
+    found = recipes(methods, round_to=round_to, parts=tuple(parts))
+    if DENSE in found:
+        raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
+    check_ratios(ratios, round_to)
+    for stage in stages:
+        parse_tail(stage)
+    if not found or not ratios or not stages:
+        raise UserError("compression needs at least one method, one ratio and one stage")
+    named = [stage for stage in TAILS if stage in stages]
+    ordered = (*named, *(stage for stage in dict.fromkeys(stages) if stage not in TAILS))
+    return Chains(found, tuple(sorted(set(map(float, ratios)))), ordered, seed, predict)
 
-        made: pictures that were made for this network before, added to; options: of `compressions`, before our own
-        """
-        options = {"ratios": self.ratios, "counted": self._counted, **self.methods[label], **options}
-        if options["method"] in MASKS:
-            options.pop("full", None)  # shapes stay as they are
-            method, seed = options["method"], self.shared["seed"]
-            yield from compressions(net, example, method, **{"seed": seed, **_of_mask(options)})
-            return
-        kind, made = options.pop("pictures"), {} if made is None else made
-        if kind == "data" and kind not in made:
-            made[kind] = torch.cat([batch for batch, _ in mending])[:CALIBRATION]
-        if kind == "synthetic":
-            self.synthetic(net, example, made)
-        given = {"groups": self.groups(label, net, example), "pictures": made[kind] if kind else None}
-        if options["method"] == AUTO and not kind:  # else it goes by the pictures that its candidates see
-            options.setdefault("judge_on", self.synthetic(net, example, made))
-        yield from compressions(net, example, **{**self.shared, **options, **given})
 
-    def synthetic(self, net: nn.Module, example: Tensor, made: dict[str, Tensor]) -> Tensor:
-        """Pictures of this network's own, made once."""
-        if "synthetic" not in made:
-            made["synthetic"] = synthesize(net, example, seed=self.shared["seed"])
-        return made["synthetic"]
+class Once:
+    """Warnings that are said once. who: whom they name."""
+
+    def __init__(self, who: str = "compression") -> None:
+        self.who, self._said = who, set[str]()
+
+    def say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"{self.who}: {text}", RuntimeWarning, stacklevel=3)
 
     @contextmanager
-    def _or_fail(
-        self, found: dict[Entry, Found], entries: Sequence[Entry], what: str, values: Mapping[str, Any] | None = None
-    ) -> Iterator[None]:
-        """An exception makes those of these entries fail that are not measured yet."""
-        try:
-            yield
-        except Exception as error:
-            for entry in entries:
-                found.setdefault(entry, Found({**(values or {}), "reason": one_line(error)}))
-            self.warn(f"{what}: {one_line(error)}")
-
-    @contextmanager
-    def or_warn(self, text: str) -> Iterator[None]:
+    def instead(self, text: str) -> Iterator[None]:
         """An exception becomes a warning."""
         try:
             yield
         except Exception as error:
-            self.warn(f"{text}: {one_line(error)}")
-
-    def warn(self, text: str) -> None:
-        """Say a thing once."""
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(f"{self.who}: {text}", RuntimeWarning, stacklevel=2)
+            self.say(f"{text}: {one_line(error)}")
 
 
-def _spelled_out(label: str) -> dict[str, Any]:
-    """The options that a label stands for where none are given: "fold+synthetic" is fold, compensated."""
-    method, *additions = label.split("+")
-    options: dict[str, Any] = {"method": method, "pictures": None}
-    for addition in additions:
-        for name, value in pick("addition to a method", ADDITIONS, addition).items():
-            if options.get(name) not in (None, value):
-                raise UserError(f"{label!r} says both {name}={options[name]} and {name}={value}; choose one")
-            options[name] = value
-    return options
+class Inputs(NamedTuple):
+    """Data on the network's device.
 
-
-def _of_mask(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of a mask beside its name: no pictures, where there are none."""
-    return {name: value for name, value in options.items() if name != "method" and (name, value) != ("pictures", None)}
-
-
-class Streamed:
-    """A loader's batches on the device, fetched anew at every pass."""
-
-    def __init__(self, loader: DataLoader, move: Callable[[Any], Batch]) -> None:
-        self.loader, self.move = loader, move
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.move, self.loader)
-
-
-def passes(loader: DataLoader, move: Callable[[Any], Batch], example: Tensor) -> Iterable[Batch]:
-    """The loader's batches for any number of passes: kept where `move` puts them if they fit there, else streamed.
-
-    example: (1, ...) of the inputs, on that device. ImageNet's 50,000 test pictures are 30 GB.
+    example: what the network is called with, a batch of one. batches: what to evaluate on, by split.
+    training: labelled training samples without augmentation, for stages and calibration.
     """
-    streamed = Streamed(loader, move)
-    size = example.numel() * example.element_size() * len(loader.dataset)
-    return list(streamed) if size <= room(example.device) else streamed
+
+    example: Example
+    batches: Mapping[str, Iterable[Batch]]
+    training: Sequence[Batch] = ()
 
 
-def room(device: torch.device) -> int:
-    """Bytes that pictures may take there: half of what a GPU has free, for a network needs the rest."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else KEPT
+@dataclass
+class Host:
+    """Where a measurement happens: what a callback and a script have in common.
+
+    task: settled, see Task. inputs: gets the data; what goes wrong there costs rows.
+    splits: those that `inputs` will have. traces: of the architecture, kept from one network to the next.
+    forward: context of every forward pass (autocast). bar: options of tqdm, shown when given.
+    total: adds up (rows, sums) over processes, called once; every process must measure alike.
+    done: told of every network that was measured.
+    """
+
+    task: Task
+    inputs: Callable[[], Inputs]
+    splits: Sequence[str] = ("val",)
+    device: torch.device | str = "cpu"
+    traces: Traces = field(default_factory=Traces)
+    once: Once = field(default_factory=Once)
+    forward: Callable[[], AbstractContextManager] = nullcontext
+    total: Callable[[Tensor], Tensor] = lambda sums: sums
+    done: Callable[[Entry, Compressed], None] = lambda entry, compressed: None
+    bar: Mapping[str, Any] | None = None
 
 
-def sample(size: int, count: int, seed: int, batch_size: int = 256) -> list[int]:
-    """Which `count` of `size` training samples to repair with, in whole batches: each batch counts the same."""
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
-    batch_size = min(batch_size, len(drawn))
-    return drawn[: len(drawn) // batch_size * batch_size].tolist()
+@dataclass
+class Found:
+    """What is known of an entry: values of its row, and this process's sums by split, if it was measured."""
+
+    values: dict[str, Any]
+    totals: Mapping[str, Tensor | None] | None = None
 
 
-def mend_(
-    model: nn.Module,
-    stage: str,
-    batches: Sequence[Batch],
-    against: Callable[[], Reference],
-    values: dict[str, Any],
-    forward: Callable[[], AbstractContextManager],
+def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> None:
+    """Find the channel groups of this network now. UserError where there is nothing to compress; masks need none."""
+    for recipe in chains.recipes.values():
+        if recipe.kind != "mask":
+            groups = traces.of(net, example, recipe.scope.parts)
+            check_groups(net, groups)
+            other_units(net, groups, recipe.scope.units)
+
+
+def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, Any]) -> list[Row]:
+    """The rows of this network, which stays as it is; what fails becomes failed rows.
+
+    context: values of the other fields of Row.
+    """
+    # What is measured is settled before anything can fail, so that all processes add up the same entries.
+    entries = chains.entries(live)
+    found: dict[Entry, Found] = {}
+    with or_fail(found, entries, "measurement", host.once):
+        net = bare_copy(live).eval().to(host.device)
+        given = host.inputs()
+        supplies = Supplies(net, given.example, host.task, given.training, chains.seed, host.traces, host.forward)
+        measure_dense(supplies, given, host, entries, found)
+        measure_chains(chains, supplies, given, host, entries[1:], found)
+    return as_rows(entries, found, host, facts(chains, live, entries), context)
+
+
+def measure_dense(
+    supplies: Supplies, given: Inputs, host: Host, entries: Sequence[Entry], found: dict[Entry, Found]
 ) -> None:
-    """Make the network of the stage before into one of this stage, and add the time to its values."""
-    start = time.perf_counter()
-    with forward(), torch.enable_grad():
-        if stage == "repaired":
-            repair_(model, (inputs for inputs, _ in batches), against())
-        elif stage == "norm_tuned":
-            tune_norms_(model, batches)
-    values["seconds"] += time.perf_counter() - start
+    """The row of the uncompressed network. The task looks at every batch of it: what it refuses fails all entries."""
+    values: dict[str, Any] = {"error": 0.0, "params": parameters(supplies.dense)}
+    with or_fail(found, entries, str(entries[0]), host.once, values):
+        values["macs"] = macs(supplies.dense, supplies.example, supplies.traces.counted)
+        found[entries[0]] = evaluated(supplies.dense, given, host, values, check=True)
 
 
-def evaluated(
-    model: nn.Module,
-    batches: Iterable[Batch],
+def measure_chains(
+    chains: Chains,
+    supplies: Supplies,
+    given: Inputs,
+    host: Host,
+    entries: Sequence[Entry],
+    found: dict[Entry, Found],
+) -> None:
+    judged = judging(chains, supplies, host.once)
+    count = len(chains.recipes) * len(chains.ratios)
+    with tqdm(total=count, leave=False, dynamic_ncols=True, **(host.bar or {"disable": True})) as bar:
+        for label, recipe in chains.recipes.items():
+            own = [entry for entry in entries if entry.method == label and entry not in found]
+            with or_fail(found, own, label, host.once):
+                states = compressed(State(supplies.dense), recipe, chains.ratios, supplies)
+                for ratio, state in zip(chains.ratios, clocked(states), strict=True):
+                    bar.set_postfix_str(f"{label} {ratio:g}")
+                    values = {**numbers(state), "fidelity": judged(state.model)}
+                    followed = Followed(state, supplies)
+                    for entry in (entry for entry in own if entry.ratio == ratio):
+                        measure_entry(entry, followed, given, host, values, found)
+                    bar.update()
+
+
+def measure_entry(
+    entry: Entry,
+    followed: Followed,
+    given: Inputs,
+    host: Host,
     values: Mapping[str, Any],
-    forward: Callable[[], AbstractContextManager],
-) -> Found:
+    found: dict[Entry, Found],
+) -> None:
+    with or_fail(found, [entry], str(entry), host.once, values):
+        state = followed.state(fitting(entry.stage, followed.supplies.dense) or ())
+        found[entry] = evaluated(state.model, given, host, {**values, "seconds": state.seconds})
+        assert state.report is not None
+        host.done(entry, Compressed(state.model, state.report))
+
+
+def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Module], float | None]:
+    """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
+    if chains.predict:
+        with once.instead("fidelity cannot be foretold"):
+            return judge(supplies.dense, supplies.pictures("synthetic", None))
+    return lambda smaller: None
+
+
+def numbers(state: State) -> dict[str, Any]:
+    """What a row says of a compression, whatever comes behind it."""
+    report = state.report
+    assert report is not None
+    return {"error": report.error, "params": report.params_after, "macs": report.macs_after, "seconds": state.seconds}
+
+
+def clocked(states: Iterator[State]) -> Iterator[State]:
+    """The same states, each with the seconds that it took to make."""
     start = time.perf_counter()
-    with forward():
+    for state in states:
+        yield State(state.model, state.report, state.before, time.perf_counter() - start)
+        start = time.perf_counter()
+
+
+def evaluated(model: nn.Module, given: Inputs, host: Host, values: Mapping[str, Any], check: bool = False) -> Found:
+    """check: let the task look at every batch, see `evaluate`."""
+    start = time.perf_counter()
+    with host.forward():
         check_finite(named_tensors(model))
-        metrics = evaluate(model, batches)
-    return Found({**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}, metrics)
+        totals = {split: evaluate(model, host.task, batches, check) for split, batches in given.batches.items()}
+    return Found({**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}, totals)
+
+
+@contextmanager
+def or_fail(
+    found: dict[Entry, Found],
+    entries: Sequence[Entry],
+    what: str,
+    once: Once,
+    values: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """An exception makes those of these entries fail that are not measured yet."""
+    try:
+        yield
+    except Exception as error:
+        for entry in entries:
+            found.setdefault(entry, Found({**(values or {}), "reason": one_line(error)}))
+        once.say(f"{what}: {one_line(error)}")
+
+
+def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Entry, dict[str, str]]:
+    """What every entry is about, in the typed columns of its row."""
+    before = [step.stage for step in history(live)]
+    found = {}
+    for entry in entries:
+        if entry.method == DENSE:
+            found[entry] = {"kind": DENSE, "chain": " > ".join(before)}
+            continue
+        recipe, tail = chains.recipes[entry.method], fitting(entry.stage, live) or ()
+        chain = " > ".join([*before, f"{spell(recipe)}@{entry.ratio:g}", *map(str, tail)])
+        repaired = any(isinstance(stage, Repair) for stage in tail)
+        found[entry] = {**about(recipe), "chain": chain, **({"statistics": "data"} if repaired else {})}
+    return found
 
 
 def as_rows(
-    plan: Sequence[Entry], found: Mapping[Entry, Found], context: Mapping[str, Any], total: Callable[[Tensor], Tensor]
+    entries: Sequence[Entry],
+    found: Mapping[Entry, Found],
+    host: Host,
+    facts: Mapping[Entry, Mapping[str, str]],
+    context: Mapping[str, Any],
 ) -> list[Row]:
-    """Add up the shares of all processes, and make the rows."""
-    none = Metrics(math.nan, math.nan, math.nan)
-    parts = [found[entry].metrics or none for entry in plan]
-    sums = total(torch.tensor([[m.correct, m.loss_sum, m.n] for m in parts], dtype=torch.float64))
+    """Add up the shares of all processes, and make the rows, those of the first split first."""
+    missing = torch.full((host.task.size,), math.nan, dtype=torch.float64)
+    nothing = torch.zeros(host.task.size, dtype=torch.float64)
+
+    def share(entry: Entry, split: str) -> Tensor:
+        totals = found[entry].totals
+        if totals is None:
+            return missing
+        return nothing if (sums := totals.get(split)) is None else sums
+
+    places = [(split, entry) for split in host.splits for entry in entries]
+    sums = host.total(torch.stack([share(entry, split) for split, entry in places]))
     rows = []
-    for entry, share in zip(plan, sums.tolist(), strict=True):
-        metrics, values = Metrics(*share), {**context, **found[entry].values, **entry._asdict()}
-        if metrics.n > 0:  # NaN where any process failed
-            rows.append(Row(**values, n=int(metrics.n), acc=metrics.acc, loss=metrics.loss))
-        else:
-            reason = values.get("reason") or "failed on another process, or there were no pictures"
-            rows.append(Row(**{**values, "reason": reason}, status="failed"))
+    for (split, entry), total in zip(places, sums, strict=True):
+        fixed = {"task": host.task.name, "metric": host.task.metrics[0], "split": split}
+        values = {**context, **fixed, **facts[entry], **found[entry].values, **entry._asdict()}
+        rows.append(as_row(host.task, total, values))
     return rows
+
+
+def as_row(task: Task, total: Tensor, values: Mapping[str, Any]) -> Row:
+    """The first sum is how many samples were seen; NaN: the entry failed on some process."""
+    if total[0] > 0:
+        return Row(**values, n=task.count(total), **task.values(total))
+    reason = values.get("reason") or "failed on another process, or there was nothing to measure on"
+    return Row(**{**values, "reason": reason}, status="failed")

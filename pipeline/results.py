@@ -3,10 +3,11 @@
 Knows neither Lightning nor W&B. A file holds the rows of one cell.
 """
 
+import math
 import os
 import subprocess
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.tables import first_line
+from pipeline.compression.layers import UNITS
+from pipeline.compression.recipe import about, kind_of, names, parse
+from pipeline.stages import TAILS
+from pipeline.tables import UserError, first_line
+from pipeline.tasks import METRICS, Metric
 
-STAGES = ("raw", "repaired", "norm_tuned")
 DENSE = "dense"
 BATCH = 250  # files parsed at a time
 ROWS = "rows.parquet"  # of a cell, in its folder
@@ -31,16 +35,22 @@ class Row:
 
     cell: the run it belongs to; seed: of the run; epoch: finished epochs; step: optimizer steps by then
     method: as named by the user; ratio: fraction of channels removed (of weights, by masks), 0 <= r < 1
-    stage: raw (as compressed), repaired (BatchNorm statistics follow on unlabelled training pictures), norm_tuned
-        (norm parameters trained with labels)
-    split, n: which pictures the accuracy was measured on, and how many
-    acc: 0 ... 1; loss: mean cross-entropy in nats; error: mean relative parameter error of the channel groups or
-        masked weights
-    params: parameters that are left; macs: multiply-accumulates per picture, of masked networks as though none were
+    stage: what came behind the compression, as named by the user: raw (nothing), repaired (BatchNorm statistics follow
+        on unlabelled training samples), norm_tuned (then norm parameters trained with labels), ...
+    split, n: which samples the metrics were measured on, and how many
+    acc: accuracy, loss: mean loss in nats, miou, exact: the metrics of `pipeline.tasks.METRICS`; those of the task
+    error: mean relative parameter error of the channel groups or masked weights
+    params: parameters that are left; macs: multiply-accumulates per sample, of masked networks as though none were
         zero; seconds: to compress, repair and evaluate
     fidelity: foretold on synthetic pictures, as compressed: how alike it answers as the dense network, 0 ... 1 (see
         compression.predict); None: not asked for
     status: ok or failed; reason: why it failed; version: of this code
+    task, metric: what was measured, and which of the metrics is the headline
+    kind: what became of channels: fold, prune, mix, mask, auto; dense: nothing
+    calibration: none, synthetic or data: what the recipe looked at; sizes: uniform, or the budget; scope: the parts or
+        units that were compressed
+    statistics: what BatchNorm statistics were re-estimated on: none, weights, synthetic or data
+    chain: all that the network went through, spelled out (see pipeline.stages.chain)
     """
 
     cell: str
@@ -58,12 +68,22 @@ class Row:
     n: int = 0
     acc: float | None = None
     loss: float | None = None
+    miou: float | None = None
+    exact: float | None = None
     error: float | None = None
     params: int | None = None
     macs: int | None = None
     seconds: float | None = None
     fidelity: float | None = None
     version: str = ""
+    task: str | None = None
+    metric: str | None = None
+    kind: str | None = None
+    calibration: str | None = None
+    sizes: str | None = None
+    scope: str | None = None
+    statistics: str | None = None
+    chain: str | None = None
 
 
 _POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}
@@ -111,7 +131,7 @@ class RowStore:
 
 def read(*paths: str | Path) -> pl.DataFrame:
     """All rows of these files as one table. A file that is absent or damaged raises."""
-    return _parsed([Path(path).read_bytes() for path in paths], list(SCHEMA)) if paths else table([])
+    return with_facts(_parsed([Path(path).read_bytes() for path in paths], list(SCHEMA))) if paths else table([])
 
 
 def read_present(
@@ -128,7 +148,9 @@ def read_present(
             found = {path: blob for path in batch if (blob := _blob(path, warn)) is not None}
             futures.append(parser.submit(_parsed_whole, found, list(columns), warn))
     # One chunk per file would make every later step ten times as slow.
-    return pl.concat([table([]).select(columns), *(part for f in futures for part in f.result())], rechunk=True)
+    return with_facts(
+        pl.concat([table([]).select(columns), *(part for f in futures for part in f.result())], rechunk=True)
+    )
 
 
 def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
@@ -144,7 +166,8 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
 
 def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
     # The in-memory engine: the streaming one takes half as long again on many small files.
-    return pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert").select(columns).collect(engine="in-memory")
+    files = pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert")
+    return files.select(columns).collect(engine="in-memory")
 
 
 def _parsed_whole(
@@ -177,33 +200,103 @@ def read_speeds(paths: Iterable[str | Path], warn: Callable[[str], None] = warni
     return pl.concat(tables, how="diagonal_relaxed") if tables else pl.DataFrame()
 
 
+# What files said of rows before these columns were there.
+BEFORE = {"task": "classification", "metric": "acc"}
+FACTS = ("kind", "calibration", "sizes", "scope", "statistics", *BEFORE)
+
+
+def with_facts(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows, those of older files with the columns that these did not have, read once out of their labels."""
+    keys, facts = ["method", "stage"], [name for name in FACTS if name in rows.columns]
+    if not {"kind", *keys} <= set(rows.columns) or not rows["kind"].null_count():
+        return rows
+    found = rows.filter(pl.col("kind").is_null()).select(keys).unique().rows()
+    said = pl.DataFrame([dict(zip(keys, key, strict=True)) | facts_of_label(*key) for key in found])
+    rows = rows.join(said, on=keys, how="left", suffix=" said", maintain_order="left")
+    filled = (pl.coalesce(name, f"{name} said").alias(name) for name in facts)
+    return rows.with_columns(filled).drop(f"{name} said" for name in facts)
+
+
+def facts_of_label(label: str, stage: str) -> dict[str, str | None]:
+    """What a label of before says; one that is no spelling ("fold-writers") says its kind by how it begins."""
+    if label == DENSE:
+        return {**dict.fromkeys(FACTS), "kind": DENSE, **BEFORE}
+    try:
+        facts = about(parse(label))
+    except UserError:
+        method = next((name for name in sorted(names(), key=len, reverse=True) if label.startswith(name)), None)
+        kind = kind_of(method) if method else "prune"
+        facts = {"kind": kind, "calibration": "none", "sizes": "uniform", "statistics": "none"}
+    return {**dict.fromkeys(FACTS), **facts, **BEFORE} | ({} if stage == "raw" else {"statistics": "data"})
+
+
+def headline(rows: pl.DataFrame) -> Metric:
+    """The metric that these rows are about. UserError where they are about several."""
+    found = rows["metric"].drop_nulls().unique().sort().to_list() if "metric" in rows.columns else []
+    if len(found) > 1:
+        raise UserError(f"these rows measure {' and '.join(found)}; show them apart, with --where")
+    return METRICS[found[0] if found else BEFORE["metric"]]
+
+
+def valued(rows: pl.DataFrame) -> pl.Expr:
+    """The headline of each row."""
+    return pl.col(headline(rows).name)
+
+
 def measured(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of compressed networks that have an accuracy: what failed and what is NaN is left out."""
-    has_accuracy = pl.col("acc").is_not_null() & pl.col("acc").is_not_nan()
-    return rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE) & has_accuracy)
+    """The rows of compressed networks that have a value of their headline: what failed and what is NaN is left out."""
+    value = valued(rows)
+    there = value.is_not_null() & value.is_not_nan()
+    return rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE) & there)
 
 
 def means(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per (stage, method, ratio): acc, the mean over what else differs, and n, how many measurements it is of.
+    """One line per (stage, method, ratio): value, the mean of the headline over what else differs, and n of it.
 
-    By stage as in STAGES, then methods as they come in `rows`, then ratio. See `measured` for what is left out.
+    By stage, the first as in TAILS, then methods as they come in `rows`, then ratio. See `measured` for what is left
+    out.
     """
     keys = ["stage", "method"]
-    mean = measured(rows).group_by(*keys, "ratio", maintain_order=True).agg(pl.col("acc").mean(), n=pl.len())
+    mean = (
+        measured(rows).group_by(*keys, "ratio", maintain_order=True).agg(valued(rows).mean().alias("value"), n=pl.len())
+    )
     order = mean.select(keys).unique(maintain_order=True).with_row_index("order")
-    stage = pl.col("stage").replace_strict({s: i for i, s in enumerate(STAGES)}, return_dtype=pl.Int64)
-    return mean.join(order, on=keys).sort(stage, "order", "ratio").select(*keys, "ratio", "acc", "n")
+    named = {stage: i for i, stage in enumerate(TAILS)}
+    stage = pl.col("stage").replace_strict(named, default=len(named), return_dtype=pl.Int64)
+    return mean.join(order, on=keys).sort(stage, "order", "ratio").select(*keys, "ratio", "value", "n")
 
 
-def foldability(dense_acc: float, curve: dict[float, float]) -> float:
-    """Area under the accuracy-over-ratio curve {ratio: acc}, divided by its range of ratios: 0 ... 1.
+def side(rows: pl.DataFrame) -> pl.Expr:
+    """Which side of the folding gap a row is on: "fold", "prune", or null.
 
-    The curve starts at ratio 0 with the dense accuracy and runs to the largest ratio measured (trapezoids), so the
-    value is the mean accuracy of a network that is made smaller by anything up to that ratio.
+    Null for what leaves another network at the same ratio or saw more: masks, auto, calibrated recipes, sizes under a
+    budget, statistics guessed from the weights, and another scope than that of the first row that compares.
     """
-    points = sorted({0.0: dense_acc, **curve}.items())
+    compares = (
+        pl.col("kind").is_in(["fold", "mix", "prune"])
+        & pl.col("calibration").eq_missing("none")
+        & pl.col("sizes").eq_missing("uniform")
+        & pl.col("statistics").ne_missing("weights")
+        & ~pl.col("scope").is_in([unit for unit in UNITS if unit != "all"]).fill_null(False)
+    )
+    scopes = rows.filter(compares)["scope"].drop_nulls()
+    alike = pl.col("scope").is_null() | (pl.col("scope") == (scopes[0] if len(scopes) else None))
+    kind = pl.when(pl.col("kind") == "prune").then(pl.lit("prune")).otherwise(pl.lit("fold"))
+    return pl.when(compares & alike.fill_null(True)).then(kind)
+
+
+def foldability(dense: float, curve: Mapping[float, float], metric: Metric = METRICS["acc"]) -> float:
+    """Area under the curve {ratio: value of the metric}, divided by its range of ratios.
+
+    The curve starts at ratio 0 with the dense value and runs to the largest ratio measured (trapezoids), so it is the
+    mean value of a network that is made smaller by anything up to that ratio. Of a metric that is compared on a log
+    axis it is the mean logarithm.
+    """
+    points = sorted({0.0: dense, **curve}.items())
+    if metric.log:
+        points = [(ratio, math.log(value)) for ratio, value in points]
     if len(points) == 1:
-        return dense_acc
+        return points[0][1]
     area = sum((r1 - r0) * (a0 + a1) / 2 for (r0, a0), (r1, a1) in pairwise(points))
     return area / (points[-1][0] - points[0][0])
 

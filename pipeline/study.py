@@ -11,13 +11,16 @@ from rich.table import Table
 from scipy.special import stdtrit
 from scipy.stats import spearmanr
 
-from pipeline.compression.compress import AUTO
-from pipeline.compression.masks import MASKS
-from pipeline.compression.methods import FOLDING
-from pipeline.results import DENSE, means, measured
+from pipeline.results import DENSE, headline, means, measured, side, valued
+from pipeline.tasks import Metric
 
-TITLES = {"raw": "raw (as compressed)", "repaired": "repaired (statistics re-estimated)", "norm_tuned": "norms tuned"}
-HEADLINE_STAGES = ("repaired", "raw", "norm_tuned")  # the first of them that a cell has is its headline
+TITLES = {
+    "raw": "raw (as compressed)",
+    "repaired": "repaired (statistics re-estimated)",
+    "norm_tuned": "norms tuned",
+    "tuned": "repaired, then tuned",
+}
+HEADLINE_STAGES = ("repaired", "raw", "norm_tuned", "tuned")  # the first of them that a cell has is its headline
 HEADLINE_RATIO = 0.5
 SURE = 0.02  # gaps of less are within the noise of some thousand pictures
 PER_CELL = ["cell", "stage", "ratio"]
@@ -41,50 +44,43 @@ def curves(rows: pl.DataFrame) -> dict[tuple[str, str], pl.DataFrame]:
 
 
 def dense_rows(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of uncompressed networks that have an accuracy."""
-    ok = (pl.col("status") == "ok") & pl.col("acc").is_not_null() & pl.col("acc").is_not_nan()
+    """The rows of uncompressed networks that have a value of the headline."""
+    value = valued(rows)
+    ok = (pl.col("status") == "ok") & value.is_not_null() & value.is_not_nan()
     return rows.filter(ok & (pl.col("method") == DENSE))
 
 
-def dense_accuracy(rows: pl.DataFrame) -> float | None:
-    """Mean accuracy of the uncompressed network, 0 ... 1."""
-    return dense_rows(rows)["acc"].mean()
-
-
-def is_folding(labels: pl.Expr) -> pl.Expr:
-    """Do these method labels name folding? Rows hold the label alone, so "fold" and "fold-writers" do, "mine" not."""
-    return pl.any_horizontal(labels.str.starts_with(name) for name in sorted(FOLDING))
-
-
-def is_mask(labels: pl.Expr) -> pl.Expr:
-    """Do these method labels name masks, whose ratio is of weights and not of channels? By their beginnings, too."""
-    return pl.any_horizontal(labels.str.starts_with(name) for name in sorted(MASKS))
+def dense_value(rows: pl.DataFrame) -> float | None:
+    """Mean headline of the uncompressed networks."""
+    return dense_rows(rows).select(valued(rows).mean()).item()
 
 
 def duels(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per cell, stage and ratio: fold and prune, the best accuracies of each kind, and gap = fold - prune.
+    """One line per cell, stage and ratio: fold and prune, the best value of each side, and gap, by how much fold leads.
 
-    0 ... 1; null where there is none of a kind. Give it the last measurement. Methods that were compensated on pictures
-    ("fold+synthetic"), chosen ("auto") or compress some of the groups alone ("l1+filters") stay out of it, and masks:
-    at one ratio they leave other networks.
+    Values are those of the headline; null where there is none of a side (see results.side). Give it the last
+    measurement.
     """
-    return _duels(rows, "acc")
+    return _duels(rows, valued(rows))
 
 
-def _duels(rows: pl.DataFrame, value: str) -> pl.DataFrame:
-    label = pl.col("method")
-    rows = rows.filter(~label.str.contains("+", literal=True) & ~is_mask(label) & (label != AUTO))
-    folding = is_folding(label)
-    best = [pl.col(value).filter(kind).max().alias(name) for name, kind in (("fold", folding), ("prune", ~folding))]
-    found = measured(rows).group_by(PER_CELL, maintain_order=True).agg(best)
-    return found.with_columns(gap=pl.col("fold") - pl.col("prune"))
+def _duels(rows: pl.DataFrame, value: pl.Expr, higher_is_better: bool | None = None) -> pl.DataFrame:
+    upward = headline(rows).higher_is_better if higher_is_better is None else higher_is_better
+    found = measured(rows).with_columns(side=side(rows), of_side=value)
+    best = pl.col("of_side").max() if upward else pl.col("of_side").min()
+    found = found.filter(pl.col("side").is_not_null()).group_by(*PER_CELL, "side", maintain_order=True).agg(best)
+    found = found.pivot("side", index=PER_CELL, values="of_side")
+    missing = [pl.lit(None, pl.Float64).alias(name) for name in ("fold", "prune") if name not in found.columns]
+    found = found.with_columns(missing).select(*PER_CELL, "fold", "prune")
+    gap = pl.col("fold") - pl.col("prune")
+    return found.with_columns(gap=gap if upward else -gap)
 
 
 def gaps(rows: pl.DataFrame) -> pl.DataFrame:
     """One line per stage and ratio: n cells that have both kinds, the mean gap over them, its margin, and wins.
 
-    gap: best folding minus best pruning, 0 ... 1; margin: half of its 95% interval (Student's t over cells), null when
-    n < 3; wins: fraction of the cells in which folding is strictly better
+    gap: by how much the best folding leads the best pruning; margin: half of its 95% interval (Student's t over cells),
+    null when n < 3; wins: fraction of the cells in which folding is strictly better
     """
     gap = pl.col("gap")
     found = duels(rows).drop_nulls("gap").group_by("stage", "ratio", maintain_order=True)
@@ -101,12 +97,12 @@ def half_interval(std: float, n: int) -> float:
 class Foretold(NamedTuple):
     """How well `fidelity`, which sees no data, ranks raw results: Spearman's correlations, and over how many of them.
 
-    acc: of fidelity with accuracy, over all networks, methods and ratios; gap: of the best folding's fidelity less the
-    best pruning's with the gap of their accuracies, over networks and ratios
+    value: of fidelity with the headline, over all networks, methods and ratios; gap: of the best folding's fidelity
+    less the best pruning's with the gap of their headlines, over networks and ratios
     sign: in what fraction of the gaps of more than SURE points either way it names the winner
     """
 
-    acc: float
+    value: float
     n: int
     gap: float
     gaps: int
@@ -120,15 +116,16 @@ def foretold(rows: pl.DataFrame) -> Foretold | None:
     found = measured(rows).filter(known & (pl.col("stage") == "raw"))
     if len(found) < 3:
         return None
+    better = 1 if headline(rows).higher_is_better else -1
     gap = (
         duels(found)
-        .join(_duels(found, "fidelity"), on=PER_CELL, suffix="_foretold")
+        .join(_duels(found, pl.col("fidelity"), True), on=PER_CELL, suffix="_foretold")
         .drop_nulls(["gap", "gap_foretold"])
     )
     sure = gap.filter(pl.col("gap").abs() > SURE)
     right = (sure["gap"].sign() == sure["gap_foretold"].sign()).mean() if len(sure) else math.nan
     return Foretold(
-        float(spearmanr(found["fidelity"], found["acc"]).statistic),
+        better * float(spearmanr(found["fidelity"], found.select(valued(rows)).to_series()).statistic),
         len(found),
         float(spearmanr(gap["gap_foretold"], gap["gap"]).statistic) if len(gap) > 2 else math.nan,
         len(gap),
@@ -138,16 +135,17 @@ def foretold(rows: pl.DataFrame) -> Foretold | None:
 
 
 def headlines(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per cell: split and epoch of its last measurement, dense accuracy, and a duel: stage, ratio, fold, ...
+    """One line per cell: split and epoch of its last measurement, dense value, and a duel: stage, ratio, fold, ...
 
     The duel is that of the repaired stage (else raw) at the ratio that was measured nearest 0.5. Null where unknown.
     """
     last = last_measurement(rows)
-    rank = pl.col("stage").replace_strict({s: i for i, s in enumerate(HEADLINE_STAGES)}, return_dtype=pl.Int64)
+    ranks = {stage: i for i, stage in enumerate(HEADLINE_STAGES)}
+    rank = pl.col("stage").replace_strict(ranks, default=len(ranks), return_dtype=pl.Int64)
     # rounded: 0.4 and 0.6 are equally near, whatever their last bits
     nearness = (pl.col("ratio") - HEADLINE_RATIO).abs().round(9)
     duel = duels(last).sort(rank, nearness, "ratio").unique("cell", keep="first", maintain_order=True)
-    dense = dense_rows(last).group_by("cell").agg(dense=pl.col("acc").mean())
+    dense = dense_rows(last).group_by("cell").agg(dense=valued(rows).mean())
     lines = last.group_by("cell", maintain_order=True).agg(pl.col("split", "epoch").first())
     return lines.join(dense, on="cell", how="left").join(duel, on="cell", how="left")
 
@@ -161,16 +159,17 @@ def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
 
 
 def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
-    """Methods x ratios, mean accuracy in %, the best method of each stage and ratio in bold; failed ones are marked.
+    """Methods x ratios, mean headline, the best method of each stage and ratio in bold; failed ones are marked.
 
     duel: below each stage, the gap of folding to pruning over the cells (`gaps`), in points
     """
+    metric = headline(rows)
     ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
     table = Table()
     table.add_column("ratio removed", no_wrap=True)
     for ratio in ratios:
         table.add_column(f"{ratio:g}", justify="right")
-    masked = is_mask(pl.col("method"))
+    masked = pl.col("kind").eq_missing("mask")
     for name, kind in {"parameters left": ~masked, "parameters not masked": masked}.items():
         left = parameters_left(rows.filter(kind | (pl.col("method") == DENSE)))
         if left:
@@ -179,35 +178,43 @@ def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
     compared = gaps(rows) if duel else None
     for stage in dict.fromkeys(stage for stage, _ in found):
         table.add_section()
-        table.add_row(f"[dim]{TITLES[stage]}[/]")
+        table.add_row(f"[dim]{escape(TITLES.get(stage, stage))}[/]")
         lines = {method: line for (s, method), line in found.items() if s == stage}
-        for method, cells in _accuracies(lines, ratios, rows["cell"].n_unique()).items():
+        for method, cells in _values(lines, ratios, rows["cell"].n_unique(), metric).items():
             table.add_row(f"  {escape(method)}", *cells)
         if compared is not None:
             at = {line["ratio"]: line for line in compared.filter(pl.col("stage") == stage).iter_rows(named=True)}
             for name, show in DUEL_LINES.items():
-                table.add_row(f"  [dim]{name}[/]", *(show(at[r]) if r in at else "-" for r in ratios))
+                table.add_row(f"  [dim]{name}[/]", *(show(at[r], metric) if r in at else "-" for r in ratios))
     return table
 
 
-def _accuracies(lines: dict[str, pl.DataFrame], ratios: list[float], cells: int) -> dict[str, list[str]]:
-    """Label -> its accuracies as text; a method that fewer than all cells have says of how many the mean is."""
-    by_ratio = {method: dict(line.select("ratio", "acc").iter_rows()) for method, line in lines.items()}
-    best = {r: max(line.get(r, -1.0) for line in by_ratio.values()) for r in ratios}
+def _values(lines: dict[str, pl.DataFrame], ratios: list[float], cells: int, metric: Metric) -> dict[str, list[str]]:
+    """Label -> its values as text; a method that fewer than all cells have says of how many the mean is."""
+    by_ratio = {method: dict(line.select("ratio", "value").iter_rows()) for method, line in lines.items()}
+    pick_best = max if metric.higher_is_better else min
+    best = {r: pick_best((line[r] for line in by_ratio.values() if r in line), default=None) for r in ratios}
     found = {}
     for method, line in by_ratio.items():
-        texts = [f"{100 * line[r]:.1f}" if r in line else "failed" for r in ratios]
+        texts = [metric.short(line[r]).strip() if r in line else "failed" for r in ratios]
         low, high = lines[method]["n"].min(), lines[method]["n"].max()
         label = method if low >= cells else f"{method} (n {low}{f'-{high}' if high > low else ''})"
-        found[label] = [f"[bold]{t}[/]" if line.get(r) == best[r] else t for r, t in zip(ratios, texts, strict=True)]
+        found[label] = [
+            f"[bold]{t}[/]" if r in line and line[r] == best[r] else t for r, t in zip(ratios, texts, strict=True)
+        ]
     return found
 
 
+def points(value: float, metric: Metric) -> str:
+    """A difference in the digits of the metric, with its sign."""
+    return f"{metric.scale * value:+.{metric.digits}f}"
+
+
 DUEL_LINES = {
-    "gap, points": lambda at: f"{100 * at['gap']:+.1f}",
-    "95% interval": lambda at: "-" if at["margin"] is None else f"±{100 * at['margin']:.1f}",
-    "win rate": lambda at: f"{at['wins']:.0%}",
-    "n cells": lambda at: f"{at['n']}",
+    "gap, points": lambda at, metric: points(at["gap"], metric),
+    "95% interval": lambda at, metric: "-" if at["margin"] is None else f"±{points(at['margin'], metric)[1:]}",
+    "win rate": lambda at, metric: f"{at['wins']:.0%}",
+    "n cells": lambda at, metric: f"{at['n']}",
 }
 
 
@@ -297,37 +304,42 @@ def print_speeds(speeds: pl.DataFrame) -> None:
 
 
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
-    """Accuracy over ratio, one colour per method; one panel per stage, sharing the axes.
+    """The headline over the ratio, one colour per method; one panel per stage, sharing the axes.
 
     Dotted: the uncompressed networks, of those that have rows of the stage (without BatchNorm nothing is repaired).
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    found = curves(rows)
+    found, metric = curves(rows), headline(rows)
     stages = list(dict.fromkeys(stage for stage, _ in found)) or ["raw"]
     methods = list(dict.fromkeys(method for _, method in found))
-    masked = rows.select(is_mask(pl.col("method")).any()).item()
+    masked = rows.select(pl.col("kind").eq_missing("mask").any()).item()
     figure = Figure(figsize=(1.5 + 4.5 * len(stages), 4.2), layout="constrained")
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
     for panel, stage in zip(panels, stages, strict=True):
         has = rows.filter((pl.col("stage") == stage) & (pl.col("method") != DENSE))
-        dense = dense_accuracy(rows.join(has.select("cell"), on="cell", how="semi") if len(has) else rows)
+        dense = dense_value(rows.join(has.select("cell"), on="cell", how="semi") if len(has) else rows)
         for (s, method), line in found.items():
             if s != stage:
                 continue
-            ratios, accuracies = line["ratio"].to_list(), line["acc"].to_list()
+            ratios, values = line["ratio"].to_list(), line["value"].to_list()
             if dense is not None and 0.0 not in ratios:
-                ratios, accuracies = [0.0, *ratios], [dense, *accuracies]
-            percent = [100 * a for a in accuracies]
-            panel.plot(ratios, percent, "o-", color=f"C{methods.index(method)}", label=method, markersize=4)
+                ratios, values = [0.0, *ratios], [dense, *values]
+            scaled = [metric.scale * value for value in values]
+            panel.plot(ratios, scaled, "o-", color=f"C{methods.index(method)}", label=method, markersize=4)
         if dense is not None:
-            dotted = panel.axhline(100 * dense, color="grey", linestyle=":", label=f"dense {100 * dense:.1f}%")
+            dotted = panel.axhline(
+                metric.scale * dense, color="grey", linestyle=":", label=f"dense {metric.text(dense)}"
+            )
             panel.legend(handles=[dotted], frameon=False, loc="upper right")
-        panel.set_title(TITLES[stage], fontsize=10)
+        panel.set_title(TITLES.get(stage, stage), fontsize=10)
         panel.set_xlabel("fraction of channels removed" + ", of weights by masks" * masked)
-        panel.set_ylim(0, 100)
+        if metric.log:
+            panel.set_yscale("log")
+        elif metric.higher_is_better:
+            panel.set_ylim(0, metric.scale)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy, %")
+    panels[0].set_ylabel(", ".join(filter(None, (metric.title, metric.unit.strip()))))
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)

@@ -121,9 +121,7 @@ class Recipe:
     @property
     def kind(self) -> str:
         """What becomes of channels: "fold", "prune", "mix"; of single weights: "mask"; "auto": one of the first."""
-        if self.method == AUTO:
-            return AUTO
-        return "mask" if self.method in MASKS else METHODS[self.method].kind
+        return kind_of(self.method)
 
     @property
     def option(self) -> dict[str, Any]:
@@ -153,9 +151,31 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 
 
+def about(recipe: Recipe) -> dict[str, str]:
+    """What tells recipes apart: kind; calibration; sizes, uniform or a budget; scope, parts or units; statistics.
+
+    statistics: what those of BatchNorm are re-estimated on: none, weights, synthetic or data.
+    """
+    calibration, units = recipe.calibration, recipe.scope.units
+    follows = calibration.pictures if calibration.solve_on == "smaller" else "none"
+    return {
+        "kind": recipe.kind,
+        "calibration": calibration.pictures,
+        "sizes": recipe.sizes.allocate,
+        "scope": ",".join(recipe.scope.parts) if units == "all" else units,
+        "statistics": "weights" if recipe.merging.approximate_repair else follows,
+    }
+
+
 def names() -> dict[str, None]:
     """Every name that a method can have."""
     return dict.fromkeys((*METHODS, *MASKS, AUTO))
+
+
+def kind_of(method: str) -> str:
+    if method == AUTO:
+        return AUTO
+    return "mask" if method in MASKS else METHODS[method].kind
 
 
 def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:

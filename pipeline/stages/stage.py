@@ -61,7 +61,7 @@ class Stage(Protocol):
 class Traces:
     """Channel groups and MACs of the architectures seen so far: each is traced and counted once."""
 
-    groups: dict[tuple[Any, ...], ChannelGroups] = field(default_factory=Counted)
+    groups: dict[tuple[Any, ...], ChannelGroups] = field(default_factory=dict)
     counted: Counted = field(default_factory=Counted)
 
     def of(self, model: nn.Module, example: Example, parts: Sequence[str]) -> ChannelGroups:

@@ -10,6 +10,7 @@ from pipeline.tables import UserError
 
 Example = Tensor | tuple | dict  # what a network is called with, see pipeline.compression.graph.call_arguments
 Key = int | str
+Batch = Any  # as the loader gave it
 
 
 class Task(Protocol):

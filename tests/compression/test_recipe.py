@@ -56,7 +56,7 @@ def test_what_is_spelled_is_read_as_it_was(method):
 
 
 def test_options_of_a_method_are_spelled_too():
-    for text in ("fold+refine=false", "l1+score=group", "n_m+m=8", "auto+candidates=[fold+ar,mix+data]", "mix+data+macs"):
+    for text in ("fold+refine=false", "l1+score=group", "n_m+m=8", "auto+candidates=[fold+ar,mix]", "mix+data+macs"):
         assert spell(parse(text)) == text
     assert parse("auto+candidates=[fold+ar,mix]").option == {"candidates": ("fold+ar", "mix")}
     assert parse("fold+macs+data") == parse("fold+data+macs")
