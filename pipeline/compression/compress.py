@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroup
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import MASKS, masks_of
 from pipeline.compression.methods import METHODS, GroupWeights, Projections, check_pictures
+from pipeline.compression.plan import Step, history, went_through_
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
 from pipeline.compression.synthetic import synthesize
@@ -100,6 +101,25 @@ class Report:
         return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
 
 
+def step_of(report: Report) -> Step:
+    """The compression as the network remembers it, in JSON values."""
+    about: dict[str, Any] = {
+        "ratio": report.ratio,
+        "params": report.params_after,
+        "params_before": report.params_before,
+        "macs": report.macs_after,
+        "macs_before": report.macs_before,
+        "numbers": dict(report.numbers),
+        "groups": {
+            g.name: {"before": g.before, "after": g.after, "error": g.error, "labels": g.labels.tolist()}
+            for g in report.groups
+        },
+    }
+    if report.layers:
+        about["layers"] = {r.name: {"before": r.before, "after": r.after, "error": r.error} for r in report.layers}
+    return Step(report.method, about)
+
+
 AUTO = "auto"
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")  # that it chooses from where there are no pictures, and where there are
 COMPENSATED = ("mix", "fold", "l2", "obs")
@@ -110,6 +130,12 @@ class Compressed(NamedTuple):
 
     model: nn.Module
     report: Report
+
+
+def remembered(smaller: nn.Module, model: nn.Module, report: Report) -> Compressed:
+    """The smaller network, which has gone through all that the model has and through this compression."""
+    went_through_(smaller, (*history(model), step_of(report)))
+    return Compressed(smaller, report)
 
 
 @overload
@@ -197,7 +223,7 @@ def judged_copies(
         worth = {name: found[name, float(ratio)] for name in makers}
         best = max(worth, key=worth.__getitem__)
         smaller, report = next(makers[best](ratios=[ratio]))
-        yield Compressed(smaller, replace(report, method=f"{method} ({best})"))
+        yield remembered(smaller, model, replace(report, method=f"{method} ({best})"))
 
 
 def masked_copies(
@@ -226,7 +252,7 @@ def masked_copies(
         layers = tuple(masked_report(name, tensors[name], masked[name], mask) for name, mask in masks.items())
         left = params - sum(layer.before - layer.after for layer in layers)
         report = Report(method, float(ratio), (), (), params, left, count, count, layers=layers)
-        yield Compressed(resized(model, masked), report)
+        yield remembered(resized(model, masked), model, report)
 
 
 def masked_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: torch.Tensor) -> LayerReport:
@@ -381,7 +407,7 @@ def _made(
         macs_after=macs(smaller, example, counted),
         numbers=new_numbers(model, groups, projections),
     )
-    return Compressed(smaller, report)
+    return remembered(smaller, model, report)
 
 
 def first_channels(size: int, left: int) -> Projection:
