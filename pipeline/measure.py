@@ -29,6 +29,7 @@ from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.layers import UNITS, other_units
 from pipeline.compression.masks import MASKS, check_mask
 from pipeline.compression.methods import FOLDING, METHODS, check_pictures
+from pipeline.compression.plan import history, numbers
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, named_tensors
 from pipeline.compression.repair import (
@@ -196,7 +197,8 @@ class Measurement:
     def groups(self, label: str, net: nn.Module, example: Tensor) -> ChannelGroups:
         """What the method of this label compresses, traced once for networks of the same shapes."""
         parts = self._parts(self.methods[label])
-        shapes = tuple(t.shape for t in named_tensors(net).values())  # a network may be made smaller while it trains
+        # A network may be made smaller while it trains. Fewer heads and narrower ones have the same shapes.
+        shapes = (*(t.shape for t in named_tensors(net).values()), *sorted(numbers(history(net)).items()))
         if (parts, shapes) not in self._groups:
             self._groups[parts, shapes] = channel_groups(net, example, parts)
         return self._groups[parts, shapes]

@@ -24,7 +24,7 @@ A checksum over manifest and tensors stands beside it: a bit that flipped in a w
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.compress import Compressed, step_of
 from pipeline.compression.count import parameters
-from pipeline.compression.plan import Step, history, went_through_
+from pipeline.compression.plan import history, numbers, steps_of, told, went_through_
 from pipeline.compression.projection import CHANNELS_LAST, laid_out_as, named_tensors, resized
 from pipeline.tables import UserError, first_line
 
@@ -115,7 +115,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
     for name in manifest["channels_last"]:
         given[name] = given[name].contiguous(memory_format=CHANNELS_LAST[given[name].dim()])
     smaller = resized(model, given, manifest["numbers"])
-    went_through_(smaller, _steps(manifest["chain"]))
+    went_through_(smaller, steps_of(manifest["chain"]))
     return smaller, manifest
 
 
@@ -170,20 +170,16 @@ def _done(compressed: Compressed) -> dict[str, Any]:
     """The chain, and its short form: the last compression, from full size to the size of this network."""
     report = compressed.report
     chain = history(compressed.model) or (step_of(report),)
-    last, sized = step_of(report), [step.about for step in chain if "params_before" in step.about]
-    full = sized[0] if sized else last.about
+    last = step_of(report)
+    full = next((step.about for step in chain if "params_before" in step.about), last.about)
     return {
-        "chain": [{"stage": step.stage, **step.about} for step in chain],
+        "chain": told(chain),
         "method": report.method,
         **{key: last.about[key] for key in OF_A_STEP},
         "params_before": full["params_before"],
         "macs_before": full["macs_before"],
-        "numbers": {k: v for about in (*sized, last.about) for k, v in about.get("numbers", {}).items()},
+        "numbers": numbers((*chain, last)),
     }
-
-
-def _steps(chain: Iterable[Mapping[str, Any]]) -> list[Step]:
-    return [Step(about["stage"], {key: value for key, value in about.items() if key != "stage"}) for about in chain]
 
 
 def _only_step(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -59,3 +59,18 @@ def remember_(model: nn.Module, *steps: Step) -> None:
 def went_through_(model: nn.Module, steps: Iterable[Step]) -> None:
     """In place: the network has gone through exactly these stages."""
     setattr(getattr(model, "_orig_mod", model), HISTORY, tuple(steps))
+
+
+def numbers(steps: Iterable[Step]) -> dict[str, int | float]:
+    """Sizes that modules keep as Python numbers and that followed through these steps, by the path of the attribute."""
+    return {path: value for step in steps for path, value in step.about.get("numbers", {}).items()}
+
+
+def told(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    """Steps in JSON values, as a file holds them: [{"stage": ..., and what else it says}]."""
+    return [{"stage": step.stage, **step.about} for step in steps]
+
+
+def steps_of(told: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
+    """The steps that were told so."""
+    return tuple(Step(one["stage"], {key: value for key, value in one.items() if key != "stage"}) for one in told)
