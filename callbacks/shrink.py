@@ -28,10 +28,12 @@ from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.report import GroupReport, LayerReport, Report
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, Frozen
+from pipeline.compression.plan import Step, history, steps_of, told, went_through_
 from pipeline.compression.projection import compressed_tensors, named_tensors
 from pipeline.measure import Measurement
 from pipeline.tables import UserError
 
+TUNE = "tune"  # what a network went through that was trained on
 TUNED = "tuned"  # the stage of a network that was trained on after it was made smaller
 
 
@@ -113,6 +115,7 @@ class Shrink(NetworkCallback):
         if ratio is None:
             return
         net = self._net(pl_module)
+        self._remember_tuning_(net, trainer.current_epoch)
         with isolate_rng(), torch.no_grad():
             move = self._mover(trainer, pl_module)
             mending = list(map(move, self._repair_batches(trainer))) if self.measurement.mends else []
@@ -140,6 +143,7 @@ class Shrink(NetworkCallback):
             weight.mul_(mask)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remember_tuning_(self._net(pl_module), trainer.current_epoch)
         if self.save_to is None or self.report is None or not trainer.is_global_zero:
             return
         with self.measurement.or_warn(f"{self.save_to} cannot be written"):
@@ -148,10 +152,24 @@ class Shrink(NetworkCallback):
                 Compressed(self._net(pl_module), self.report), self.save_to, about, architecture=self.architecture
             )
 
+    def _remember_tuning_(self, net: nn.Module, epoch: int) -> None:
+        """The epochs since the last step are a stage of the network: one, also where training ended and went on."""
+        steps = [before for before in self.ratios if before < epoch]
+        if self.report is None or not steps:
+            return
+        chain = history(net)
+        known = chain[:-1] if chain and chain[-1].stage == TUNE else chain
+        went_through_(net, (*known, Step(TUNE, {"epochs": epoch - max(steps)})))
+
     # --- resuming
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["numbers"] = dict(self.report.numbers) if self.report else {}
+        checkpoint["chain"] = told(history(self._net(pl_module)))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "chain" in checkpoint:  # not in those of before
+            went_through_(self._net(pl_module), steps_of(checkpoint["chain"]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"report": asdict(self.report) if self.report else None}

@@ -1,4 +1,4 @@
-"""A compressed network from its file alone, where the file names an architecture of MODELS."""
+"""A compressed network from its file: alone, where the file names an architecture of MODELS, or as a checkpoint."""
 
 import inspect
 from pathlib import Path
@@ -25,3 +25,15 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         model = call(f"the architecture in {path}", build_model, **architecture)
     return load_compressed(path, model.eval())
+
+
+def load_as(path: str | Path, name: str, model: nn.Module) -> nn.Module:
+    """The compressed network as a checkpoint of `model`, which `build_model` made under this name at full size.
+
+    Raises UserError as `load_compressed` does, and for a file that says that it is another model.
+    """
+    architecture = dict(read_manifest(path)["architecture"])
+    saved = architecture.pop("name", name)
+    if saved != name:
+        raise UserError(f"{path} is a compressed {saved} of {architecture}, not a {name}; choose model={saved}")
+    return load_compressed(path, model)[0]

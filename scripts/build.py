@@ -22,7 +22,8 @@ from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
 from callbacks.shrink import TUNED, ratios_of_steps
 from pipeline.cells import flat
-from pipeline.compression.checkpoint import source_of
+from pipeline.compressed import load_as
+from pipeline.compression.checkpoint import is_compressed, source_of
 from pipeline.data import DATASETS
 from pipeline.data.module import PictureData
 from pipeline.data.picture_set import DataSource, PictureSet
@@ -163,10 +164,15 @@ def architecture_of(config: Config, data: PictureData) -> Config:
 
 
 def build_net(config: Config, data: PictureData, tell: bool = False) -> nn.Module:
-    """The network, with the weights of the checkpoint where one is given. tell: say what of the file is not in it."""
+    """The network, with the weights of the checkpoint where one is given: a compressed one is as small as its file.
+
+    tell: say what of the file is not in it.
+    """
     path = config["checkpoint"]
     model = config["model"] if path is None else without_weights(config["model"])
     net = build_model(classes=data.num_classes, channels=data.channels, **model)
+    if path is not None and is_compressed(path):
+        return load_as(path, model["name"], net)
     if path is not None:
         left_out = load_into(net, read_state(path), path)
         if left_out and tell:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pipeline.measure
+from pipeline.compression import channel_groups, compress
 from pipeline.measure import Inputs, Measurement, passes
 from pipeline.models import build_model
 from pipeline.tables import UserError
@@ -47,6 +48,17 @@ def test_methods_with_parts_of_their_own_share_a_trace_of_the_same_parts(monkeyp
     assert measurement.traced
     measurement.trace(vit(), PICTURES.tensors[0][:1])
     assert len(traced) == 4, "another network may have another graph"
+
+
+def test_fewer_heads_and_narrower_ones_are_traced_apart():
+    """Their tensors have the same shapes, but channels of one are not those of the other."""
+    example, measurement = PICTURES.tensors[0][:1], Measurement(["l1"], [0.5], ["raw"], parts=["width"])
+    fewer, narrower = (compress(vit(), example, "l1", 0.5, parts=[part]).model for part in ("head", "width"))
+    assert [t.shape for t in fewer.parameters()] == [t.shape for t in narrower.parameters()]
+    for net in (fewer, narrower):
+        found = measurement.groups("l1", net, example)
+        assert [group.name for group in found] == [group.name for group in channel_groups(net, example, ["width"])]
+    assert len(measurement.groups("l1", fewer, example)) < len(measurement.groups("l1", narrower, example))
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,19 @@ reads them too. Everything else is in the manifest:
 
     format          of this file, FORMAT
     architecture    {"name": ..., arguments} that build the network at full size, or {}: of whoever saved it
-    method, ratio   what was done
+    chain           [{"stage": ..., and what else it says (see `plan.Step`)}] of all that the network went through
+    method, ratio   of the last compression
     params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size
-    groups          {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}};
-                    {} of a masked network, whose zeros are in its tensors
-    numbers         sizes that modules keep as Python numbers and that had to follow
+    groups          of the last compression: {name: {"before", "after", "error", "labels": the new channel of each old
+                    one, -1 = dropped}}; {} of a masked network, whose zeros are in its tensors
+    numbers         sizes that modules keep as Python numbers and that had to follow, through the whole chain
     tied            {name: the name under which its tensor is stored}
     channels_last   names of the weights in that memory format, which safetensors does not keep
     source          {"file", "sha256"} of the checkpoint that was compressed, or {} (see `source_of`)
     versions        of the libraries that wrote it
     about           whatever else was said of it
 
+Files of format 2 knew one compression alone, which is then their chain.
 A checksum over manifest and tensors stands beside it: a bit that flipped in a weight is found, too.
 """
 
@@ -33,12 +35,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.compression.compress import Compressed
+from pipeline.compression.compress import Compressed, step_of
 from pipeline.compression.count import parameters
+from pipeline.compression.plan import history, numbers, steps_of, told, went_through_
 from pipeline.compression.projection import CHANNELS_LAST, laid_out_as, named_tensors, resized
 from pipeline.tables import UserError, first_line
 
-FORMAT = 2
+FORMAT = 3
+OLDEST = 2  # that is read
+# What a compression says of itself in the chain; files of format 2 say it of the only one.
+OF_A_STEP = ("ratio", "params", "params_before", "macs", "macs_before", "numbers", "groups")
 
 
 def save_compressed(
@@ -55,25 +61,15 @@ def save_compressed(
     architecture: {"name": ..., arguments} of the network at full size, for whoever loads it without one.
     source: what was compressed (see `source_of`).
 
-    Raises UserError for a network whose state_dict holds more than tensors, and for what JSON cannot write.
+    The chain is what the network remembers (see `plan.history`): it may have been compressed several times, and tuned
+    since. Raises UserError for a network whose state_dict holds more than tensors, and for what JSON cannot write.
     """
-    report = compressed.report
     tensors, tied = stored_tensors(compressed.model)
     text = _json(
         {
             "format": FORMAT,
             "architecture": dict(architecture or {}),
-            "method": report.method,
-            "ratio": report.ratio,
-            "params": report.params_after,
-            "params_before": report.params_before,
-            "macs": report.macs_after,
-            "macs_before": report.macs_before,
-            "groups": {
-                g.name: {"before": g.before, "after": g.after, "error": g.error, "labels": g.labels.tolist()}
-                for g in report.groups
-            },
-            "numbers": dict(report.numbers),
+            **_done(compressed),
             "tied": tied,
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
             "source": dict(source or {}),
@@ -102,7 +98,8 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
     """The network in `path` as an ordinary module, and its manifest.
 
     model: the architecture at full size, with any weights; untouched. Every tensor of the result is the file's, with
-    its shape, number format and memory format; mode, device and requires_grad are the model's.
+    its shape, number format and memory format; mode, device and requires_grad are the model's. The result remembers
+    the chain of the file.
 
     Raises UserError for a file that is missing, damaged, of another format, or not of this architecture.
     """
@@ -117,7 +114,18 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
         given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
     for name in manifest["channels_last"]:
         given[name] = given[name].contiguous(memory_format=CHANNELS_LAST[given[name].dim()])
-    return resized(model, given, manifest["numbers"]), manifest
+    smaller = resized(model, given, manifest["numbers"])
+    went_through_(smaller, steps_of(manifest["chain"]))
+    return smaller, manifest
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Is it a file of `save_compressed`, of whichever format?"""
+    try:
+        with safe_open(path, "pt") as file:
+            return "foldability" in (file.metadata() or {})
+    except (OSError, SafetensorError):  # any other checkpoint, or a folder
+        return False
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -158,6 +166,27 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, tied
 
 
+def _done(compressed: Compressed) -> dict[str, Any]:
+    """The chain, and its short form: the last compression, from full size to the size of this network."""
+    report = compressed.report
+    chain = history(compressed.model) or (step_of(report),)
+    last = step_of(report)
+    full = next((step.about for step in chain if "params_before" in step.about), last.about)
+    return {
+        "chain": told(chain),
+        "method": report.method,
+        **{key: last.about[key] for key in OF_A_STEP},
+        "params_before": full["params_before"],
+        "macs_before": full["macs_before"],
+        "numbers": numbers((*chain, last)),
+    }
+
+
+def _only_step(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chain of a file of format 2."""
+    return [{"stage": manifest.get("method"), **{key: manifest.get(key) for key in OF_A_STEP}}]
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(the open file, its manifest, the manifest's text)."""
@@ -167,11 +196,13 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
             manifest = json.loads(text)
             if not isinstance(manifest, dict) or "format" not in manifest:
                 raise UserError(f"{path} says nothing of how it was compressed: no file of save_compressed")
-            if manifest["format"] != FORMAT:
+            if manifest["format"] not in (OLDEST, FORMAT):
                 newer = isinstance(manifest["format"], int) and manifest["format"] > FORMAT
                 fix = "update foldability" if newer else "compress and save the checkpoint again"
-                raise UserError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; {fix}")
-            yield file, manifest, text
+                raise UserError(
+                    f"{path} has format {manifest['format']!r}, this version reads {OLDEST} and {FORMAT}; {fix}"
+                )
+            yield file, {"chain": _only_step(manifest), **manifest}, text
     except FileNotFoundError as error:
         raise UserError(f"no compressed network {path}") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:

@@ -18,11 +18,11 @@ from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import masks_of
 from pipeline.compression.methods import METHODS, GroupWeights
-from pipeline.compression.plan import Plan
+from pipeline.compression.plan import Plan, history, went_through_
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
 from pipeline.compression.recipe import AUTO, Recipe, parse, recipe, spell
-from pipeline.compression.report import GroupReport, Report, group_report, layer_report
+from pipeline.compression.report import GroupReport, Report, group_report, layer_report, step_of
 from pipeline.compression.synthetic import synthesize
 from pipeline.tables import UserError, call, pick
 
@@ -39,6 +39,12 @@ class Compressed(NamedTuple):
 
     model: nn.Module
     report: Report
+
+
+def remembered(smaller: nn.Module, model: nn.Module, report: Report) -> Compressed:
+    """The smaller network, which has gone through all that the model has and through this compression."""
+    went_through_(smaller, (*history(model), step_of(report)))
+    return Compressed(smaller, report)
 
 
 @dataclass
@@ -190,7 +196,8 @@ def judged_copies(
         worth = {name: found[name, float(ratio)] for name in makers}
         best = max(worth, key=worth.__getitem__)
         smaller, report = next(makers[best]([ratio]))
-        yield Compressed(smaller, replace(report, method=f"{recipe.method} ({best})", recipe=spell(recipe)))
+        told = replace(report, method=f"{recipe.method} ({best})", recipe=spell(recipe))
+        yield remembered(smaller, net.model, told)
 
 
 def masked_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iterator[Compressed]:
@@ -213,7 +220,7 @@ def masked_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iter
             recipe=spell(recipe),
             plan=Plan(ChannelGroups(()), masks=masks),
         )
-        yield Compressed(resized(net.model, masked), report)
+        yield remembered(resized(net.model, masked), net.model, report)
 
 
 def smaller_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iterator[Compressed]:
@@ -295,7 +302,7 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
         recipe=spell(recipe),
         plan=plan,
     )
-    return Compressed(smaller, report)
+    return remembered(smaller, net.model, report)
 
 
 def first_channels(size: int, left: int) -> Projection:

@@ -1,6 +1,6 @@
 """What was decided for one network, and what a network has been through: both travel with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +34,16 @@ class Step:
 
     stage: the spelling of the stage: "mix+data", "repair", "tune". about: what it says of itself; of a compression
     "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that modules keep as Python numbers) and
-    "groups": {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}.
+    "groups": {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}, and of a
+    mask "layers": {name: {"before", "after", "error"}}.
     """
 
     stage: str
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Step":
+        """A step never changes, so copies of a network share it, with its labels of all channels."""
+        return self
 
 
 def history(model: nn.Module) -> tuple[Step, ...]:
@@ -48,4 +53,24 @@ def history(model: nn.Module) -> tuple[Step, ...]:
 
 def remember_(model: nn.Module, *steps: Step) -> None:
     """In place: the network has gone through these stages, too."""
-    setattr(model, HISTORY, (*history(model), *steps))
+    went_through_(model, (*history(model), *steps))
+
+
+def went_through_(model: nn.Module, steps: Iterable[Step]) -> None:
+    """In place: the network has gone through exactly these stages."""
+    setattr(getattr(model, "_orig_mod", model), HISTORY, tuple(steps))
+
+
+def numbers(steps: Iterable[Step]) -> dict[str, int | float]:
+    """Sizes that modules keep as Python numbers and that followed through these steps, by the path of the attribute."""
+    return {path: value for step in steps for path, value in step.about.get("numbers", {}).items()}
+
+
+def told(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    """Steps in JSON values, as a file holds them: [{"stage": ..., and what else it says}]."""
+    return [{"stage": step.stage, **step.about} for step in steps]
+
+
+def steps_of(told: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
+    """The steps that were told so."""
+    return tuple(Step(one["stage"], {key: value for key, value in one.items() if key != "stage"}) for one in told)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from pipeline.compression.group import Frozen
 from pipeline.compression.methods import GroupWeights
-from pipeline.compression.plan import Plan
+from pipeline.compression.plan import Plan, Step
 from pipeline.compression.projection import Projection
 
 
@@ -101,3 +102,22 @@ def layer_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: to
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     lost = float(torch.linalg.vector_norm(weight - masked, dtype=torch.float64))
     return LayerReport(name, mask.numel(), int(mask.sum()), lost / norm if norm else 0.0)
+
+
+def step_of(report: Report) -> Step:
+    """The compression as the network remembers it, in JSON values."""
+    about: dict[str, Any] = {
+        "ratio": report.ratio,
+        "params": report.params_after,
+        "params_before": report.params_before,
+        "macs": report.macs_after,
+        "macs_before": report.macs_before,
+        "numbers": dict(report.numbers),
+        "groups": {
+            g.name: {"before": g.before, "after": g.after, "error": g.error, "labels": g.labels.tolist()}
+            for g in report.groups
+        },
+    }
+    if report.layers:
+        about["layers"] = {r.name: {"before": r.before, "after": r.after, "error": r.error} for r in report.layers}
+    return Step(report.recipe or report.method, about)

@@ -14,6 +14,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.count import Counted
 from pipeline.compression.graph import Example, channel_groups
 from pipeline.compression.group import ChannelGroups
+from pipeline.compression.plan import history, numbers
 from pipeline.compression.projection import named_tensors
 from pipeline.compression.repair import statistics
 from pipeline.compression.report import Report
@@ -65,8 +66,9 @@ class Traces:
     counted: Counted = field(default_factory=Counted)
 
     def of(self, model: nn.Module, example: Example, parts: Sequence[str]) -> ChannelGroups:
-        """The groups of networks of these shapes (a network may be made smaller while it trains)."""
-        key = tuple(parts), *(tuple(t.shape) for t in named_tensors(model).values())
+        """The groups of networks like this one. Fewer heads and narrower ones have the same shapes."""
+        shapes = [tuple(t.shape) for t in named_tensors(model).values()]
+        key = tuple(parts), *shapes, *sorted(numbers(history(model)).items())
         if key not in self.groups:
             self.groups[key] = channel_groups(model, example, parts)
         return self.groups[key]

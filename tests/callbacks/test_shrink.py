@@ -16,6 +16,7 @@ from callbacks import CompressionCallback, Shrink
 from callbacks.shrink import ratios_of_steps
 from pipeline.compression import Projection, channel_groups, compress
 from pipeline.compression.checkpoint import load_compressed
+from pipeline.compression.plan import history
 from pipeline.compression.projection import compressed_tensors, named_tensors
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
@@ -165,6 +166,13 @@ def test_a_resumed_run_is_bit_identical(tmp_path, cut):
         assert torch.equal(a, b), name
     for a, b in zip(first.report.groups, second.report.groups, strict=True):
         assert torch.equal(a.labels, b.labels)
+    assert history(resumed.net) == history(whole.net)
+    assert [step.stage for step in history(load_compressed(tmp_path / "small.safetensors", network())[0])] == [
+        "fold",
+        "tune",
+        "fold",
+        "tune",
+    ]
 
 
 def test_sam_and_the_measurement_see_the_smaller_network(tmp_path):

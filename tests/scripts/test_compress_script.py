@@ -16,6 +16,7 @@ from tiny_models import write_huggingface_vit
 import scripts.compress
 from pipeline.cells import read_record
 from pipeline.compressed import load
+from pipeline.compression.plan import history
 from pipeline.data.cifar10 import load as load_cifar10
 from pipeline.data.module import PictureData
 from pipeline.evaluate import measured
@@ -116,6 +117,39 @@ def test_masked_networks_are_measured_kept_and_load_again(trained, tmp_path, cap
         assert row["params"].item() == manifest["params"]
         metrics = measured(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
         assert metrics["loss"] == pytest.approx(row["loss"].item(), rel=1e-4)
+
+
+def test_a_compressed_file_is_a_checkpoint_and_is_compressed_again(trained, tmp_path):
+    first = compress(trained / "last.ckpt", tmp_path / "first", "methods=[fold]")
+    kept = first / "compressed" / "fold-r0.5-repaired.safetensors"
+    before = load(kept)[1]
+    folder = compress(kept, tmp_path / "second", "methods=[l1]", "stages=[raw]")
+    found = read(folder / "rows.parquet")
+    assert set(found["status"]) == {"ok"}
+    dense, once = found.filter(method=DENSE), read(first / "rows.parquet").filter(method="fold", stage="repaired")
+    same = ["params", "macs", "acc", "n"]
+    assert dense.select(same).equals(once.select(same)), "what the first command measured of it"
+    model, manifest = load(folder / "compressed" / "l1-r0.5-raw.safetensors")
+    assert [step.stage for step in history(model)] == ["fold", "l1"]
+    assert manifest["source"] == {"file": kept.name, "sha256": file_hash(str(kept))}
+    assert manifest["params"] == sum(p.numel() for p in model.parameters()) < before["params"]
+    assert manifest["params_before"] == before["params_before"]
+    third = compress(folder / "compressed" / "l1-r0.5-raw.safetensors", tmp_path / "third", "methods=[lamp]")
+    assert [step.stage for step in history(load(next((third / "compressed").iterdir()))[0])] == ["fold", "l1", "lamp"]
+
+
+def test_a_compressed_file_of_another_model_is_refused_by_its_name(trained, tmp_path):
+    kept = compress(trained / "last.ckpt", tmp_path / "first", "methods=[fold]", "stages=[raw]") / "compressed"
+    kept = kept / "fold-r0.5-raw.safetensors"
+    of = {
+        "model=resnet20": r"is a compressed resnet18 of {'width': 4, .*}, not a resnet20; choose model=resnet18",
+        "model.width=8": r"and this ResNet has .*; load it into resnet18 of {'width': 4, ",
+    }
+    for override, message in of.items():
+        given = [o for o in DIGITS if not (o.startswith("model") and override.startswith("model="))]
+        with pytest.raises(UserError, match=message) as caught:
+            run(composed_compress(f"checkpoint={kept}", *given, *FEW, f"paths.runs={tmp_path / 'second'}", override))
+        assert "\n" not in str(caught.value)
 
 
 def test_an_export_that_fails_costs_a_warning(trained, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from composing import TINY, composed, grid, options, shrunk
 from tiny_models import write_huggingface_vit
 
 from pipeline.compressed import load
+from pipeline.compression.plan import history
 from pipeline.results import read
 from pipeline.tables import UserError
 from scripts.build import build_data, build_task, cell_of
@@ -93,6 +94,8 @@ def test_a_network_is_made_smaller_and_tuned_from_a_checkpoint(tmp_path, capsys)
     shown = capsys.readouterr().out
     model, manifest = load(folder / "compressed/fold-r0.5-tuned.safetensors")
     assert manifest["params"] == sum(p.numel() for p in model.parameters()) < manifest["params_before"] / 2
+    assert [step["stage"] for step in manifest["chain"]] == ["fold", "tune", "fold", "tune"]
+    assert manifest["chain"][-1] == {"stage": "tune", "epochs": 2}
     assert f"by fold at ratio 0.5: {manifest['params'] / manifest['params_before']:.0%} of its parameters" in shown
     dense = read(folder / "rows.parquet").filter(method="dense", split="test")
     assert dense["params"].item() == manifest["params"]
@@ -100,6 +103,28 @@ def test_a_network_is_made_smaller_and_tuned_from_a_checkpoint(tmp_path, capsys)
     assert build_task(config, build_data(config)).restarts == (0.0, 0.5)
     other = composed("experiment=quickstart", *TINY, "shrink.ratio=0.7", f"paths.runs={tmp_path}")
     assert cell_of(shrunk(other, {})) == first.name, "what is off is no part of a cell"
+
+
+def test_a_compressed_file_is_trained_on_and_made_smaller_again(tmp_path, capsys):
+    keep = ["compression.save=true", "compression.every_n_epochs=0", f"paths.runs={tmp_path}"]
+    first = run(shrunk(composed("experiment=quickstart", *TINY, *keep), {}))
+    kept = first / "compressed/epoch001/fold-r0.5-raw.safetensors"
+    epochs = [o for o in TINY if "max_epochs" not in o] + ["trainer.max_epochs=2"]
+    config = composed("experiment=quickstart", *epochs, *keep, f"checkpoint={kept}", "shrink.method=l1")
+    assert config["name"] == "quickstart"
+    smaller, before = load(kept)
+    task = build_task(shrunk(config, {}), build_data(config))
+    assert history(task.net) == history(smaller)
+    assert all(torch.equal(t, task.net.state_dict()[name]) for name, t in smaller.state_dict().items())
+    folder = run(config)
+    assert "by l1 at ratio 0.5" in capsys.readouterr().out
+    dense = read(folder / "rows.parquet").filter(method="dense", split="test")
+    model, manifest = load(folder / "compressed/l1-r0.5-tuned.safetensors")
+    assert dense["params"].item() == manifest["params"] == sum(p.numel() for p in model.parameters()) < before["params"]
+    assert manifest["params_before"] == before["params_before"]
+    assert [step.stage for step in history(model)] == ["fold", "l1", "tune"]
+    twice, _ = load(folder / "compressed/epoch002/fold-r0.5-raw.safetensors")
+    assert [step.stage for step in history(twice)] == ["fold", "l1", "tune", "fold"]
 
 
 def test_the_same_config_gives_the_same_rows(tmp_path):
