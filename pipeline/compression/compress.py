@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression.allocate import BUDGETS, SPARES, allocated
+from pipeline.compression.batches import batches_of
 from pipeline.compression.compensate import compensate_, observe
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.gradients import Gradients
@@ -19,6 +20,7 @@ from pipeline.compression.group import DEFAULT_PARTS, ChannelGroup, ChannelGroup
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import MASKS, masks_of
 from pipeline.compression.methods import METHODS, GroupWeights, Projections, check_pictures
+from pipeline.compression.outputs import Answers, Outputs
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
 from pipeline.compression.synthetic import synthesize
@@ -164,8 +166,9 @@ def judged_copies(
     ratios: Sequence[float],
     *,
     candidates: Sequence[str] | None = None,
-    judge_on: Example | None = None,
-    pictures: Example | None = None,
+    judge_on: Example | Iterable[Example] | None = None,
+    pictures: Example | Iterable[Example] | None = None,
+    answers: Answers | None = None,
     groups: ChannelGroups | None = None,
     parts: Sequence[str] = DEFAULT_PARTS,
     counted: Counted | None = None,
@@ -184,7 +187,8 @@ def judged_copies(
         )
     model = bare_copy(model, share=True).eval()
     groups = channel_groups(model, example, parts) if groups is None else groups
-    given = {"groups": groups, "pictures": pictures, "counted": counted, "seed": seed, **options}
+    pictures = None if pictures is None else batches_of(pictures)
+    given = {"groups": groups, "pictures": pictures, "answers": answers, "counted": counted, "seed": seed, **options}
     makers = {}
     for name in candidates or (CANDIDATES if pictures is None else COMPENSATED):
         alone = name.removesuffix("+ar")
@@ -192,7 +196,7 @@ def judged_copies(
         makers[name] = partial(smaller_copies, model, example, alone, approximate_repair=alone != name, **given)
     if judge_on is None:
         judge_on = synthesize(model, example, seed=seed) if pictures is None else pictures
-    judged = judge(model, judge_on)
+    judged = judge(model, judge_on, answers)
     found = {
         (name, report.ratio): judged(smaller)
         for name, maker in makers.items()
@@ -255,7 +259,8 @@ def smaller_copies(
     approximate_repair: bool = False,
     round_to: int = 1,
     seed: int = 0,
-    pictures: Example | None = None,
+    pictures: Example | Iterable[Example] | None = None,
+    answers: Answers | None = None,
     ridge: float | None = None,
     solve_on: str = "smaller",
     allocate: str = "uniform",
@@ -276,9 +281,11 @@ def smaller_copies(
         not with pictures, on which they are measured.
     round_to: leave a multiple of so many channels, the nearest to what the ratio says (faster on some hardware).
     seed: of methods that draw.
-    pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
-        see activations (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on:
-        see compensate_).
+    pictures: unlabelled network inputs, or synthetic ones (`synthesize`), some hundred: one batch (what the model is
+        called with), or a collection of batches that can be read again, such as a list. Methods then see activations
+        (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on: see compensate_).
+    answers: output of the network -> (rows, classes), by which two networks are compared and labels drawn, so that a
+        token of a text counts as a picture does; None: all outputs of a sample side by side.
     allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
         than by uniform sizes, and groups that can spare more lose more (see allocate.py).
     spare: by what `allocate` says what a group can spare: "output" (of the network, on the pictures) or "parameters"
@@ -301,7 +308,8 @@ def smaller_copies(
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     check_finite(tensors)
     seen = None if pictures is None else observe(model, groups, pictures)
-    gradients = None if pictures is None else Gradients(model, groups, pictures, seed)  # nothing is computed yet
+    # Of gradients nothing is computed yet.
+    gradients = None if seen is None else Gradients(model, groups, seen.pictures, seed, answers)
 
     def weights_of(group: ChannelGroup) -> GroupWeights:
         return GroupWeights(group, tensors, features, scale, norm, seed, seen.inputs if seen else {}, gradients)
@@ -336,7 +344,7 @@ def smaller_copies(
             model,
             example,
             groups,
-            seen if spare == "output" else None,
+            (seen, Outputs(model, seen.pictures, answers)) if seen and spare == "output" else None,
             lambda group, of_group: {k: (p, row.error) for k, (p, row) in planned(group, of_group).items()},
             sizes,
             allocate,
