@@ -255,7 +255,7 @@ def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Modu
     """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
     if chains.predict:
         with once.instead("fidelity cannot be foretold"):
-            return judge(supplies.dense, supplies.pictures("synthetic", None))
+            return judge(supplies.dense, supplies.pictures("synthetic", None), supplies.task.answers)
     return lambda smaller: None
 
 

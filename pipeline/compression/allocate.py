@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pipeline.compression.compensate import Seen, compensate_
 from pipeline.compression.count import places
-from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.graph import Example
 from pipeline.compression.group import ChannelGroup, ChannelGroups
+from pipeline.compression.outputs import Outputs
 from pipeline.compression.projection import Projection, apply, named_tensors
-from pipeline.compression.repair import kept_modes
 
 BUDGETS = ("macs", "params")
 SPARES = ("output", "parameters")
@@ -35,7 +35,7 @@ def allocated(
     model: nn.Module,
     example: Example,
     groups: ChannelGroups,
-    seen: Seen | None,
+    compared: tuple[Seen, Outputs] | None,
     choose: Choose,
     uniform: Mapping[float, Sequence[int]],
     budget: str,
@@ -44,18 +44,18 @@ def allocated(
 ) -> dict[float, list[int]]:
     """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
 
-    seen: None to go by errors of the parameters. rounded: channels of a size that a fraction leaves; exact: MACs or
-    parameters of the network at given sizes, of which `costs` knows the layers that the forward calls.
+    compared: what the model does on pictures, and its outputs there; None: to go by errors of the parameters.
+    rounded: channels of a size that a fraction leaves; exact: MACs or parameters of the network at given sizes, of
+        which `costs` knows the layers that the forward calls.
     A group that keeps all its channels in `uniform` keeps them here. Groups of one tie get the same size.
     """
     cost = costs(model, example, groups, budget)
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
-    if seen is None:
+    if compared is None:
         errors = [of_parameters(model, groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)]
     else:
-        dense = outputs(model, seen.pictures)
-        errors = [measured(model, groups, tie, seen, dense, choose, rounded) for tie in free]
+        errors = [measured(model, groups, tie, *compared, choose, rounded) for tie in free]
 
     def sizes_at(place: Sequence[int]) -> list[int]:
         sizes = [group.size for group in groups]
@@ -101,24 +101,24 @@ def measured(
     groups: ChannelGroups,
     tie: Sequence[int],
     seen: Seen,
-    dense: Tensor,
+    dense: Outputs,
     choose: Choose,
     rounded: Callable[[int, float], int],
 ) -> Callable[[int], float]:
     """The relative squared error of the network's output on the pictures by the size of the groups of one tie.
 
-    dense: the model's outputs. Made monotone, and straight between the sizes that were measured.
+    dense: the model's outputs on the same pictures. Made monotone, and straight between the sizes that were measured.
     """
     size = groups[tie[0]].size
     sizes = sorted({rounded(size, f) for f in MEASURED})
     chosen = {i: choose(groups[i], sizes) for i in tie}
-    spread = (dense - dense.mean(0)).square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
+    spread = max(spread_of(dense.kept), torch.finfo(torch.float32).tiny)
     errors = []
     for k in sizes:
         of_tie, projections = [groups[i] for i in tie], [chosen[i][k][0] for i in tie]
         smaller = apply(model, of_tie, projections)
         compensate_(smaller, model, of_tie, projections, seen)
-        errors.append(float((outputs(smaller, seen.pictures) - dense).square().sum() / spread))
+        errors.append(sum(float((given - wanted).square().sum()) for given, wanted in dense.beside(smaller)) / spread)
     return monotone([*sizes, size], [*errors, 0.0])
 
 
@@ -145,12 +145,10 @@ def monotone(sizes: Sequence[int], errors: Sequence[float]) -> Callable[[int], f
     return lambda k: float(np.interp(k, sizes, curve))
 
 
-def outputs(model: nn.Module, pictures: Example) -> Tensor:
-    """(N, outputs): all floating-point outputs of the network side by side."""
-    args, kwargs = call_arguments(pictures)
-    with kept_modes(model):
-        leaves = torch.utils._pytree.tree_leaves(model.eval()(*args, **kwargs))
-    return torch.cat([t.flatten(1) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()], 1)
+def spread_of(batches: Sequence[Tensor]) -> float:
+    """Σ (row - mean row)² over the (rows, values) of all batches."""
+    mean = sum(rows.sum(0) for rows in batches) / sum(map(len, batches))
+    return sum(float((rows - mean).square().sum()) for rows in batches)
 
 
 def costs(model: nn.Module, example: Example, groups: ChannelGroups, budget: str) -> Callable[[Sequence[int]], float]:

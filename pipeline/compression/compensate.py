@@ -11,31 +11,35 @@ GRAIL (arXiv:2602.23795) takes for x' the cluster means of the dense network's x
 kept channels of an exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
 mended as far as it can be seen in x', and for merged channels nothing is assumed. Statistics of BatchNorm follow on the
 way (see repair.py), before what reads behind them is solved: the other way round they would undo it. All of it takes
-one pass through each of the networks.
+one pass through each of the networks, in batches that go through the smaller one side by side (see lockstep.py).
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.batches import Batches, batches_of
+from pipeline.compression.graph import Example
 from pipeline.compression.group import ChannelGroup
+from pipeline.compression.lockstep import Stop, in_lockstep, one_by_one
 from pipeline.compression.projection import Projection, compressed_tensors, merged_inputs, named_tensors
-from pipeline.compression.repair import STATISTICS, follow_, tracked_norms
+from pipeline.compression.repair import STATISTICS, follow_, kept_modes, tracked_norms
+from pipeline.compression.rows import Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
 from pipeline.tables import pick
 
-Hook = Callable[[Any, tuple[Tensor, ...]], None]
-
-ROWS = 8192  # pixels or tokens that are looked at in a layer, drawn from all pictures
 # λ of above, by what readers are solved on: the same within a point from 1e-3 to 1e-1, and as in GRAIL's paper.
 RIDGES = {"smaller": 1e-2, "dense": 1e-3}
-# Those that pad within (timm's Conv2dSame) see other patches than they say.
-PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+class Moments(NamedTuple):
+    """Of the channels on one batch. mean, rest: (C,), rest = Σ (x - mean)² over `size` values."""
+
+    size: int
+    mean: Tensor
+    rest: Tensor
 
 
 class Seen(NamedTuple):
@@ -48,39 +52,43 @@ class Seen(NamedTuple):
     statistics: {buffer: (C,)}, means and variances of the BatchNorms on these pictures
     """
 
-    pictures: Example
+    pictures: Batches
+    survey: Survey
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     statistics: dict[str, Tensor]
 
 
 @torch.no_grad()
-def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example) -> Seen:
-    """One pass over the pictures, which are one batch of network inputs."""
-    seen, calls = Seen(pictures, {}, {}, {}), Counter[nn.Module]()
-
-    def keep(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
-        calls[layer] += 1
-        seen.inputs[name] = _rows(layer, given[0])
-        if sees_patches(layer):
-            seen.outputs[name] = (_patches(layer, given[0]) @ _wide(matrix(layer.weight, 1, taps=True))).T
-
-    def measure(name: str, norm: Any, given: tuple[Tensor, ...]) -> None:
-        calls[norm] += 1
-        for kind, found in zip(STATISTICS, channel_moments(given[0]), strict=True):
-            seen.statistics[f"{name}.{kind}"] = found
-
+def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example | Iterable[Example]) -> Seen:
+    """One pass over the pictures, up to the last layer that counts; pictures: as of batches.batches_of."""
+    batches = batches_of(pictures)
     reads = {axis.tensor: axis.axis for group in groups for axis in group.reads if not axis.query}
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in reads}
-    hooks: list[tuple[nn.Module, Hook]] = [
-        (layer, partial(keep, name)) for name, layer in layers.items() if input_dim(layer) == reads[name]
-    ]
-    hooks += [(norm, partial(measure, name)) for name, norm in tracked_norms(model).items()]
-    _watched(model, hooks, pictures)
-    for found in seen[1:]:  # what is called twice cannot be right for both
-        for name in [n for n in found if calls[model.get_submodule(n.rpartition(".")[0])] > 1]:
-            del found[name]
-    return seen
+    layers = {name: layer for name, layer in layers.items() if input_dim(layer) == reads[name]}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    moments: dict[str, list[Moments]] = defaultdict(list)
+
+    def keep(i: int, stop: Stop) -> None:
+        name, layer, x = stop
+        if name not in layers:
+            moments[name].append(moments_of(x))
+            return
+        gather_(inputs, name, rows_of(layer, x, survey.inputs[name], i), survey.inputs[name], i)
+        if name in survey.patches:
+            given = patches_of(layer, x, survey.patches[name], i) @ wide(matrix(layer.weight, 1, taps=True))
+            gather_(outputs, name, given, survey.patches[name], i)
+
+    with kept_modes(model):
+        every = {**layers, **tracked_norms(model)}
+        survey = surveyed(model.eval(), every, batches)
+        one_by_one(model, {name: every[name] for name in survey.order}, batches, keep)
+    pooled = {name: statistics_of(of_norm) for name, of_norm in moments.items()}
+    statistics = {
+        f"{name}.{kind}": t for name, pair in pooled.items() for kind, t in zip(STATISTICS, pair, strict=True)
+    }
+    return Seen(batches, survey, inputs, {name: given.T for name, given in outputs.items()}, statistics)
 
 
 @torch.no_grad()
@@ -122,60 +130,75 @@ def compensate_(
     written = narrowed({**tensors, **seen.outputs} if mends else tensors)
     on_pictures = narrowed({**tensors, **seen.statistics}) if mends and seen.statistics else {}
     solved: list[str] = []
+    norms = {name.rpartition(".")[0] for name in seen.statistics}
+    gathered: dict[str, Tensor] = {}
+    moments: dict[str, list[Moments]] = defaultdict(list)
 
-    def solve(name: str, layer: Any, given: tuple[Tensor, ...]) -> None:
+    def arrive(i: int, stop: Stop) -> None:
+        name, layer, x = stop
+        if name in norms:
+            moments[name].append(moments_of(x))
+        elif mends:
+            patches = name in seen.outputs
+            counts = (seen.survey.patches if patches else seen.survey.inputs)[name]
+            gather_(gathered, name, (patches_of if patches else rows_of)(layer, x, counts, i), counts, i)
+
+    def solve(name: str, layer: Any) -> None:
         dim, taps = changed[name], mends and name in seen.outputs
         if taps:
-            inputs, wanted = _patches(layer, given[0]), written[name].T
+            inputs, wanted = gathered.pop(name), written[name].T
         else:
             before = seen.inputs[name]
-            inputs = _rows(layer, given[0]) if mends else merged_inputs(before, name, groups, projections)
-            wanted = before @ _wide(matrix(written[name], dim, taps))
-        now = _wide(matrix(layer.weight, dim, taps))
+            inputs = gathered.pop(name) if mends else merged_inputs(before, name, groups, projections)
+            wanted = before @ wide(matrix(written[name], dim, taps))
+        now = wide(matrix(layer.weight, dim, taps))
         moments, missing = (inputs.T @ inputs).double(), (inputs.T @ (wanted - inputs @ now)).double()
         scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         moments.diagonal().add_(ridge * scale)
         set_matrix_(layer.weight, dim, taps, now + torch.linalg.solve(moments, missing))
         solved.append(name)
 
-    def estimate(name: str, norm: Any, given: tuple[Tensor, ...]) -> None:
-        follow_(norm, channel_moments(given[0]), [on_pictures[f"{name}.{kind}"] for kind in STATISTICS])
+    def estimate(name: str, norm: Any) -> None:
+        follow_(norm, statistics_of(moments.pop(name)), [on_pictures[f"{name}.{kind}"] for kind in STATISTICS])
 
-    hooks: list[tuple[nn.Module, Hook]] = [
-        (smaller.get_submodule(name.rpartition(".")[0]), partial(solve, name))
-        for name in seen.inputs
-        if name in changed
-    ]
-    norms = {name.rpartition(".")[0] for name in seen.statistics}
-    hooks += [(smaller.get_submodule(name), partial(estimate, name)) for name in norms if mends]
-    _watched(smaller, hooks, seen.pictures)
+    order = [name for name in seen.survey.order if name in changed or (mends and name in norms)]
+    layers = {name: smaller.get_submodule(name if name in norms else name.rpartition(".")[0]) for name in order}
+
+    def leave(name: str) -> None:
+        (estimate if name in norms else solve)(name, layers[name])
+
+    if not work:  # then nothing has changed
+        return []
+    if not mends:
+        for name in order:
+            leave(name)
+        return solved
+    with kept_modes(smaller):
+        in_lockstep(smaller.eval(), layers, seen.pictures, arrive, leave)
     return solved
 
 
 def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:
     """STATISTICS, variance (correction as of torch.var) and mean, of (N, C, ...) over all but the channels."""
-    x = _wide(x).reshape(*x.shape[:2], -1)  # (N, C, pixels)
+    return statistics_of([moments_of(x)], correction)
+
+
+def moments_of(x: Tensor) -> Moments:
+    """Of (N, C, ...), over all but the channels."""
+    x = wide(x).reshape(*x.shape[:2], -1)  # (N, C, pixels)
     count = x.shape[0] * x.shape[2]
     mean = x.sum(2).sum(0) / count
     centred = x - mean[:, None]
     # On the CPU torch.var_mean takes twice as long, its gradient, too, and was half of a compensation.
-    return torch.linalg.vecdot(centred, centred).sum(0) / (count - correction), mean
+    return Moments(count, mean, torch.linalg.vecdot(centred, centred).sum(0))
 
 
-def input_dim(layer: nn.Module) -> int | None:
-    """The dimension of a layer's weight along which its inputs stand; None: a layer whose inputs cannot be read off."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        if layer.groups > 1:
-            return None
-        return 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
-    if isinstance(layer, nn.Linear):
-        return 1
-    return 0 if hasattr(layer, "nf") else None  # Conv1D of Hugging Face's GPT-2, a linear layer transposed
-
-
-def sees_patches(layer: Any) -> bool:
-    """Is it a convolution whose outputs do not stand for one pixel of the input each?"""
-    return type(layer).forward in PLAIN and max(*layer.kernel_size, *layer.stride) > 1
+def statistics_of(batches: Sequence[Moments], correction: int = 0) -> tuple[Tensor, Tensor]:
+    """STATISTICS of all batches together (Chan et al. 1979); correction: as of torch.var."""
+    size, first = sum(one.size for one in batches), batches[0].mean
+    mean = first + sum((one.size / size * (one.mean - first) for one in batches[1:]), torch.zeros_like(first))
+    rest = sum((one.rest + one.size * (one.mean - mean).square() for one in batches), torch.zeros_like(first))
+    return rest / (size - correction), mean
 
 
 def matrix(weight: Tensor, dim: int, taps: bool) -> Tensor:
@@ -186,47 +209,3 @@ def matrix(weight: Tensor, dim: int, taps: bool) -> Tensor:
 def set_matrix_(weight: Tensor, dim: int, taps: bool, new: Tensor) -> None:
     """In place: the weight whose `matrix` is the new one."""
     weight.copy_(new.T.reshape(weight.shape) if taps else new.view_as(weight.movedim(dim, 0)).movedim(0, dim))
-
-
-def _rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """(rows, inputs) of what the layer is given, at most ROWS, from the same places in every network."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        x = x.movedim(-1 - len(layer.kernel_size), -1)
-    rows = x.reshape(-1, x.shape[-1])
-    return _wide(rows[_drawn(len(rows)).to(x.device)])
-
-
-def _patches(layer: Any, x: Tensor) -> Tensor:
-    """(rows, inputs x taps) of what a convolution sees for pixels of its output, at most ROWS, the same everywhere."""
-    sides = len(layer.kernel_size)
-    x = x if x.dim() == sides + 2 else x[None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    for i, (size, stride, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + i, gap * (size - 1) + 1, stride)[..., ::gap]
-    places = x.movedim(1, 1 + sides)  # (N, pixels..., channels, taps...)
-    shape = places.shape[: 1 + sides]
-    return _wide(places[torch.unravel_index(_drawn(shape.numel()).to(x.device), shape)].flatten(1))
-
-
-def _drawn(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _watched(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]], pictures: Example) -> None:
-    """One forward pass in eval mode, with hooks before these layers."""
-    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks]
-    training = [module for module in model.modules() if module.training]
-    args, kwargs = call_arguments(pictures)
-    try:
-        model.eval()
-        model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.compression.allocate import allocated
+from pipeline.compression.batches import Batches, batches_of
 from pipeline.compression.compensate import Seen, compensate_, observe
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.count import Counted, macs, parameters
@@ -18,6 +19,7 @@ from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.layers import other_units
 from pipeline.compression.masks import masks_of
 from pipeline.compression.methods import METHODS, GroupWeights
+from pipeline.compression.outputs import Answers, Outputs
 from pipeline.compression.plan import Plan, history, went_through_
 from pipeline.compression.predict import judge
 from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
@@ -53,6 +55,7 @@ class Network:
 
     model: bare of hooks and masks. example: what it is called with; a batch of one is enough.
     groups: its channel groups. pictures: unlabelled inputs that methods look at. seed: of what is drawn.
+    answers: what it puts out -> (rows, classes), by which two networks are compared; None: all outputs side by side.
     full: {group name: channels} that ratios count from, of a network that was made smaller before; None: its own.
     counted: MACs that were counted for this architecture, looked up and added to.
     """
@@ -60,7 +63,8 @@ class Network:
     model: nn.Module
     example: Example
     groups: ChannelGroups
-    pictures: Example | None = None
+    pictures: Batches | None = None
+    answers: Answers | None = None
     seed: int = 0
     full: Mapping[str, int] | None = None
     counted: Counted = field(default_factory=Counted)
@@ -76,7 +80,9 @@ class Network:
     @cached_property
     def gradients(self) -> Gradients | None:
         """Nothing of them is computed before a method asks."""
-        return None if self.pictures is None else Gradients(self.model, self.groups, self.pictures, self.seed)
+        if self.pictures is None:
+            return None
+        return Gradients(self.model, self.groups, self.pictures, self.seed, self.answers)
 
     @cached_property
     def cost(self) -> tuple[int, int]:
@@ -115,8 +121,9 @@ def compressions(
     method: str | Recipe,
     ratios: Sequence[float],
     *,
-    pictures: Example | None = None,
-    judge_on: Example | None = None,
+    pictures: Example | Iterable[Example] | None = None,
+    judge_on: Example | Iterable[Example] | None = None,
+    answers: Answers | None = None,
     groups: ChannelGroups | None = None,
     counted: Counted | None = None,
     full: Mapping[str, int] | None = None,
@@ -125,9 +132,12 @@ def compressions(
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
 
-    pictures: one batch of unlabelled network inputs, or of synthetic ones (`synthesize`), some hundred. Methods then
-        see activations (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on:
-        see compensate_). A recipe that says "synthetic" makes its own where none are given.
+    pictures: unlabelled network inputs, or synthetic ones (`synthesize`), some hundred: one batch (what the model is
+        called with), or a collection of batches that can be read again, such as a list. Methods then see activations
+        (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on: see compensate_).
+        A recipe that says "synthetic" makes its own where none are given.
+    answers: output of the network -> (rows, classes), by which two networks are compared and labels drawn, so that a
+        token of a text counts as a picture does; None: all outputs of a sample side by side.
     judge_on: network inputs on which "auto" foretells the candidates; None: the pictures, else synthetic ones.
     groups: what `channel_groups(model, example, parts)` gave for this architecture; traced anew when None.
     counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
@@ -150,7 +160,8 @@ def compressions(
     check_groups(bare, groups)
     if pictures is None and done.calibration.pictures != "none":
         pictures = made_pictures(bare, example, done, seed)
-    net = Network(bare, example, groups, pictures, seed, full, counted)
+    batches = None if pictures is None else batches_of(pictures)
+    net = Network(bare, example, groups, batches, answers, seed, full, counted)
     if done.kind == AUTO:
         return judged_copies(net, done, ratios, judge_on)
     return smaller_copies(net, done, ratios)
@@ -173,7 +184,7 @@ def made_pictures(model: nn.Module, example: Example, recipe: Recipe, seed: int)
 
 
 def judged_copies(
-    net: Network, recipe: Recipe, ratios: Sequence[float], judge_on: Example | None = None
+    net: Network, recipe: Recipe, ratios: Sequence[float], judge_on: Example | Iterable[Example] | None = None
 ) -> Iterator[Compressed]:
     """For every ratio the copy, of those by the candidates, that is foretold to be the most accurate (see predict.py).
 
@@ -188,7 +199,7 @@ def judged_copies(
         makers[name] = partial(smaller_copies, net, replace(recipe, method=alone, options=(), merging=merging))
     if judge_on is None:
         judge_on = synthesize(net.model, net.example, seed=net.seed) if net.pictures is None else net.pictures
-    judged = judge(net.model, judge_on)
+    judged = judge(net.model, judge_on, net.answers)
     found = {
         (name, report.ratio): judged(smaller) for name, maker in makers.items() for smaller, report in maker(ratios)
     }
@@ -271,7 +282,7 @@ def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Seq
         net.model,
         net.example,
         net.groups,
-        net.seen if spare == "output" else None,
+        (net.seen, Outputs(net.model, net.pictures, net.answers)) if net.seen and spare == "output" else None,
         lambda group, sizes: {k: (p, row.error) for k, (p, row) in choices(net, recipe, group, sizes).items()},
         uniform,
         budget,

@@ -3,21 +3,27 @@
 Labels are drawn from the network's own softmax, so the mean square of a gradient is the diagonal of the Fisher
 information and not of the "empirical" one, which needs true labels (Kunstner et al. 2019, arXiv:1905.12558). One sample
 at a time: a square of a sum over samples is another thing, and of all gradients only one network's are in memory.
+
+A sample may have several rows of classes, as a text has one for each token. The loss is their sum and not their mean:
+given the sample each row draws its label alone, so the likelihood of all its labels is a product, whose logarithm is
+the sum, and the Fisher information is that of this likelihood. A mean would also count a token of a long text for less.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
 
+from pipeline.compression.batches import Batches, batches_of, part, samples
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
+from pipeline.compression.outputs import Answers, float_leaves
 from pipeline.compression.projection import named_tensors
 from pipeline.tables import UserError
 
@@ -28,13 +34,15 @@ SAMPLES = 64  # of the pictures that are looked at, each with a backward pass of
 class Gradients:
     """Gradients of a network on single pictures, computed when a method first asks for them.
 
-    pictures: one batch of network inputs, of which the first SAMPLES are used; seed: of the labels that are drawn.
+    pictures: as of batches.batches_of, of which the first SAMPLES are used; seed: of the labels that are drawn.
+    answers: which part of the output are the logits (rows, classes); None: all of it, (1, classes) for a sample.
     """
 
     model: nn.Module
     groups: Iterable[ChannelGroup]
-    pictures: Example
+    pictures: Example | Iterable[Example]
     seed: int = 0
+    answers: Answers | None = None
 
     @cached_property
     def gates(self) -> dict[tuple[str, int], Tensor]:
@@ -47,7 +55,7 @@ class Gradients:
         reads = list(dict.fromkeys((axis.tensor, axis.axis) for group in self.groups for axis in group.reads))
         tensors = named_tensors(self.model)
         found: dict[tuple[str, int], list[Tensor]] = {read: [] for read in reads}
-        for slopes in sample_gradients(self.model, self.pictures, [name for name, _ in reads], self.seed):
+        for slopes in sample_gradients(self.model, self.pictures, [name for name, _ in reads], self.seed, self.answers):
             for name, dim in reads:
                 product = (tensors[name].detach() * slopes[name]).movedim(dim, 0)
                 found[name, dim].append(product.flatten(1).float().sum(1))
@@ -61,7 +69,7 @@ class Gradients:
         names = [name for name in names if tensors[name].dim() > 1 or isinstance(tensors[name], nn.Parameter)]
         total: dict[str, Tensor] = {}
         count = 0
-        for slopes in sample_gradients(self.model, self.pictures, names, self.seed):
+        for slopes in sample_gradients(self.model, self.pictures, names, self.seed, self.answers):
             count += 1
             for name, slope in slopes.items():
                 square = slope.float().square()
@@ -70,11 +78,15 @@ class Gradients:
 
 
 def sample_gradients(
-    model: nn.Module, pictures: Example, names: Iterable[str], seed: int = 0
+    model: nn.Module,
+    pictures: Example | Iterable[Example],
+    names: Iterable[str],
+    seed: int = 0,
+    answers: Answers | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Of every picture, up to SAMPLES: the gradients of its loss by these tensors. The model is untouched.
 
-    The loss is the cross-entropy with a label drawn from the softmax of the output, which must be (1, classes).
+    The loss is the cross-entropy with a label drawn from the softmax of the output, summed over the rows of `answers`.
     """
     net = bare_copy(model, share=True).eval()
     tensors = named_tensors(net)
@@ -83,33 +95,30 @@ def sample_gradients(
     generator = torch.Generator().manual_seed(seed)
     for leaf in leaves.values():
         leaf.requires_grad_()
-    for args, kwargs in _singles(pictures):
+    for single in _singles(batches_of(pictures)):
+        args, kwargs = call_arguments(single)
         with torch.enable_grad():
-            logits = _logits(functional_call(net, named, args, kwargs))
+            logits = _logits(functional_call(net, named, args, kwargs), answers)
             label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
-            loss = F.cross_entropy(logits, label.to(logits.device))
+            loss = F.cross_entropy(logits, label.to(logits.device), reduction="sum")
             slopes = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         of_leaf = dict(zip(leaves, slopes, strict=True))
         yield {name: of_leaf[id(tensors[name])] for name in named}
 
 
-def _singles(pictures: Example) -> Iterator[tuple[tuple, dict]]:
-    """The arguments of a call for each of the first SAMPLES pictures alone."""
-    arguments = call_arguments(pictures)
-    count = next(len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
-    for i in range(min(count, SAMPLES)):
-
-        def one(value: object, i: int = i) -> object:
-            batched = isinstance(value, Tensor) and value.dim() and len(value) == count
-            return value[i : i + 1] if batched else value  # type: ignore[index]
-
-        yield tree_map(one, arguments)
+def _singles(batches: Batches) -> Iterator[Example]:
+    """Each of the first SAMPLES samples alone."""
+    singles = (part(batch, i, i + 1) for batch in batches for i in range(samples(batch)))
+    return islice(singles, SAMPLES)
 
 
-def _logits(output: object) -> Tensor:
-    """The (1, classes) of a network's output, float32 or wider."""
-    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _logits(output: object, answers: Answers | None) -> Tensor:
+    """The (rows, classes) of a network's output on one sample, float32 or wider."""
+    found = float_leaves(output) if answers is None else [answers(output)]
     if len(found) != 1 or found[0].dim() != 2:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found) or type(output).__name__
-        raise UserError(f"gradients need a network that puts out the logits (1, classes) of a picture, got {shapes}")
+        raise UserError(
+            f"gradients need a network that puts out the logits (1, classes) of a picture, got {shapes}: "
+            "say answers=: which part of the output are the (rows, classes)"
+        )
     return found[0].to(torch.promote_types(found[0].dtype, torch.float32))

@@ -4,35 +4,60 @@ Both look at synthetic pictures (see synthetic.py). That is the method "auto", w
 whose network answers most alike, and the column `fidelity` of rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.allocate import outputs
 from pipeline.compression.graph import Example
+from pipeline.compression.outputs import Answers, Outputs, every_output, float_leaves
+from pipeline.tables import UserError
 
 
-def judge(model: nn.Module, pictures: Example) -> Callable[[nn.Module], float]:
-    """A function from smaller networks to their `fidelity` to the model on these pictures."""
-    with torch.no_grad():
-        whole = outputs(model, pictures)
+def judge(
+    model: nn.Module, pictures: Example | Iterable[Example], answers: Answers | None = None
+) -> Callable[[nn.Module], float]:
+    """A function from smaller networks to their `fidelity` to the model on these pictures.
 
-    @torch.no_grad()
-    def judged(smaller: nn.Module) -> float:
-        return fidelity(outputs(smaller, pictures), whole)
-
-    return judged
-
-
-def fidelity(given: Tensor, wanted: Tensor) -> float:
-    """How alike two networks answer, 0 ... 1, from their outputs (N, classes): top-1 agreement times correlation.
-
-    Agreement is the fraction of inputs on which both are largest at the same class (arXiv:2106.05945). Few inputs give
-    it few values, and a network that always says the same may agree by chance; the correlation of the outputs, each
-    less its mean over the inputs, and 0 where it is negative, tells these apart.
+    pictures, answers: as of outputs.Outputs; without answers the network must put out (N, classes).
     """
-    agreement = (given.argmax(1) == wanted.argmax(1)).double().mean()
-    a, b = ((t - t.mean(0)).double().flatten() for t in (given, wanted))
-    correlation = (a @ b) / (a.norm() * b.norm()).clamp(min=torch.finfo(torch.float64).tiny)
-    return float(agreement * correlation.clamp(0, 1))
+    whole = Outputs(model, pictures, answers or classes)
+    return lambda smaller: fidelity(whole.beside(smaller))
+
+
+def classes(output: Any) -> Tensor:
+    """(N, classes) of a network that puts out nothing else."""
+    for leaf in float_leaves(output):
+        if leaf.dim() > 2:
+            raise UserError(
+                f"fidelity compares classes, and the network puts out {tuple(leaf.shape)}: say answers=: which part of "
+                "the output are the (rows, classes) to compare"
+            )
+    return every_output(output)
+
+
+@torch.no_grad()
+def fidelity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """How alike two networks answer, 0 ... 1: top-1 agreement times correlation.
+
+    batches: (given, wanted), each (rows, classes), what the one and the other put out.
+
+    Agreement is the fraction of rows on which both are largest at the same class (arXiv:2106.05945). Few rows give it
+    few values, and a network that always says the same may agree by chance; the correlation of the outputs, each less
+    its mean over the rows, and 0 where it is negative, tells these apart.
+    """
+    agreed = rows = 0
+    mean = products = torch.zeros(())
+    for pair in batches:
+        given, wanted = (t.double() for t in pair)
+        agreed += int((given.argmax(1) == wanted.argmax(1)).sum())
+        both = torch.stack([given, wanted])  # (2, rows, classes)
+        # Means and products of what is left of them are those of all batches so far and of this one together.
+        off = both.mean(1) - mean
+        left = (both - both.mean(1, keepdim=True)).flatten(1)
+        weight, rows = rows * len(given) / (rows + len(given)), rows + len(given)
+        products = products + left @ left.T + weight * (off @ off.T)
+        mean = mean + off * (len(given) / rows)
+    scale = (products[0, 0] * products[1, 1]).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return agreed / rows * float((products[0, 1] / scale).clamp(0, 1))

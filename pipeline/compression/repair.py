@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.projection import Projection, compressed_tensors, named_tensors
 from pipeline.tables import UserError
@@ -57,8 +58,8 @@ def reference(
 
 
 @torch.no_grad()
-def statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """{buffer: (C,)}: the BatchNorm statistics of a model on unlabelled pictures (B, C, H, W); it stays as it is.
+def statistics(model: nn.Module, batches: Iterable[Example]) -> dict[str, Tensor]:
+    """{buffer: (C,)}: the BatchNorm statistics of a model on unlabelled network inputs; it stays as it is.
 
     The exact mean over the batches, each normalised by its own statistics as in training. A batch counts the same
     whatever its size, so batches should be of one size. Empty for a model without running statistics.
@@ -79,7 +80,8 @@ def statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]
                 norm.momentum = None  # a cumulative mean, in place of a running one in which the first ones survive
                 norm.train()
             for batch in chain([first], batches):
-                model(batch)
+                args, kwargs = call_arguments(batch)
+                model(*args, **kwargs)
             return {f"{name}.{kind}": getattr(m, kind).clone() for name, m in norms.items() for kind in STATISTICS}
         finally:
             for norm, (momentum, values) in before.items():
@@ -89,10 +91,10 @@ def statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def repair_(model: nn.Module, batches: Iterable[Tensor], against: Reference | None = None) -> bool:
+def repair_(model: nn.Module, batches: Iterable[Example], against: Reference | None = None) -> bool:
     """In place: re-estimate all BatchNorm statistics on unlabelled pictures (REPAIR, arXiv:2211.08403, section 4).
 
-    batches: (B, C, H, W) network inputs without augmentation.
+    batches: network inputs without augmentation, each a tensor, a tuple of arguments or a dict of keyword arguments.
     against: of the network that was compressed (`reference`). Then every statistic changes by as much as compression
         changed it on the pictures. Augmentation, or other pictures, shift statistics too: a CIFAR-10 ResNet-20 of
         which nothing was removed falls from 92.0 to 88.5% under statistics of the plain training pictures.
@@ -118,15 +120,16 @@ def set_statistics_(norm: Any, values: Sequence[Tensor]) -> None:
 def follow_(norm: Any, now: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     """In place: what the norm keeps changes as STATISTICS did on some pictures, from `before` to `now`, each (C,).
 
-    Channels that these pictures hardly showed before stay as they are: there is nothing to measure a change by.
+    Channels that these pictures hardly showed before stay as they are: there is nothing to measure a change by. So do
+    channels whose `now` is `before` to the bit: nothing has changed for them, and to compute it would round.
     """
     (var, mean), (var_before, mean_before) = now, before
     scale = (norm.running_var + norm.eps) / (var_before + norm.eps)
-    shown = var_before > SHOWN * norm.running_var
+    follows = (var_before > SHOWN * norm.running_var) & ((var != var_before) | (mean != mean_before))
     new_mean = norm.running_mean + (mean - mean_before) * scale.sqrt()
     new_var = ((var + norm.eps) * scale - norm.eps).clamp(min=0)
     set_statistics_(
-        norm, [torch.where(shown, new_var, norm.running_var), torch.where(shown, new_mean, norm.running_mean)]
+        norm, [torch.where(follows, new_var, norm.running_var), torch.where(follows, new_mean, norm.running_mean)]
     )
 
 

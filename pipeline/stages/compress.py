@@ -65,6 +65,6 @@ def compressed(
         given |= {"groups": supplies.traces.of(state.model, supplies.example, recipe.scope.parts), "full": full}
     if recipe.method == AUTO and given["pictures"] is None:
         given["judge_on"] = supplies.pictures("synthetic", None)
-    shared = {"counted": supplies.traces.counted, "seed": supplies.seed}
+    shared = {"counted": supplies.traces.counted, "seed": supplies.seed, "answers": supplies.task.answers}
     for smaller, report in compressions(state.model, supplies.example, recipe, ratios, **shared, **given):
         yield State(smaller, report, state.model)

@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from pipeline.compression.batches import part, samples
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.count import Counted
 from pipeline.compression.graph import Example, channel_groups
@@ -127,15 +127,10 @@ def first_samples(batches: Sequence[Example], count: int) -> list[Example]:
     """The first samples of batches of network inputs, in batches."""
     found: list[Example] = []
     for batch in batches:
-        size = next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
         if count > 0:
-            found.append(batch if size <= count else tree_map(partial(_head, size=size, count=count), batch))
-        count -= size
+            found.append(batch if samples(batch) <= count else part(batch, 0, count))
+        count -= samples(batch)
     return found
-
-
-def _head(value: Any, size: int, count: int) -> Any:
-    return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
 
 @contextmanager

@@ -35,14 +35,14 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_fidelity_is_agreement_times_correlation():
     wanted = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-    assert fidelity(wanted, wanted) == pytest.approx(1)
-    assert fidelity(3 * wanted + 2, wanted) == pytest.approx(1), "scale and shift change no decision"
-    assert fidelity(-wanted, wanted) == 0
-    assert fidelity(torch.ones(200, 5), wanted) == 0, "one class for all"
+    assert fidelity([(wanted, wanted)]) == pytest.approx(1)
+    assert fidelity([(3 * wanted + 2, wanted)]) == pytest.approx(1), "scale and shift change no decision"
+    assert fidelity([(-wanted, wanted)]) == 0
+    assert fidelity([(torch.ones(200, 5), wanted)]) == 0, "one class for all"
     noisy = wanted + torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
     agreement = (noisy.argmax(1) == wanted.argmax(1)).float().mean()
     correlation = torch.corrcoef(torch.stack([(t - t.mean(0)).flatten() for t in (noisy, wanted)]))[0, 1]
-    assert fidelity(noisy, wanted) == pytest.approx(float(agreement * correlation), abs=1e-3)
+    assert fidelity([(noisy, wanted)]) == pytest.approx(float(agreement * correlation), abs=1e-3)
 
 
 def test_auto_is_at_every_ratio_the_candidate_of_the_greatest_fidelity(net, example, groups):

@@ -1,0 +1,119 @@
+"""Calibration data in batches: looked at as often as need be, and never all at once."""
+
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pipeline.compression.graph import Example, call_arguments
+from pipeline.tables import UserError
+
+SAMPLES = 32  # of a batch at most: memory stays bounded, and more of them are no faster (benchmarks/calibration.py)
+TOKENS = 8192  # of a batch at most, where inputs are (samples, tokens) of integers: each becomes many values
+
+CHANGED = (
+    "pictures are not the same in every pass over them: give batches in a fixed order, without augmentation "
+    "(shuffle=False)"
+)
+
+
+class Outline(NamedTuple):
+    """What is known of a batch without keeping it.
+
+    samples: entries of its first dimension; shapes: those of one sample; total: the sum of all values, as text, so that
+        NaN equals itself
+    """
+
+    samples: int
+    shapes: tuple[object, ...]
+    total: str
+
+
+class Batches:
+    """Network inputs, at most SAMPLES in a batch, that are the same in every pass over them.
+
+    given: what the network is called with, once for each batch as the caller made it
+    outlines: one for each batch; count: samples of all of them
+    """
+
+    def __init__(self, given: Iterable[Example]) -> None:
+        self.given = given
+        self.outlines = tuple(map(outline, self._parts()))
+        self.count = sum(one.samples for one in self.outlines)
+        if not self.count:
+            raise UserError("pictures hold no samples: give at least one batch of network inputs")
+
+    def __iter__(self) -> Iterator[Example]:
+        for batch, expected in zip_longest(self._parts(), self.outlines):
+            # Rows are drawn by their number, and what two networks do is compared batch by batch.
+            if batch is None or outline(batch) != expected:
+                raise UserError(CHANGED)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    def _parts(self) -> Iterator[Example]:
+        for batch in self.given:
+            count = samples(batch)
+            size = largest(batch)
+            for start in range(0, count, size):
+                yield batch if count <= size else part(batch, start, start + size)
+
+
+def batches_of(pictures: Example | Iterable[Example]) -> Batches:
+    """What `pictures=` means: one Example is one batch, anything else a collection of them that can be read again."""
+    if isinstance(pictures, Batches):
+        return pictures
+    if isinstance(pictures, (Tensor, tuple, dict)):
+        return Batches([pictures])
+    if not isinstance(pictures, Iterable):
+        raise UserError(f"pictures must be network inputs or batches of them, got {type(pictures).__name__}")
+    if iter(pictures) is pictures:
+        kind = type(pictures).__name__
+        raise UserError(f"pictures are looked at several times and a {kind} can be read once: give list(...) of it")
+    return Batches(pictures)
+
+
+def samples(batch: Example) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor."""
+    if isinstance(batch, (Tensor, tuple, dict)):
+        for leaf in tree_leaves(call_arguments(batch)):
+            if isinstance(leaf, Tensor) and leaf.dim():
+                return len(leaf)
+    raise UserError(
+        f"a batch of pictures is a {type(batch).__name__}: give what the network is called with, a tensor, a tuple of "
+        "arguments or a dict of keyword arguments, with samples along the first dimension"
+    )
+
+
+def part(batch: Example, start: int, stop: int) -> Example:
+    """The samples from `start` to before `stop` of a batch: of all tensors that have one entry for each sample."""
+    count = samples(batch)
+
+    def taken(leaf: object) -> object:
+        return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count else leaf
+
+    return tree_map(taken, dict(batch) if isinstance(batch, dict) else batch)
+
+
+def largest(batch: Example) -> int:
+    """Samples that a part of this batch may have."""
+    leaves = [leaf for leaf in tree_leaves(call_arguments(batch)) if isinstance(leaf, Tensor) and leaf.dim() == 2]
+    tokens = max((leaf.shape[1] for leaf in leaves if not leaf.is_floating_point()), default=1)
+    return max(1, min(SAMPLES, TOKENS // max(1, tokens)))
+
+
+def outline(batch: Example) -> Outline:
+    count, total = samples(batch), 0.0
+    shapes: list[object] = []
+    for leaf in tree_leaves(call_arguments(batch)):
+        if not isinstance(leaf, Tensor):
+            shapes.append(repr(leaf))
+            continue
+        shapes.append(tuple(leaf.shape[1:] if leaf.dim() and len(leaf) == count else leaf.shape))
+        total += 0.0 if leaf.is_complex() else float(leaf.detach().sum(dtype=torch.float64))
+    return Outline(count, tuple(shapes), repr(total))

@@ -1,0 +1,198 @@
+"""All batches of a calibration through one network, side by side: none goes past a layer before all have reached it.
+
+A layer can be solved only when all data has reached it, and only then may anything be computed behind it. Each batch
+is a forward pass in a thread of its own, for a forward cannot be left and entered again in any other way. One of them
+runs at any time, so nothing is faster or in another order for it; a pass over all batches costs what one forward of
+all samples costs. What stays in memory is what every forward holds at the layer where it waits.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import copy_context
+from functools import partial
+from threading import Semaphore, Thread
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compression.batches import Batches
+from pipeline.compression.graph import Example, call_arguments
+from pipeline.tables import UserError
+
+DEVICES = ("cpu", "cuda")  # whose autocast is carried into threads
+
+
+class Done(BaseException):
+    """Ends a forward pass early. No Exception, so that a forward that catches those does not go on."""
+
+
+class Stop(NamedTuple):
+    """A forward before a layer: the name by which it is watched, the layer, and what it is given."""
+
+    name: str
+    layer: Any
+    x: Tensor
+
+
+@contextmanager
+def watched(layers: Mapping[str, nn.Module], at: Callable[[Stop], None]) -> Iterator[None]:
+    """Within, `at` is told before every call of these layers."""
+
+    def told(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        at(Stop(name, layer, given[0]))
+
+    handles = [layer.register_forward_pre_hook(partial(told, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward(model: nn.Module, example: Example) -> None:
+    """A forward pass, to its end or until what watches it says that it is `Done`."""
+    args, kwargs = call_arguments(example)
+    with suppress(Done):
+        model(*args, **kwargs)
+
+
+def one_by_one(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, arrive: Callable[[int, Stop], None]
+) -> None:
+    """Each batch through the network up to the last of `layers`, which stand in the order of their calls."""
+    order = list(layers)
+    for i, batch in enumerate(batches):
+        due = iter(order)
+
+        def at(stop: Stop, i: int = i, due: Iterator[str] = due) -> None:
+            check_order(next(due), stop)
+            arrive(i, stop)
+            if stop.name == order[-1]:
+                raise Done
+
+        with watched(layers, at):
+            forward(model, batch)
+        if missing := next(due, None):
+            check_order(missing, None)
+
+
+def in_lockstep(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Batches,
+    arrive: Callable[[int, Stop], None],
+    leave: Callable[[str], None],
+) -> None:
+    """All batches through the network up to the last of `layers`, which stand in the order of their calls.
+
+    arrive(i, stop): batch i has reached a layer. leave(name): all of them have, and go on afterwards.
+    """
+    if len(batches) == 1:
+
+        def both(i: int, stop: Stop) -> None:
+            arrive(i, stop)
+            leave(stop.name)
+
+        return one_by_one(model, layers, batches, both)
+
+    running: Run | None = None
+
+    def at(stop: Stop) -> None:
+        assert running is not None
+        running.wait(stop)
+
+    runs: list[Run] = []
+    try:
+        with watched(layers, at):
+            for batch in batches:
+                runs.append(Run(partial(forward, model, batch)))
+            for name in layers:
+                for i, running in enumerate(runs):
+                    arrive(i, check_order(name, running.go()))
+                leave(name)
+    finally:
+        for run in runs:
+            run.close()
+
+
+def check_order(due: str, found: Stop | None) -> Stop:
+    """Raise UserError where a forward is not at the layer that is due; found: None at its end."""
+    if found is None or found.name != due:
+        other = f"calls {found.name}" if found is not None else "ends"
+        raise UserError(
+            f"the forward {other} where other batches call {due}: calibration needs a network that calls its layers "
+            "in one order whatever it is given (leave that part out with protect=)"
+        )
+    return found
+
+
+class Run:
+    """Work in a thread of its own that waits wherever it says so, until it is told to go on.
+
+    The thread sees what torch keeps for each thread as it was where the Run was made: modes of gradients, autocast,
+    the device and stream, and context variables.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._stop: Stop | None = None
+        self._error: BaseException | None = None
+        self._over = False
+        self._turn, self._back = Semaphore(0), Semaphore(0)
+        self._thread = Thread(target=copy_context().run, args=(self._run, work, thread_state()), daemon=True)
+        self._thread.start()
+
+    def go(self) -> Stop | None:
+        """Let it run to the next place where it waits, which comes back; None: it has ended. Raises what it raises."""
+        self._stop = None
+        self._turn.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._stop
+
+    def wait(self, stop: Stop) -> None:
+        """Called by the work itself."""
+        self._stop = stop
+        self._back.release()
+        self._turn.acquire()
+        if self._over:
+            raise Done
+
+    def close(self) -> None:
+        """End it where it waits."""
+        self._over = True
+        self._turn.release()
+        self._thread.join()
+
+    def _run(self, work: Callable[[], None], entered: Callable[[], ExitStack]) -> None:
+        self._turn.acquire()
+        try:
+            if not self._over:
+                with entered():
+                    work()
+        except BaseException as error:  # raised again in the thread that waits for it
+            self._error = error
+        finally:
+            self._back.release()
+
+
+def thread_state() -> Callable[[], ExitStack]:
+    """What torch keeps for each thread, as it is in this one; the function that comes back sets it in another."""
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in DEVICES]
+    cached = torch.is_autocast_cache_enabled()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    def entered() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for device, dtype, enabled in casts:
+            if enabled:
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=cached))
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))
+        return stack
+
+    return entered

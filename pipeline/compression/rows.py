@@ -1,0 +1,185 @@
+"""Which rows of what layers are given are looked at: at most ROWS, drawn from all batches as if they were one.
+
+The number of all rows is known before the first batch, from forward passes of a few samples, so that of every batch
+only the rows that are drawn need be kept.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.compression.batches import Batches, part
+from pipeline.compression.graph import Example
+from pipeline.compression.lockstep import Done, Stop, forward, watched
+from pipeline.tables import UserError
+
+ROWS = 8192  # pixels or tokens that are looked at in a layer
+FEW = 3  # samples of a survey: with one less, rows are a straight line through two points
+# Those that pad within (timm's Conv2dSame) see other patches than they say.
+PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+class Survey(NamedTuple):
+    """What a pass over the batches will meet.
+
+    order: the layers that every forward calls once, in the order of the calls
+    inputs: {layer: rows of what it is given in each batch}; patches: {layer: pixels of its output in each batch}, of
+        those that see patches
+    """
+
+    order: list[str]
+    inputs: dict[str, list[int]]
+    patches: dict[str, list[int]]
+
+
+class Call(NamedTuple):
+    """One call of a layer in a survey."""
+
+    name: str
+    layer: nn.Module
+    inputs: int
+    patches: int
+
+
+def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> Survey:
+    """Two forward passes of a few samples for every shape that these have in the batches.
+
+    What is called twice is left out, for nothing can be right for both calls.
+    """
+    most: dict[tuple, int] = {}
+    for one in batches.outlines:
+        most[one.shapes] = max(one.samples, most.get(one.shapes, 0))
+    met: dict[tuple, tuple[int, list[Call], list[Call]]] = {}
+    for batch, one in zip(batches, batches.outlines, strict=True):
+        if one.shapes not in met and one.samples == most[one.shapes]:
+            few = min(FEW, one.samples)
+            fewer = calls(model, layers, part(batch, 0, few - 1)) if few > 1 else []
+            met[one.shapes] = few, fewer, calls(model, layers, part(batch, 0, few), len(fewer))
+        if len(met) == len(most):
+            break
+    kinds = [found for _, _, found in met.values()]
+    single = [{id(layer) for layer, n in Counter(call.layer for call in kind).items() if n == 1} for kind in kinds]
+    order = [call.name for call in kinds[0] if all(id(call.layer) in of_kind for of_kind in single)]
+
+    def expected(name: str, what: str) -> list[int]:
+        counts = []
+        for one in batches.outlines:
+            few, *pair = met[one.shapes]
+            # Rows that do not come from the samples, such as places of a position bias, are as many in every batch.
+            less, more = (sum(getattr(call, what) for call in found if call.name == name) for found in pair)
+            counts.append(more + (one.samples - few) * (more - less))
+        return counts
+
+    inputs, patches = ({name: expected(name, what) for name in order} for what in ("inputs", "patches"))
+    return Survey(order, inputs, {name: counts for name, counts in patches.items() if any(counts)})
+
+
+def calls(model: nn.Module, layers: Mapping[str, nn.Module], example: Example, enough: int = 0) -> list[Call]:
+    """The calls of these layers in one forward pass, which ends when there are enough of them; 0: at its own end."""
+    found: list[Call] = []
+
+    def note(stop: Stop) -> None:
+        name, layer, x = stop
+        inputs = x.numel() // x.shape[channel_dim(layer)] if input_dim(layer) is not None else 0
+        found.append(Call(name, layer, inputs, patches_in(layer, x) if sees_patches(layer) else 0))
+        if len(found) == enough:
+            raise Done
+
+    with watched(layers, note):
+        forward(model, example)
+    return found
+
+
+def input_dim(layer: nn.Module) -> int | None:
+    """The dimension of a layer's weight along which its inputs stand; None: a layer whose inputs cannot be read off."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        if layer.groups > 1:
+            return None
+        return 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+    if isinstance(layer, nn.Linear):
+        return 1
+    return 0 if hasattr(layer, "nf") else None  # Conv1D of Hugging Face's GPT-2, a linear layer transposed
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension, from behind, along which the channels stand in what a layer is given."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
+def sees_patches(layer: Any) -> bool:
+    """Is it a convolution whose outputs do not stand for one pixel of the input each?"""
+    return type(layer).forward in PLAIN and max(*layer.kernel_size, *layer.stride) > 1
+
+
+def rows_of(layer: nn.Module, x: Tensor, counts: Sequence[int], i: int) -> Tensor:
+    """(rows, inputs) that are drawn from what batch i gives a layer; counts: rows of each batch."""
+    rows = x.movedim(channel_dim(layer), -1)
+    rows = rows.reshape(-1, rows.shape[-1])
+    check_rows(layer, len(rows), counts[i])
+    return wide(rows[picked(counts, i)[1].to(x.device)])
+
+
+def patches_of(layer: Any, x: Tensor, counts: Sequence[int], i: int) -> Tensor:
+    """(rows, inputs x taps) of what a convolution sees for the pixels of its output that are drawn from batch i."""
+    places = windows(layer, x)
+    shape = places.shape[: 1 + len(layer.kernel_size)]
+    check_rows(layer, shape.numel(), counts[i])
+    return wide(places[torch.unravel_index(picked(counts, i)[1].to(x.device), shape)].flatten(1))
+
+
+def patches_in(layer: Any, x: Tensor) -> int:
+    return windows(layer, x).shape[: 1 + len(layer.kernel_size)].numel()
+
+
+def windows(layer: Any, x: Tensor) -> Tensor:
+    """(N, pixels of the output..., channels, taps...) of what a convolution is given, as a view."""
+    sides = len(layer.kernel_size)
+    x = x if x.dim() == sides + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    if any(layer._reversed_padding_repeated_twice):
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    for i, (size, stride, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + i, gap * (size - 1) + 1, stride)[..., ::gap]
+    return x.movedim(1, 1 + sides)
+
+
+def check_rows(layer: nn.Module, found: int, expected: int) -> None:
+    """Raise UserError where a batch has other rows than the survey says."""
+    if found != expected:
+        raise UserError(
+            f"a {type(layer).__name__} gets {found} rows from a batch where {expected} were to come: calibration needs "
+            "samples along the first dimension of all inputs, and layers that see as many rows of each"
+        )
+
+
+def gather_(into: dict[str, Tensor], name: str, rows: Tensor, counts: Sequence[int], i: int) -> None:
+    """In place: the rows that are drawn from batch i take their places among those of all batches."""
+    slots = picked(counts, i)[0]
+    if name not in into:
+        if len(slots) == len(rows) == len(drawn(sum(counts))):  # all of them
+            into[name] = rows
+            return
+        into[name] = rows.new_empty(len(drawn(sum(counts))), rows.shape[1])
+    into[name][slots.to(rows.device)] = rows
+
+
+@lru_cache(maxsize=256)
+def drawn(count: int) -> Tensor:
+    """(rows,) int64, at most ROWS of `count`, in no order. Kept, for a draw from all pixels takes as long as a layer."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS].clone()
+
+
+def picked(counts: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
+    """Of the rows that are drawn those from batch i: their places among the drawn ones, and in the batch."""
+    rows, start = drawn(sum(counts)), sum(counts[:i])
+    slots = ((rows >= start) & (rows < start + counts[i])).nonzero().squeeze(1)
+    return slots, rows[slots] - start
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
