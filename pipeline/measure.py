@@ -302,7 +302,7 @@ def or_fail(
 
 def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Entry, dict[str, str]]:
     """What every entry is about, in the typed columns of its row."""
-    before = [step.stage for step in history(live)]
+    before = [str(step) for step in history(live)]
     found = {}
     for entry in entries:
         if entry.method == DENSE:

@@ -184,7 +184,13 @@ def _done(compressed: Compressed) -> dict[str, Any]:
 
 def _only_step(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The chain of a file of format 2."""
-    return [{"stage": manifest.get("method"), **{key: manifest.get(key) for key in OF_A_STEP}}]
+    return [
+        {
+            "stage": manifest.get("method"),
+            "method": manifest.get("method"),
+            **{key: manifest.get(key) for key in OF_A_STEP},
+        }
+    ]
 
 
 @contextmanager

@@ -270,7 +270,9 @@ def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[fl
 
 def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Sequence[int]]) -> dict[float, list[int]]:
     budget = recipe.sizes.allocate
-    spare = recipe.sizes.spare or ("output" if net.seen else "parameters")
+    beside = None
+    if net.seen and net.pictures and recipe.sizes.spare != "parameters":
+        beside = net.seen, Outputs(net.model, net.pictures, net.answers)
 
     def left_at(sizes: Sequence[int]) -> int:
         """What the budget counts of the network at these sizes, whichever channels they are."""
@@ -282,7 +284,7 @@ def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Seq
         net.model,
         net.example,
         net.groups,
-        (net.seen, Outputs(net.model, net.pictures, net.answers)) if net.seen and spare == "output" else None,
+        beside,
         lambda group, sizes: {k: (p, row.error) for k, (p, row) in choices(net, recipe, group, sizes).items()},
         uniform,
         budget,
@@ -298,8 +300,16 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
         net.model, plan.groups, plan.projections, plan.joint_norms, approximate_repair=plan.approximate_repair
     )
     if net.seen:
-        how = {"ridge": recipe.calibration.ridge, "solve_on": recipe.calibration.solve_on}
-        compensate_(smaller, net.model, plan.groups, plan.projections, net.seen, norm_scale=plan.joint_norms, **how)
+        compensate_(
+            smaller,
+            net.model,
+            plan.groups,
+            plan.projections,
+            net.seen,
+            norm_scale=plan.joint_norms,
+            ridge=recipe.calibration.ridge,
+            solve_on=recipe.calibration.solve_on,
+        )
     report = Report(
         method=recipe.method,
         ratio=float(ratio),

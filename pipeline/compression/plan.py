@@ -33,13 +33,16 @@ class Step:
     """One stage that a network went through, in JSON values alone, so that a file can hold it.
 
     stage: the spelling of the stage: "mix+data", "repair", "tune". about: what it says of itself; of a compression
-    "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that modules keep as Python numbers) and
+    "method" (with what "auto" chose), "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that modules keep as Python numbers) and
     "groups": {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}, and of a
     mask "layers": {name: {"before", "after", "error"}}.
     """
 
     stage: str
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.stage}@{self.about['ratio']:g}" if "ratio" in self.about else self.stage
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Step":
         """A step never changes, so copies of a network share it, with its labels of all channels."""

@@ -107,6 +107,7 @@ def layer_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: to
 def step_of(report: Report) -> Step:
     """The compression as the network remembers it, in JSON values."""
     about: dict[str, Any] = {
+        "method": report.method,
         "ratio": report.ratio,
         "params": report.params_after,
         "params_before": report.params_before,
