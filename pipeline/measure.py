@@ -436,13 +436,6 @@ def room(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else KEPT
 
 
-def sample(size: int, count: int, seed: int, batch_size: int = 256) -> list[int]:
-    """Which `count` of `size` training samples to repair with, in whole batches: each batch counts the same."""
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
-    batch_size = min(batch_size, len(drawn))
-    return drawn[: len(drawn) // batch_size * batch_size].tolist()
-
-
 def mend_(
     model: nn.Module,
     stage: str,
