@@ -109,7 +109,7 @@ def calibration_batches(
     """About `size` training samples on the device, in whole batches of equal size, the same on every process.
 
     data: a Dataset, or a loader that has an order: samples drawn by `seed`, of a loader from what its own sampler may
-        give. Of other loaders and batches: the first, until there are so many
+        give. Other loaders give their first batches, until there are so many
     batch_size: None: 256
 
     Transfer hooks see a validation, so that augmentation of training is off.
@@ -291,7 +291,7 @@ def first_batches(loader: Iterable[Batch], size: int) -> list[Batch]:
 def mover_of(
     trainer: Trainer, pl_module: LightningModule, stage: RunningStage, dataloader_idx: int
 ) -> Callable[[Batch], Batch]:
-    """What Lightning's evaluation loop does with a batch before a step, with the hooks of the module or data module."""
+    """Does with a batch as Lightning's evaluation loop before a step, hooks of module and data module included."""
 
     def move(batch: Batch) -> Batch:
         with as_if(trainer, pl_module, stage):

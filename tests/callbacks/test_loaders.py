@@ -1,4 +1,4 @@
-"""What a callback looks at is what Lightning's validation looks at, to the last picture, and nothing shows it."""
+"""A callback looks at what Lightning's validation looks at, to the last picture, and leaves no trace of it."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ class Plain(LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         self.accuracies = nn.ModuleList(MulticlassAccuracy(3, average="micro") for _ in range(2))
-        self.seen, self.draw = [0, 0], torch.Generator().manual_seed(5)
+        self.seen = [0, 0]
 
     def take_apart(self, batch):
         return (batch["image"], batch["labels"]) if isinstance(batch, dict) else batch
@@ -83,7 +83,8 @@ class Hooked(Plain):
     """Transfer hooks that change the numbers, and that augment in training alone, by either way to ask."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
-        return [batch[0] * (0.1 + dataloader_idx), batch[1]]
+        inputs, labels = self.take_apart(batch)
+        return [inputs * (0.1 + dataloader_idx), labels]
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         inputs, labels = batch
@@ -176,8 +177,6 @@ LOADERS = {
 @pytest.mark.parametrize("module", [Plain, Hooked])
 def test_is_what_lightning_validates(kind, module, tmp_path):
     make, options, counts = LOADERS[kind]
-    if module is Hooked and kind == "dicts":
-        pytest.skip("its hooks take pairs")
     lightning.seed_everything(0, verbose=False)
     net, look = module(), Look()
     trainer = trainer_for(tmp_path, look, **options)
@@ -227,8 +226,11 @@ def test_validation_that_is_switched_off_is_looked_at_nevertheless(tmp_path):
     assert look.found["val"][1] == 100
 
 
+LOADED = DataLoader(DATA, 9, sampler=[1, 2])
+
+
 @pytest.mark.parametrize(
-    ("data", "n"), [(DATA, 100), (Stream(), 37), (DataLoader(DATA, 9, sampler=[1, 2]), 2), ([DATA[:9], DATA[9:13]], 13)]
+    ("data", "n"), [(DATA, 100), (Stream(), 37), (LOADED, 2), ([DATA[:9], DATA[9:13]], 13), (Wrapper(DATA), 30)]
 )
 def test_eval_data_of_ones_own(data, n, tmp_path):
     look = Look(eval_data=data, batch_size=16)
@@ -243,21 +245,20 @@ def test_nothing_to_look_at_is_refused(tmp_path):
         trainer_for(tmp_path, Look(eval_data=[])).fit(Plain(), DataLoader(TRAIN, 8))
 
 
-@pytest.mark.parametrize("looks", [[], [Look()]])
-def test_a_generator_that_training_shares_goes_on_as_it_was(looks, tmp_path):
-    generator = torch.Generator().manual_seed(7)
-    train = DataLoader(TRAIN, 8, shuffle=True, generator=generator)
-    val = DataLoader(DATA, 8, sampler=RandomSampler(DATA, generator=generator), generator=generator)
-    lightning.seed_everything(0, verbose=False)
-    net = Plain()
-    trainer_for(tmp_path, *looks, max_epochs=3).fit(net, train, val)
-    weights = nn.utils.parameters_to_vector(net.parameters()).detach()
-    expected = SHARED.setdefault("weights", weights)
-    assert torch.equal(weights, expected)
-    assert torch.equal(generator.get_state(), SHARED.setdefault("state", generator.get_state()))
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}])
+def test_a_generator_that_training_shares_goes_on_as_it_was(workers, tmp_path):
+    def trained(*looks) -> tuple:
+        generator = torch.Generator().manual_seed(7)
+        train = DataLoader(TRAIN, 8, shuffle=True, generator=generator)
+        sampler = RandomSampler(DATA, generator=generator)
+        val = DataLoader(DATA, 8, sampler=sampler, generator=generator, **workers)
+        lightning.seed_everything(0, verbose=False)
+        net = Plain()
+        trainer_for(tmp_path, *looks, max_epochs=3).fit(net, train, val)
+        return nn.utils.parameters_to_vector(net.parameters()).detach(), generator.get_state(), torch.get_rng_state()
 
-
-SHARED: dict = {}
+    for alone, looked_at in zip(trained(), trained(Look()), strict=True):
+        assert torch.equal(alone, looked_at)
 
 
 def test_generators_of_samplers_get_their_state_back():
