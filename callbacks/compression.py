@@ -1,14 +1,15 @@
-"""Measure at the end of training epochs what compression leaves of the network's accuracy.
+"""Measure at the end of training epochs what compression leaves of a network.
 
     Trainer(callbacks=[CompressionCallback(methods=["fold", "l2"], ratios=[0.3, 0.5])])
 
-works with any LightningModule that classifies (inputs, labels) batches and holds its network in an attribute. Training
-is bit for bit what it is without the callback: only copies are compressed, and the random state, the modes, the
-optimizer, the metrics and the global step are left as they are.
+works with any LightningModule that holds its network in an attribute, and measures what a Task can measure: of itself,
+classification of every kind. Training is bit for bit what it is without the callback: only copies are compressed, and
+the random state, the modes, the optimizer, the metrics and the global step are left as they are.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,39 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from callbacks.loaders import Data
 from callbacks.network import NetworkCallback
+from pipeline.batches import Passes
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.group import DEFAULT_PARTS
-from pipeline.measure import Entry, Inputs, Measurement, passes
-from pipeline.results import DENSE, Row, RowStore, code_version, foldability
+from pipeline.measure import Entry, Host, Inputs, chains, measure
+from pipeline.results import DENSE, Row, RowStore, code_version, foldability, side, table
 from pipeline.tables import UserError
+from pipeline.tasks import METRICS, Task
 
 
 class CompressionCallback(NetworkCallback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
-    methods: names in METHODS, also with "+synthetic", "+data" ... behind (compensated on pictures, see Measurement), or
-        in MASKS (single weights set to zero), or
-        {label: {"method": name, "pictures": "synthetic" or "data", options of `compressions` and of the method}}
+    methods: spellings of recipes: a name in METHODS or MASKS, with "+synthetic", "+data", ... behind what is calibrated
+        (see `pipeline.compression.recipe`), or {label: {"method": name, options of a recipe and of the method}}
     ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
-    stages: "raw", "repaired" (BatchNorm statistics), "norm_tuned" (norm parameters; sees labels); a stage that a
-        network has nothing for (repair without BatchNorm) gives no rows
+    stages: what comes behind each compression, on copies: "raw" (nothing), "repaired" (BatchNorm statistics),
+        "norm_tuned" (then norm parameters; sees labels), "tuned" (all weights; sees labels), or a chain of stages,
+        "repair > tune(epochs=3)"; of the names, those that a network has nothing for give no rows
     round_to: leave multiples of so many channels (8 or 16 are faster on some hardware)
     parts: what is compressed: "hidden" channels, "residual" streams, and of attention the "width" of heads or whole
         ones ("head"); a method's own options may say other parts
     predict: foretell, on synthetic pictures, what every network is worth: the `fidelity` of its rows (see predict.py)
     network: attribute of the LightningModule that holds the network, dots allowed
-    eval_data: Dataset or DataLoader to measure on; None: the validation set that the Trainer uses
-    repair_data: Dataset or DataLoader of training samples without augmentation, for repair and norm tuning; None: the
+    task: what a batch is and what is measured on it; None: classification of the kind that the first batch shows
+    eval_data: Dataset, loader or batches to measure on; None: what the Trainer validates on, as it validates
+    repair_data: Dataset, loader or batches of training samples without augmentation, for repair and tuning; None: the
         data module's `repair_data`
-    repair_size: how many of them, drawn by `seed`; batch_size: for repair and evaluation, None: the loader's own
+    repair_size: how many of them, drawn by `seed`; batch_size: of Datasets, None: 256
     rows: Parquet file for the rows (None: only in memory, see `rows`); context: values of the Row fields cell, model,
         data, seed
     save_to: folder for every compressed network (None: none is saved); architecture: what builds the network at full
@@ -55,8 +59,9 @@ class CompressionCallback(NetworkCallback):
         the file
 
     Logs `compress/{method}/r{ratio}/acc_{stage}`, `compress/dense/acc`, `foldability/{method}_{stage}` (area under the
-    accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning). A test run
-    (`trainer.test`) measures on the test set in the same way, under `compress_test/` and `foldability_test/`.
+    accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning); of another task, with
+    the name of its headline in place of "acc". A test run (`trainer.test`) measures on the test set in the same way,
+    under `compress_test/` and `foldability_test/`; further validation loaders are `compress_val1/` and so on.
     What fails becomes a failed row and a NaN; training goes on. Beside a Lightning WeightAveraging callback (EMA) it is
     the averaged network that is measured.
     """
@@ -71,8 +76,9 @@ class CompressionCallback(NetworkCallback):
         parts: Sequence[str] = DEFAULT_PARTS,
         predict: bool = False,
         network: str = "net",
-        eval_data: Dataset | DataLoader | None = None,
-        repair_data: Dataset | DataLoader | None = None,
+        task: Task | None = None,
+        eval_data: Data | None = None,
+        repair_data: Data | None = None,
         repair_size: int = 2048,
         batch_size: int | None = None,
         rows: str | Path | None = None,
@@ -81,8 +87,8 @@ class CompressionCallback(NetworkCallback):
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        measurement = Measurement(methods, ratios, stages, round_to, seed, parts, predict, who=type(self).__name__)
-        super().__init__(measurement, network, eval_data, repair_data, repair_size, batch_size, seed)
+        tree = chains(methods, ratios, stages, round_to, seed, parts, predict)
+        super().__init__(tree, task, network, eval_data, repair_data, repair_size, batch_size)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
         self.every_n_epochs = every_n_epochs
@@ -100,15 +106,16 @@ class CompressionCallback(NetworkCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse at the start what cannot work at the end of the first epoch."""
         self.store.truncate(trainer.current_epoch)
-        self._repair_set(trainer)
-        with isolate_rng():
-            example = self._example(self._eval_loader(trainer, "val"), self._mover(trainer, pl_module))
-            self.measurement.trace(self._net(pl_module), example)
+        if self.every_n_epochs:
+            self.settle(trainer, pl_module, "val")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, every = trainer.current_epoch + 1, self.every_n_epochs
         if every and (epoch % every == 0 or trainer.should_stop or epoch == trainer.max_epochs):
             self._run(trainer, pl_module, "val")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.settle(trainer, pl_module, "test")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run(trainer, pl_module, "test")
@@ -127,18 +134,19 @@ class CompressionCallback(NetworkCallback):
             rows = self._measure(trainer, pl_module, split)
         self.store.add(rows)
         if trainer.is_global_zero:
-            with self.measurement.or_warn(f"rows stay in memory: {self.store.path} cannot be written"):
+            with self.once.instead(f"rows stay in memory: {self.store.path} cannot be written"):
                 self.store.write()
-        suffix = "" if split == "val" else f"_{split}"
-        for name, value in summary(rows, self.measurement.folds).items():
-            pl_module.log(name.replace("/", f"{suffix}/", 1), value, rank_zero_only=False, sync_dist=False)
+        for name, value in summary(rows).items():
+            pl_module.log(name, value, rank_zero_only=False, sync_dist=False)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Row]:
-        """All rows of this epoch. Every process compresses everything and evaluates its share of the pictures."""
-        loader, move = self._eval_loader(trainer, split), self._mover(trainer, pl_module)
-        mending = self._repair_batches(trainer) if self.measurement.mends else []
+        """All rows of this epoch. Every process compresses everything and evaluates its share of the samples."""
         epoch = trainer.current_epoch + (split == "val")
-        fixed = {"epoch": epoch, "step": trainer.global_step, "split": split, "version": code_version()}
+        task, example, splits = self.settled(split)
+
+        def inputs() -> Inputs:
+            batches = {name: Passes(found) for name, found in self.batches(trainer, pl_module, split).items()}
+            return Inputs(example, batches, self.calibration(trainer, pl_module))
 
         def total(sums: Tensor) -> Tensor:
             device = trainer.strategy.root_device
@@ -146,22 +154,23 @@ class CompressionCallback(NetworkCallback):
             return trainer.strategy.reduce(sums, reduce_op="sum").cpu()
 
         own = trainer.progress_bar_callback
-        hidden = own is None or own.is_disabled or not trainer.is_global_zero
-
-        def inputs() -> Inputs:
-            example = self._example(loader, move)
-            return Inputs(example, passes(loader, move, example), list(map(move, mending)))
-
-        return self.measurement.rows(
-            self._measured_net(trainer, pl_module, split),
+        host = Host(
+            task,
             inputs,
-            {**self.context, **fixed},
-            device=trainer.strategy.root_device,
-            forward=trainer.precision_plugin.forward_context,
-            total=total,
-            done=lambda entry, compressed: self._save(trainer, compressed, epoch, entry),
-            bar={"desc": f"Compressing ({split})", "disable": hidden},
+            splits,
+            trainer.strategy.root_device,
+            self.traces,
+            self.once,
+            trainer.precision_plugin.forward_context,
+            total,
+            lambda entry, compressed: self._save(trainer, compressed, epoch, entry),
+            {
+                "desc": f"Compressing ({split})",
+                "disable": own is None or own.is_disabled or not trainer.is_global_zero,
+            },
         )
+        fixed = {"epoch": epoch, "step": trainer.global_step, "version": code_version()}
+        return measure(self._measured_net(trainer, pl_module, split), self.chains, host, {**self.context, **fixed})
 
     # --- the network
 
@@ -180,7 +189,7 @@ class CompressionCallback(NetworkCallback):
         if self.save_to is None or not trainer.is_global_zero:
             return
         path = self.save_to / f"epoch{epoch:03d}" / entry.file
-        with self.measurement.or_warn(f"{path} cannot be written"):
+        with self.once.instead(f"{path} cannot be written"):
             about = {**self.context, "epoch": epoch, "stage": entry.stage}
             save_compressed(compressed, path, about, architecture=self.architecture)
 
@@ -188,26 +197,40 @@ class CompressionCallback(NetworkCallback):
         data = [list(row) for row in self.rows.iter_rows()]
         for logger in trainer.loggers:
             if data and trainer.is_global_zero and hasattr(logger, "log_table"):
-                with self.measurement.or_warn(f"{type(logger).__name__} did not take the table of rows"):
+                with self.once.instead(f"{type(logger).__name__} did not take the table of rows"):
                     logger.log_table("compress/rows", columns=self.rows.columns, data=data)
 
 
-def summary(rows: Iterable[Row], folds: Mapping[str, bool]) -> dict[str, float]:
-    """The numbers that an epoch logs. folds: of the methods that the gap compares, whether they fold (or prune)."""
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """The numbers that an epoch logs, by their names: the headline of every row, areas, and gaps."""
+    logged: dict[str, float] = {}
+    for split in dict.fromkeys(row.split for row in rows):
+        suffix = "" if split == "val" else f"_{re.sub('/', '', split)}"
+        found = summary_of_split([row for row in rows if row.split == split])
+        logged |= {name.replace("/", f"{suffix}/", 1): value for name, value in found.items()}
+    return logged
+
+
+def summary_of_split(rows: Sequence[Row]) -> dict[str, float]:
+    metric = METRICS[str(rows[0].metric)]
     logged: dict[str, float] = {}
     curves: dict[tuple[str, str], dict[float, float]] = {}
+    found = table(rows)
+    sides = {(stage, method): of for stage, method, of in found.select("stage", "method", side(found)).iter_rows()}
     dense = math.nan
     for row in rows:
-        acc = math.nan if row.acc is None else row.acc
+        value = math.nan if (known := getattr(row, metric.name)) is None else known
         if row.method == DENSE:
-            dense = logged["compress/dense/acc"] = acc
+            dense = logged[f"compress/dense/{metric.name}"] = value
         else:
-            logged[f"compress/{row.method}/r{row.ratio:g}/acc_{row.stage}"] = acc
-            curves.setdefault((row.stage, row.method), {})[row.ratio] = acc
+            logged[f"compress/{row.method}/r{row.ratio:g}/{metric.name}_{row.stage}"] = value
+            curves.setdefault((row.stage, row.method), {})[row.ratio] = value
     for stage in dict.fromkeys(stage for stage, _ in curves):
-        areas = {method: foldability(dense, curve) for (s, method), curve in curves.items() if s == stage}
+        areas = {method: foldability(dense, curve, metric) for (s, method), curve in curves.items() if s == stage}
         logged.update({f"foldability/{method}_{stage}": area for method, area in areas.items()})
-        folded, pruned = ([a for m, a in areas.items() if folds.get(m) is kind] for kind in (True, False))
-        if folded and pruned:
-            logged[f"foldability/gap_{stage}"] = max(folded) - max(pruned)
+        best = max if metric.higher_is_better else min
+        fold, prune = ([a for m, a in areas.items() if sides[stage, m] == of] for of in ("fold", "prune"))
+        if fold and prune:
+            gap = best(fold) - best(prune)
+            logged[f"foldability/gap_{stage}"] = gap if metric.higher_is_better else -gap
     return logged

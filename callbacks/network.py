@@ -1,41 +1,51 @@
-"""What callbacks that compress have in common: the network of a module, and pictures to compress it by."""
+"""What callbacks that compress have in common: the network of a module, and the data to compress and measure it by."""
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
-from pipeline.measure import Measurement, sample
+from callbacks.loaders import Batch, Batches, Data, calibration_batches, evaluation_batches
+from pipeline.batches import first_sample
+from pipeline.compression.copies import bare_copy
+from pipeline.evaluate import settle
+from pipeline.measure import Chains, Once, trace
+from pipeline.stages import Supplies, Traces
 from pipeline.tables import UserError
+from pipeline.tasks import Classification, Example, Task
 
 
 class NetworkCallback(Callback):
-    """A callback that looks at `pl_module.<network>` by a Measurement.
+    """A callback that compresses `pl_module.<network>`.
 
+    chains: what is done to it
+    task: what a batch is and what is measured on it; None: classification of the kind that the first batch shows
     network: attribute of the LightningModule that holds the network, dots allowed
-    eval_data: Dataset or DataLoader to measure on; None: the validation set that the Trainer uses
-    repair_data: Dataset or DataLoader of training samples without augmentation; None: the data module's `repair_data`
-    repair_size: how many of them, drawn by `seed`; batch_size: None: the loader's own
+    eval_data: Dataset, loader or batches to measure on; None: what the Trainer validates on
+    repair_data: Dataset, loader or batches of training samples without augmentation; None: the data module's
+        `repair_data`
+    repair_size: how many of them, drawn by the seed of the chains; batch_size: None: the loader's own
     """
 
     def __init__(
         self,
-        measurement: Measurement,
+        chains: Chains,
+        task: Task | None,
         network: str,
-        eval_data: Dataset | DataLoader | None,
-        repair_data: Dataset | DataLoader | None,
+        eval_data: Data | None,
+        repair_data: Data | None,
         repair_size: int,
         batch_size: int | None,
-        seed: int,
     ) -> None:
-        self.measurement, self.network, self.seed = measurement, network, seed
+        self.chains, self.network, self.asked = chains, network, task or Classification()
         self.eval_data, self.repair_data = eval_data, repair_data
         self.repair_size, self.batch_size = repair_size, batch_size
+        self.traces, self.once = Traces(), Once(type(self).__name__)
+        self._settled: dict[str, tuple[Task, Example, tuple[str, ...]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
@@ -45,9 +55,46 @@ class NetworkCallback(Callback):
             )
         self._net(pl_module)
 
+    def settle(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        """Refuse, before anything is measured, what cannot be: batches, outputs, networks without channels."""
+        self._repair_set(trainer)
+        self.traces = Traces()
+        # A test run may be inside inference mode, where nothing could be tuned or traced.
+        with isolate_rng(), torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            batches = self.batches(trainer, pl_module, split)
+            net = bare_copy(self._net(pl_module), share=True).eval()
+            first = batches[split].first()
+            task = trainer.strategy.broadcast(settle(net, self.asked, first))
+            example = first_sample(task.inputs(first))
+            trace(self.chains, net, example, self.traces)
+        self._settled[split] = task, example, tuple(batches)
+
+    def settled(self, split: str) -> tuple[Task, Example, tuple[str, ...]]:
+        """The task, what the network is called with (a batch of one), and the splits that there are."""
+        return self._settled[split]
+
+    def batches(self, trainer: Trainer, pl_module: LightningModule, split: str) -> dict[str, Batches]:
+        """This process's share of what the Trainer validates (or tests) on, a loader an entry."""
+        given = self.eval_data if split == "val" else None
+        return evaluation_batches(trainer, pl_module, split, given, self.batch_size)
+
+    def calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Batch]:
+        """Training samples on the device, the same on every process; none where the chains need none."""
+        data = self._repair_set(trainer)
+        if data is None:
+            return []
+        return calibration_batches(trainer, pl_module, data, self.repair_size, self.chains.seed, self.batch_size)
+
+    def supplies(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module, split: str) -> Supplies:
+        """What the chains of this network draw on."""
+        task, example, _ = self.settled(split)
+        training = self.calibration(trainer, pl_module)
+        forward = trainer.precision_plugin.forward_context
+        return Supplies(net, example, task, training, self.chains.seed, self.traces, forward)
+
     def _net(self, pl_module: LightningModule) -> nn.Module:
         try:
-            net = operator.attrgetter(self.network)(pl_module)
+            net: Any = operator.attrgetter(self.network)(pl_module)
         except AttributeError:
             net = None
         if not isinstance(net, nn.Module):
@@ -58,66 +105,15 @@ class NetworkCallback(Callback):
             )
         return net
 
-    def _eval_loader(self, trainer: Trainer, split: str) -> DataLoader:
-        """This process's share, every world_size-th sample: Lightning's own loader would repeat some to fill up."""
-        given = self.eval_data if split == "val" else None
-        if given is None:
-            given = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
-        if given is None and split == "val" and trainer.datamodule is not None:
-            given = trainer.datamodule.val_dataloader()
-        if isinstance(given, list | tuple):
-            given = given[0] if given else None
-        if given is None:
-            raise UserError(
-                f"{type(self).__name__} has nothing to look at; give the Trainer validation data or pass eval_data="
-            )
-        size = given.batch_size if isinstance(given, DataLoader) else None
-        return self._own_loader(given, slice(trainer.global_rank, None, trainer.world_size), size)
-
-    def _repair_set(self, trainer: Trainer) -> Dataset | DataLoader | None:
-        if not self.measurement.mends:
+    def _repair_set(self, trainer: Trainer) -> Data | None:
+        if not self.chains.needs:
             return None
         data = self.repair_data
         if data is None:
             data = getattr(trainer.datamodule, "repair_data", None)
         if data is None:
             raise UserError(
-                "stages 'repaired' and 'norm_tuned' and methods '+data' need training pictures without augmentation; "
+                "stages behind 'raw' and methods '+data' need training samples without augmentation; "
                 f"pass repair_data= to {type(self).__name__}, or stages=['raw']"
             )
         return data
-
-    def _repair_batches(self, trainer: Trainer) -> DataLoader:
-        """The same batches on every process, so that all get the same statistics."""
-        data = self._repair_set(trainer)
-        size = self.batch_size or 256
-        drawn = sample(len(getattr(data, "dataset", data)), self.repair_size, self.seed, size)
-        return self._own_loader(data, drawn, min(size, len(drawn)))
-
-    def _own_loader(self, data: Dataset | DataLoader, which: slice | list[int], batch_size: int | None) -> DataLoader:
-        dataset = data.dataset if isinstance(data, DataLoader) else data
-        indices = range(len(dataset))[which] if isinstance(which, slice) else which
-        size = self.batch_size or batch_size or 256
-        given = isinstance(data, DataLoader)
-        return DataLoader(
-            Subset(dataset, indices),
-            size,
-            num_workers=data.num_workers if given else 0,
-            collate_fn=data.collate_fn if given else getattr(dataset, "collate", None),
-            generator=torch.Generator(),  # of its own, because iterating a loader draws from the global one
-        )
-
-    def _mover(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], tuple[Tensor, Tensor]]:
-        def move(batch: Any) -> tuple[Tensor, Tensor]:
-            if not isinstance(batch, list | tuple) or len(batch) < 2:
-                raise UserError(f"{type(self).__name__} needs (inputs, labels) batches, got {type(batch).__name__}")
-            batch = pl_module.transfer_batch_to_device(tuple(batch[:2]), trainer.strategy.root_device, 0)
-            inputs, labels = trainer.precision_plugin.convert_input(batch)
-            return inputs, labels
-
-        return move
-
-    def _example(self, loader: DataLoader, move: Callable) -> Tensor:
-        """A batch of one on the device, fetched in this process: others would fetch whole batches ahead."""
-        first = Subset(loader.dataset, range(1))
-        return move(next(iter(DataLoader(first, collate_fn=loader.collate_fn, generator=torch.Generator()))))[0]

@@ -8,7 +8,6 @@ The optimizer, its schedule, its accumulated state and SAM go on with the parame
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,19 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
+from callbacks.loaders import Data
 from callbacks.network import NetworkCallback
-from pipeline.compression import ChannelGroup, Compressed, Projection
+from pipeline.compression import ChannelGroup, Projection
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.report import GroupReport, LayerReport, Report
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.group import DEFAULT_PARTS, Frozen
-from pipeline.compression.plan import Step, history, steps_of, told, went_through_
+from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.compression.plan import Step, history, numbers, steps_of, told, went_through_
 from pipeline.compression.projection import compressed_tensors, named_tensors
-from pipeline.measure import Measurement
+from pipeline.measure import chains
+from pipeline.stages import State, compressed
 from pipeline.tables import UserError
+from pipeline.tasks import Task
 
 TUNE = "tune"  # what a network went through that was trained on
 TUNED = "tuned"  # the stage of a network that was trained on after it was made smaller
@@ -40,15 +40,14 @@ TUNED = "tuned"  # the stage of a network that was trained on after it was made 
 class Shrink(NetworkCallback):
     """Compress the network itself at the start of some epochs; what follows trains the smaller one.
 
-    method: as those of CompressionCallback: a name in METHODS, also with "+synthetic", "+data" ... behind, or in MASKS,
-        whose weights then stay zero
+    method: the spelling of a recipe, as those of CompressionCallback; the weights of a mask then stay zero
     ratio: fraction of every group's channels (or of the weights) that is gone in the end, 0 < r < 1
     after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
         control of the same size from scratch (methods "l1", "random")
     steps: after step i of n, the fraction (1 - ratio)^(i/n) of the channels is left: each takes as large a part of
         what it finds; 1: one shot
     every_n_epochs: epochs of tuning between two steps
-    round_to, parts, network, eval_data, repair_data, repair_size, batch_size, seed: as of CompressionCallback
+    round_to, parts, network, task, eval_data, repair_data, repair_size, batch_size, seed: as of CompressionCallback
     save_to: file for the final network (see `pipeline.compressed.load`), None: it is in the checkpoints alone;
         architecture: what builds it at full size
 
@@ -70,20 +69,21 @@ class Shrink(NetworkCallback):
         round_to: int = 1,
         parts: Sequence[str] = DEFAULT_PARTS,
         network: str = "net",
-        eval_data: Dataset | DataLoader | None = None,
-        repair_data: Dataset | DataLoader | None = None,
+        task: Task | None = None,
+        eval_data: Data | None = None,
+        repair_data: Data | None = None,
         repair_size: int = 2048,
         batch_size: int | None = None,
         save_to: str | Path | None = None,
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        measurement = Measurement([method], [ratio], ["raw"], round_to, seed, parts, who=type(self).__name__)
-        super().__init__(measurement, network, eval_data, repair_data, repair_size, batch_size, seed)
-        self.method = method
+        tree = chains([method], [ratio], ["raw"], round_to, seed, parts)
+        super().__init__(tree, task, network, eval_data, repair_data, repair_size, batch_size)
         self.ratios = ratios_of_steps(ratio, after, steps, every_n_epochs)
         self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
-        self.report: Report | None = None
+        self._resumed = False
+        self._began = 0  # how many stages the network had been through before training
         self._masked: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,10 +105,8 @@ class Shrink(NetworkCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse at the start what cannot work at the epoch of a step."""
-        self._repair_set(trainer)
         self._hold(self._net(pl_module))
-        with isolate_rng():
-            self.measurement.trace(self._net(pl_module), self._one(trainer, pl_module))
+        self.settle(trainer, pl_module, "val")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ratio = self.ratios.get(trainer.current_epoch)
@@ -116,23 +114,17 @@ class Shrink(NetworkCallback):
             return
         net = self._net(pl_module)
         self._remember_tuning_(net, trainer.current_epoch)
+        (recipe,) = self.chains.recipes.values()
         with isolate_rng(), torch.no_grad():
-            move = self._mover(trainer, pl_module)
-            mending = list(map(move, self._repair_batches(trainer))) if self.measurement.mends else []
-            example = self._one(trainer, pl_module)
             still = bare_copy(net, share=True).eval()
-            full = {group.name: group.before for group in self.report.groups} if self.report else None
-            smaller, report = next(
-                self.measurement.compressed(self.method, still, example, mending, ratios=[ratio], full=full)
-            )
-            groups = self.measurement.groups(self.method, still, example) if report.groups else ()
+            supplies = self.supplies(trainer, pl_module, still, "val")
+            state = next(compressed(State(still), recipe, [ratio], supplies, full_sizes(self._steps(net))))
+        smaller, report = state.model, state.report
         for ours, theirs in zip(smaller.modules(), net.modules(), strict=True):
             ours.training = theirs.training
-        projections = [Projection(group.labels) for group in report.groups]
         for optimizer in trainer.optimizers:
-            follow_(optimizer, net, smaller, groups, projections)
+            follow_(optimizer, net, smaller, report.plan.groups, report.plan.projections)
         self._put(trainer, pl_module, smaller)
-        self.report = report if self.report is None else composed(self.report, report)
         self._hold(smaller)
         sizes = {"ratio": ratio, "params": report.params_after, "macs": report.macs_after}
         pl_module.log_dict({f"shrink/{name}": float(value) for name, value in sizes.items()})
@@ -142,20 +134,27 @@ class Shrink(NetworkCallback):
         for weight, mask in self._masked:
             weight.mul_(mask)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._resumed:
+            self._began = len(history(self._net(pl_module)))
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remember_tuning_(self._net(pl_module), trainer.current_epoch)
-        if self.save_to is None or self.report is None or not trainer.is_global_zero:
+        net = self._net(pl_module)
+        self._remember_tuning_(net, trainer.current_epoch)
+        if self.save_to is None or not self._steps(net) or not trainer.is_global_zero:
             return
-        with self.measurement.or_warn(f"{self.save_to} cannot be written"):
-            about = {"epoch": trainer.current_epoch, "seed": self.seed, "stage": TUNED}
-            save_compressed(
-                Compressed(self._net(pl_module), self.report), self.save_to, about, architecture=self.architecture
-            )
+        with self.once.instead(f"{self.save_to} cannot be written"):
+            about = {"epoch": trainer.current_epoch, "seed": self.chains.seed, "stage": TUNED}
+            save_compressed(net, self.save_to, about, architecture=self.architecture)
+
+    def _steps(self, net: nn.Module) -> tuple[Step, ...]:
+        """What the network went through in this training."""
+        return history(net)[self._began :]
 
     def _remember_tuning_(self, net: nn.Module, epoch: int) -> None:
         """The epochs since the last step are a stage of the network: one, also where training ended and went on."""
         steps = [before for before in self.ratios if before < epoch]
-        if self.report is None or not steps:
+        if not self._steps(net) or not steps:
             return
         chain = history(net)
         known = chain[:-1] if chain and chain[-1].stage == TUNE else chain
@@ -164,34 +163,26 @@ class Shrink(NetworkCallback):
     # --- resuming
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["numbers"] = dict(self.report.numbers) if self.report else {}
-        checkpoint["chain"] = told(history(self._net(pl_module)))
+        steps = history(self._net(pl_module))
+        checkpoint["numbers"], checkpoint["chain"] = numbers(steps), told(steps)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if "chain" in checkpoint:  # not in those of before
             went_through_(self._net(pl_module), steps_of(checkpoint["chain"]))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"report": asdict(self.report) if self.report else None}
+        return {"began": self._began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["report"]:
-            plain = dict(state_dict["report"])
-            groups = tuple(GroupReport(**group) for group in plain.pop("groups"))
-            frozen = tuple(Frozen(**one) for one in plain.pop("frozen"))
-            layers = tuple(LayerReport(**layer) for layer in plain.pop("layers"))
-            self.report = Report(groups=groups, frozen=frozen, layers=layers, **plain)
+        self._began, self._resumed = state_dict.get("began", 0), True
 
     # --- the network
 
     def _hold(self, net: nn.Module) -> None:
         """What is masked now stays zero. Of a weight that is, the zeros say which."""
         tensors = named_tensors(net)
-        layers = self.report.layers if self.report else ()
-        self._masked = [(tensors[layer.name].data, tensors[layer.name].detach() != 0) for layer in layers]
-
-    def _one(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        return self._example(self._eval_loader(trainer, "val"), self._mover(trainer, pl_module))
+        names = {name for step in self._steps(net) for name in step.about.get("layers", ())}
+        self._masked = [(tensors[name].data, tensors[name].detach() != 0) for name in sorted(names)]
 
     def _put(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module) -> None:
         owner, _, name = self.network.rpartition(".")
@@ -247,18 +238,10 @@ def follow_(
     optimizer.state.update({**others, **{parameters[name]: state for name, state in mine.items()}})
 
 
-def composed(first: Report, then: Report) -> Report:
-    """What two compressions, one after the other, have done to a network; errors are those of the second."""
-    found = {group.name: group for group in then.groups}
-    return replace(
-        then,
-        groups=tuple(_composed(group, found[group.name]) if group.name in found else group for group in first.groups),
-        params_before=first.params_before,
-        macs_before=first.macs_before,
-        numbers={**first.numbers, **then.numbers},
-    )
-
-
-def _composed(first: GroupReport, then: GroupReport) -> GroupReport:
-    labels = torch.where(first.labels >= 0, then.labels[first.labels.clamp(min=0)], -1)
-    return replace(then, before=first.before, labels=labels)
+def full_sizes(steps: Iterable[Step]) -> dict[str, int]:
+    """{group: channels} before the first of these steps that compressed it."""
+    found: dict[str, int] = {}
+    for step in steps:
+        for name, group in step.about.get("groups", {}).items():
+            found.setdefault(name, group["before"])
+    return found

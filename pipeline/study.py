@@ -339,7 +339,7 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
         elif metric.higher_is_better:
             panel.set_ylim(0, metric.scale)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel(", ".join(filter(None, (metric.title, metric.unit.strip()))))
+    panels[0].set_ylabel(metric.heading)
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)

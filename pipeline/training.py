@@ -1,14 +1,15 @@
 """The LightningModule: any network and any task, with the loss of training and the metrics of the task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from pipeline.compression.graph import call_arguments
 from pipeline.compression.projection import named_tensors, resized
@@ -21,22 +22,33 @@ SECOND_PASS = {"freeze": frozen_statistics, "update": nullcontext}
 SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64  # mps has no other
 
 
-class Total(Metric):
-    """One metric of a task over all batches of an epoch and all processes: the sums that `evaluate` adds up."""
+class Sums(Metric):
+    """(size,) sums over all batches of an epoch and all processes, and the number that `read` makes of them.
+
+    Its own, because torchmetrics' MeanMetric either waits for the device, to look for NaN, or forgets the weights.
+    """
 
     full_state_update = False
 
-    def __init__(self, task: Task, metric: str) -> None:
+    def __init__(self, size: int, read: Callable[[Tensor], float]) -> None:
         super().__init__()
-        self.task, self.metric = task, metric
-        self.add_state("sums", torch.zeros(task.size, dtype=SUMS), dist_reduce_fx="sum")
+        self.read = read
+        self.add_state("sums", torch.zeros(size, dtype=SUMS), dist_reduce_fx="sum")
 
-    def update(self, totals: Tensor) -> None:
-        self.sums = self.sums + totals
+    def update(self, found: Tensor) -> None:
+        self.sums = self.sums + found
 
     def compute(self) -> Tensor:
-        value = self.task.values(self.sums)[self.metric]
-        return torch.tensor(value, dtype=SUMS, device=self.sums.device)
+        return torch.tensor(self.read(self.sums), dtype=SUMS, device=self.sums.device)
+
+
+def metric_of(task: Task, metric: str, totals: Tensor) -> float:
+    return task.values(totals)[metric]
+
+
+def mean(totals: Tensor) -> float:
+    """totals: (2,) of n samples and n times their mean"""
+    return float(totals[1] / totals[0])
 
 
 class Training(LightningModule):
@@ -77,9 +89,13 @@ class Training(LightningModule):
             raise UserError(f"label_smoothing {label_smoothing} must be in 0..1")
         self.label_smoothing, self.l1, self.l2 = label_smoothing, l1, l2
         self.ascent = call("optim.sam", self.build_ascent, **(sam or {}))
-        self.train_loss = MeanMetric(nan_strategy="disable")  # else it looks for NaN, and waits for the device
-        self.totals = nn.ModuleDict(
-            {f"{split}_{name}": Total(task, name) for split in ("train", "val", "test") for name in self.logged(split)}
+        self.train_loss = Sums(2, mean)
+        self.sums = nn.ModuleDict(
+            {
+                f"{split}_{name}": Sums(task.size, partial(metric_of, task, name))
+                for split in ("train", "val", "test")
+                for name in self.logged(split)
+            }
         )
 
     def build_ascent(self, rho: float = 0.0, adaptive: bool = False, bn_second_pass: str = "freeze") -> Ascent | None:
@@ -157,13 +173,13 @@ class Training(LightningModule):
         """Add a batch to what the epoch logs. loss: () of training, to log beside it"""
         totals = self.task.totals(output, batch)
         if loss is not None:
-            self.train_loss.update(loss, totals[0])
+            self.train_loss.update(torch.stack([totals[0], totals[0] * loss]))
             self.log(f"{split}/loss", self.train_loss, on_step=False, on_epoch=True)
         for name in self.logged(split):
-            total = self.totals[f"{split}_{name}"]
-            total.update(totals)
+            sums = self.sums[f"{split}_{name}"]
+            sums.update(totals)
             shown = split != "train" and name == self.task.metrics[0]
-            self.log(f"{split}/{name}", total, prog_bar=shown, on_step=False, on_epoch=True)
+            self.log(f"{split}/{name}", sums, prog_bar=shown, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.net.parameters(), **self.optim)

@@ -270,8 +270,8 @@ def build_trainer(
     ]
     callbacks += call("optim", averaging, ema=config["optim"]["ema"])
     if options["enable_progress_bar"]:
-        middle = min(compression.measurement.ratios, key=lambda ratio: abs(ratio - 0.5))
-        callbacks.append(CompressionProgressBar(list(compression.measurement.methods), middle))
+        middle = min(compression.chains.ratios, key=lambda ratio: abs(ratio - 0.5))
+        callbacks.append(CompressionProgressBar(list(compression.chains.recipes), middle))
     wandb = config["wandb"]
     loggers = [
         CSVLogger(folder, name="metrics"),  # version_0, and one more for each time that it was resumed

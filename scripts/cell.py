@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.shrink import TUNED
 from pipeline.cells import Busy, held, read_record, write_record
 from pipeline.compression.checkpoint import read_manifest
-from pipeline.results import ROWS, SPEED, read, read_speeds
-from pipeline.study import dense_accuracy, last_measurement, plot_curves, print_speeds, print_table
+from pipeline.results import ROWS, SPEED, headline, read, read_speeds
+from pipeline.study import dense_value, last_measurement, plot_curves, print_speeds, print_table
 from pipeline.tables import UserError, one_line
 from scripts.build import Config, cell_of, check, resolved
 from scripts.sweep import write_job
@@ -99,17 +100,18 @@ def show(folder: Path, files: str) -> None:
     """The last measurement on the terminal and as a picture, and where everything is. files: what else is there."""
     rows = last_measurement(read(folder / ROWS))
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
-    pictures, dense = f"{n:,} {split} pictures", dense_accuracy(rows)
+    samples, dense, metric = f"{n:,} {split} samples", dense_value(rows), headline(rows)
     tuned = next((folder / "compressed").glob(f"*-{TUNED}.safetensors"), None)
     if tuned is not None:
         made = read_manifest(tuned)
         left = f"{made['params'] / made['params_before']:.0%} of its parameters"
         print(f"\nMade smaller while it trained, by {made['method']} at ratio {made['ratio']:g}: {left}.")
-    what = "\nDense accuracy" if tuned is None else "Its accuracy"
-    print(f"{what} {'could not be measured' if dense is None else f'{100 * dense:.2f}%'} on {pictures}.")
+    what = f"\nDense {metric.title}" if tuned is None else f"Its {metric.title}"
+    finely = replace(metric, digits=metric.digits + 1)
+    print(f"{what} {'could not be measured' if dense is None else finely.text(dense)} on {samples}.")
     when = f", epoch {epoch}" if epoch else ""  # of a checkpoint from elsewhere it is unknown
-    print_table(rows, f"Accuracy (%) that compression leaves, {split} pictures{when}")
-    plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {pictures}")
+    print_table(rows, f"{metric.heading} that compression leaves, {split} samples{when}")
+    plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {samples}")
     print_speeds(read_speeds([folder / SPEED]))
     kept = sorted((folder / "compressed").rglob("*.safetensors"))
     if kept:

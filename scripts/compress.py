@@ -29,13 +29,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from pipeline.batches import sample
 from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import PictureData
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import RUNTIMES, profile
-from pipeline.measure import Batch, Entry, Inputs, Measurement, passes, sample
+from pipeline.measure import Batch, Entry, Inputs, Measurement, passes
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.tables import UserError, call, one_line, pick

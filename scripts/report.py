@@ -22,21 +22,27 @@ from rich.text import Text
 from yaml import YAMLError
 
 from pipeline.cells import STATES, as_table, cells, flat, line
-from pipeline.results import ROWS, SCHEMA, SPEED, read_present, read_speeds
+from pipeline.results import ROWS, SCHEMA, SPEED, headline, read_present, read_speeds
 from pipeline.study import (
-    dense_accuracy,
+    dense_value,
     foretold,
     headlines,
     last_measurement,
     plot_curves,
+    points,
     print_speeds,
     print_table,
     terminal,
 )
 from pipeline.tables import UserError, first_line, pick
+from pipeline.tasks import METRICS, Metric
 
 # What the tables are made of: reading the other columns takes as long again.
-COLUMNS = "cell epoch method ratio stage split status reason acc params fidelity".split()
+COLUMNS = [
+    *"cell epoch method ratio stage split status reason params fidelity kind calibration".split(),
+    *"sizes scope statistics metric".split(),
+    *METRICS,
+]
 RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell, beside its settings
 UNSHOWN = ("paths.", "wandb.")  # where files and logs go: no settings of what is run
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
@@ -188,7 +194,7 @@ def print_cells(sweep: Sweep) -> None:
     state = pl.col("state").replace_strict({s: i for i, s in enumerate(STATES)}, default=len(STATES))
     lines = lines.sort(state, *differing, "cell", nulls_last=True)
     console = terminal()
-    title, table = cells_table(lines, differing)
+    title, table = cells_table(lines, differing, headline(sweep.rows))
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
     counts = dict(lines["state"].value_counts().iter_rows())
@@ -197,9 +203,9 @@ def print_cells(sweep: Sweep) -> None:
     console.print(", ".join(f"{counts.get(state, 0)} {state}" for state in STATES), style="bold")
 
 
-def cells_table(lines: pl.DataFrame, differing: Sequence[str]) -> tuple[str, Table]:
+def cells_table(lines: pl.DataFrame, differing: Sequence[str], metric: Metric) -> tuple[str, Table]:
     """Title and table: what is the same for all cells (name, which pictures, stage, ratio) is in the title."""
-    context = {"split": "{} pictures", "stage": "{}", "ratio": "ratio {}"}
+    context = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}
     alike = [name for name in context if lines[name].drop_nulls().n_unique() == 1]
     prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # of <name>-<hash>
     prefix = f"{name}-" if len(prefix) == 1 and (name := prefix.pop()) else ""
@@ -215,12 +221,13 @@ def cells_table(lines: pl.DataFrame, differing: Sequence[str]) -> tuple[str, Tab
     names |= {name: name for name in context if name not in alike and lines[name].null_count() < len(lines)}
     for name, header in names.items():
         table.add_column(header, overflow="fold", justify="left" if lines[name].dtype == pl.String else "right")
-    percent = {"dense": "{:.1f}", "fold": "{:.1f}", "prune": "{:.1f}", "gap": "{:+.1f}"}
-    for name in percent:
+    forms = {name: lambda value: metric.short(value).strip() for name in ("dense", "fold", "prune")}
+    forms["gap"] = lambda value: points(value, metric)
+    for name in forms:
         table.add_column(name, justify="right")
     for at in lines.iter_rows(named=True):
-        accuracies = ("-" if at[n] is None else form.format(100 * at[n]) for n, form in percent.items())
-        table.add_row(*(Text(shown(at[name])) for name in names), *accuracies)
+        values = ("-" if at[n] is None else form(at[n]) for n, form in forms.items())
+        table.add_row(*(Text(shown(at[name])) for name in names), *values)
     return title, table
 
 
@@ -241,11 +248,13 @@ def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
     print()
     if rows.is_empty():
         return print(f"no cell {f'with {label} ' if label else ''}that is done has rows yet")
-    dense, missing = dense_accuracy(rows), done - rows["cell"].n_unique()
-    notes = [f"; dense {100 * dense:.1f}%"] * (dense is not None) + [f"; {missing} more have no rows"] * (missing > 0)
+    dense, missing = dense_value(rows), done - rows["cell"].n_unique()
+    notes = [f"; dense {headline(rows).text(dense)}"] * (dense is not None) + [f"; {missing} more have no rows"] * (
+        missing > 0
+    )
     print_table(rows, means_title(label, rows) + "".join(notes), duel=True)
     if (found := foretold(rows)) is not None:
-        told = f"Fidelity, which sees no data, ranks the {found.n} raw accuracies at {found.acc:.2f} (Spearman)"
+        told = f"Fidelity, which sees no data, ranks the {found.n} raw results at {found.value:.2f} (Spearman)"
         told += f" and the {found.gaps} gaps at {found.gap:.2f}" * (found.gaps > 2)
         told += f"; of {found.sure} clear gaps it names the winner in {found.sign:.0%}" * (found.sure > 0)
         print(f"{told}.")
@@ -263,7 +272,7 @@ def plot_path(path: Path, label: str) -> Path:
 def means_title(label: str, rows: pl.DataFrame) -> str:
     n = rows["cell"].n_unique()
     splits = " and ".join(sorted(set(rows["split"])))
-    return f"Mean accuracy (%) over {n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}, {splits} pictures"
+    return f"{headline(rows).heading}, mean over {n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}, {splits} samples"
 
 
 def joined(sweep: Sweep) -> pl.DataFrame:

@@ -35,10 +35,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.compression.compress import Compressed, step_of
+from pipeline.compression.compress import Compressed
 from pipeline.compression.count import parameters
 from pipeline.compression.plan import history, numbers, steps_of, told, went_through_
 from pipeline.compression.projection import CHANNELS_LAST, laid_out_as, named_tensors, resized
+from pipeline.compression.report import Report, step_of
 from pipeline.tables import UserError, first_line
 
 FORMAT = 3
@@ -48,7 +49,7 @@ OF_A_STEP = ("ratio", "params", "params_before", "macs", "macs_before", "numbers
 
 
 def save_compressed(
-    compressed: Compressed,
+    compressed: Compressed | nn.Module,
     path: str | Path,
     about: Mapping[str, Any] | None = None,
     *,
@@ -64,12 +65,13 @@ def save_compressed(
     The chain is what the network remembers (see `plan.history`): it may have been compressed several times, and tuned
     since. Raises UserError for a network whose state_dict holds more than tensors, and for what JSON cannot write.
     """
-    tensors, tied = stored_tensors(compressed.model)
+    model, report = compressed if isinstance(compressed, Compressed) else (compressed, None)
+    tensors, tied = stored_tensors(model)
     text = _json(
         {
             "format": FORMAT,
             "architecture": dict(architecture or {}),
-            **_done(compressed),
+            **_done(model, report),
             "tied": tied,
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
             "source": dict(source or {}),
@@ -166,19 +168,22 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, tied
 
 
-def _done(compressed: Compressed) -> dict[str, Any]:
-    """The chain, and its short form: the last compression, from full size to the size of this network."""
-    report = compressed.report
-    chain = history(compressed.model) or (step_of(report),)
-    last = step_of(report)
-    full = next((step.about for step in chain if "params_before" in step.about), last.about)
+def _done(model: nn.Module, report: Report | None) -> dict[str, Any]:
+    """The chain, and its short form: the last compression, from full size to the size of this network.
+
+    report: says what was done to a network that remembers nothing.
+    """
+    chain = history(model) or ((step_of(report),) if report else ())
+    compressed = [step.about for step in chain if "params_before" in step.about]
+    if not compressed:
+        raise UserError(f"{type(model).__name__} was never compressed; save its state_dict instead")
+    full, last = compressed[0], compressed[-1]
     return {
         "chain": told(chain),
-        "method": report.method,
-        **{key: last.about[key] for key in OF_A_STEP},
+        **{key: last[key] for key in ("method", *OF_A_STEP)},
         "params_before": full["params_before"],
         "macs_before": full["macs_before"],
-        "numbers": numbers((*chain, last)),
+        "numbers": numbers(chain),
     }
 
 

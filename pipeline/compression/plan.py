@@ -33,9 +33,9 @@ class Step:
     """One stage that a network went through, in JSON values alone, so that a file can hold it.
 
     stage: the spelling of the stage: "mix+data", "repair", "tune". about: what it says of itself; of a compression
-    "method" (with what "auto" chose), "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that modules keep as Python numbers) and
-    "groups": {name: {"before", "after", "error", "labels": the new channel of each old one, -1 = dropped}}, and of a
-    mask "layers": {name: {"before", "after", "error"}}.
+    "method" (with what "auto" chose), "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that
+    modules keep as Python numbers), "groups": {name: {"before", "after", "error", "labels": the new channel of each old
+    one, -1 = dropped}}, and of a mask "layers": {name: {"before", "after", "error"}}.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""What a batch is and what is measured on it: one file a task."""
+"""A task says how a batch is taken apart, trained on and measured: one file a task."""
 
 from .classification import Classification
 from .metrics import METRICS, Metric

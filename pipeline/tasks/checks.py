@@ -1,4 +1,4 @@
-"""What a classification refuses to measure: each error names the shapes or the value, and the fix."""
+"""Batches and outputs that no classification can measure are refused: each error names the values and the fix."""
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def sum_to_one(rows: Tensor, dim: int) -> bool:
 
 
 def tolerance(values: Tensor) -> float:
-    """Of a sum of many rounded values."""
+    """How far a sum of many rounded values may be from 1."""
     return 1e-4 if values.element_size() >= 4 else 3e-2
 
 

@@ -24,14 +24,12 @@ class Kind:
 
     says: the shapes of outputs and labels, for people
     pairs: may a single score stand for two classes?
-    rows: is a label a row over the classes?
     extra: (classes) -> how many sums beyond BASE; add: (answers, labels, which count, classes) -> these sums
     read: (sums of BASE, these sums, ignored label) -> values of further metrics
     """
 
     says: str
     pairs: bool = False
-    rows: bool = False
     metrics: tuple[str, ...] = ("acc", "loss")
     extra: Callable[[int], int] = field(default=lambda classes: 0)
     add: Callable[[Tensor, Tensor, Tensor | None, int], Tensor] | None = None
@@ -73,8 +71,8 @@ def fraction(part: Tensor, whole: Tensor) -> float:
 
 KINDS = {
     "multiclass": Kind("(N, C) outputs with (N,) integer labels"),
-    "onehot": Kind("(N, C) outputs with (N, C) one-hot labels", rows=True),
-    "mixed": Kind("(N, C) outputs with (N, C) labels whose rows sum to 1", rows=True),
+    "onehot": Kind("(N, C) outputs with (N, C) one-hot labels"),
+    "mixed": Kind("(N, C) outputs with (N, C) labels whose rows sum to 1"),
     "binary": Kind("(N,) or (N, 1) outputs with (N,) or (N, 1) labels of 0 and 1", pairs=True),
     "multilabel": Kind(
         "(N, C) outputs with (N, C) labels of 0 and 1",

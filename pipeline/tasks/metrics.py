@@ -19,6 +19,12 @@ class Metric:
     digits: int = 1
     log: bool = False
 
+    @property
+    def heading(self) -> str:
+        """Over a column: "Accuracy (%)"."""
+        unit = self.unit.strip()
+        return f"{self.title[0].upper()}{self.title[1:]}" + f" ({unit})" * bool(unit)
+
     def text(self, value: float) -> str:
         """As in a sentence: "71.3%", "0.412 nats"."""
         return f"{self.scale * value:.{self.digits}f}{self.unit}"

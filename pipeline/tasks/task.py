@@ -14,14 +14,14 @@ Batch = Any  # as the loader gave it
 
 
 class Task(Protocol):
-    """What a batch is, what is trained on it and what is measured on it.
+    """How a batch is taken apart, trained on and measured.
 
     name: in tables of tasks
     metrics: names in METRICS; the first is the headline
     size: S, how many sums `totals` has
 
-    A batch is as the loader gave it, an output as the network gave it. Of a task that is not settled only `inputs` and
-    `settled` can be asked.
+    A batch is as the loader gave it, an output as the network gave it. A task that is not settled answers
+    `inputs` and `settled` alone.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Task(Protocol):
     def size(self) -> int: ...
 
     def inputs(self, batch: Any) -> Example:
-        """What the network is called with."""
+        """The arguments that the network is called with."""
 
     def settled(self, output: Any, batch: Any) -> "Task":
         """The task that measures such batches, decided on this one. UserError where none does."""
@@ -74,7 +74,7 @@ class Layout:
     output: Key | None = None
 
     def example(self, batch: Any) -> Example:
-        """What the network is called with."""
+        """The arguments that the network is called with."""
         which = self._inputs(batch)
         if isinstance(which, tuple):
             found = {key: _part(batch, key) for key in which}
