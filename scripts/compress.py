@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -28,18 +28,23 @@ import polars as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from pipeline.batches import sample
+from pipeline.batches import Passes, sample
 from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import PictureData
+from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import RUNTIMES, profile
-from pipeline.measure import Batch, Entry, Inputs, Measurement, passes
+from pipeline.measure import Chains, Entry, Host, Inputs, Once, chains, measure, trace
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
+from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
+from pipeline.tasks import Classification
+from pipeline.tasks.task import Batch
 from scripts.build import (
     WHERE,
     Config,
@@ -127,12 +132,12 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     exports = exporters(config["export"])
     timing = call("profile", timing_options, **config["profile"], sweeping=sweeping)
     data = data_of(json.dumps(data_options(config)))
-    measurement = measurement_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
-    repair_data = data.repair_data if measurement.mends else None
+    tree, traces = chains_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
+    repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
-    if not measurement.traced:
-        measurement.trace(net, data.example)
-    keep = wanted(config["compression"]["save"], measurement.plan(net), sweeping)
+    trace(tree, net, data.example, traces)
+    task = settle(net, Classification(), next(iter(data.test_dataloader())))
+    keep = wanted(config["compression"]["save"], tree.entries(net), sweeping)
     if exports and not keep:
         raise UserError("export= writes the networks that are kept, and none are; add save=true")
     if not sweeping:
@@ -140,38 +145,50 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     example = data.example.to(device)
     speeds = Speeds(net, timing, example, {key: context[key] for key in ("cell", "model", "data")})
     named = {"architecture": architecture_of(config, data), "source": source(config)}
+    once = Once()
 
     def move(batch: Batch) -> Batch:
         return batch[0].to(device), batch[1].to(device)
 
     def inputs() -> Inputs:
-        mending: Sequence[Batch] = []
+        training: Sequence[Batch] = []
         if repair_data is not None:
             drawn = sample(len(repair_data), config["compression"]["repair_size"], config["seed"])
-            mending = list(map(move, data.eval_dataloader(repair_data.subset(drawn))))
-        return Inputs(example, passes(data.test_dataloader(), move, example), mending)
+            training = list(map(move, data.eval_dataloader(repair_data.subset(drawn))))
+        return Inputs(example, {"test": Passes(Moved(data.test_dataloader(), move))}, training)
 
     def done(entry: Entry, compressed: Compressed) -> None:
         path = folder / "compressed" / entry.file
         if entry in keep:
-            with measurement.or_warn(f"{path} cannot be written"):
+            with once.instead(f"{path} cannot be written"):
                 save_compressed(compressed, path, {"stage": entry.stage, "pictures": pictures_of(data)}, **named)
             for suffix, write in exports:
-                with measurement.or_warn(f"{entry} cannot be exported"):
+                with once.instead(f"{entry} cannot be exported"):
                     write(compressed.model, example, path.with_suffix(suffix))
-        with measurement.or_warn(f"{entry} cannot be timed"):
+        with once.instead(f"{entry} cannot be timed"):
             speeds.add(entry, compressed.model, compressed.report.params_after, compressed.report.macs_after)
 
-    def measure() -> None:
+    def work() -> None:
+        bar = {"desc": "Compressing", "disable": sweeping}
+        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar)
         with torch.no_grad():
-            with measurement.or_warn("the uncompressed network cannot be timed"):
+            with once.instead("the uncompressed network cannot be timed"):
                 speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))
-            bar = {"desc": "Compressing", "disable": sweeping}
-            rows = measurement.rows(net, inputs, context, device=device, done=done, bar=bar)
+            rows = measure(net, tree, host, context)
         write_rows(folder, rows)
         speeds.write(folder / SPEED)
 
-    return measure
+    return work
+
+
+class Moved:
+    """A loader's batches on the device, fetched anew at every pass."""
+
+    def __init__(self, loader: DataLoader, move: Callable[[Batch], Batch]) -> None:
+        self.loader, self.move = loader, move
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.move, self.loader)
 
 
 class Speeds:
@@ -281,11 +298,11 @@ def data_of(options: str) -> PictureData:
 
 
 @lru_cache(1)
-def measurement_of(what: str) -> Measurement:
-    """With its trace, once for all checkpoints of one architecture."""
+def chains_of(what: str) -> tuple[Chains, Traces]:
+    """With what is traced, once for all checkpoints of one architecture."""
     config = json.loads(what)
     options = without(config["compression"], "save", "repair_size", "every_n_epochs")
-    return call("compression", Measurement, **options, seed=config["seed"])
+    return call("compression", chains, **options, seed=config["seed"]), Traces()
 
 
 def expanded(arguments: list[str]) -> list[str]:

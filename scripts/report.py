@@ -272,7 +272,8 @@ def plot_path(path: Path, label: str) -> Path:
 def means_title(label: str, rows: pl.DataFrame) -> str:
     n = rows["cell"].n_unique()
     splits = " and ".join(sorted(set(rows["split"])))
-    return f"{headline(rows).heading}, mean over {n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}, {splits} samples"
+    cells = f"{n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}"
+    return f"{headline(rows).heading}, mean over {cells}, {splits} samples"
 
 
 def joined(sweep: Sweep) -> pl.DataFrame:
