@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from callbacks.loaders import Batch, Batches, calibration_batches, evaluation_batches
+from callbacks.loaders import Batches, calibration_batches, evaluation_batches
 from pipeline.batches import first_sample, sample
 from pipeline.measure import Measurement
 from pipeline.tables import UserError
@@ -62,20 +62,23 @@ class NetworkCallback(Callback):
         return net
 
     def batches(self, trainer: Trainer, pl_module: LightningModule, split: str) -> dict[str, Batches]:
-        """This process's share of what the Trainer validates (or tests) on, a loader an entry."""
+        """This process's share of what the Trainer validates (or tests) on, a loader an entry.
+
+        Processes agree on their shares here, so all must come here before anything can fail on one of them.
+        """
         given = self.eval_data if split == "val" else None
         return evaluation_batches(trainer, pl_module, split, given, self.batch_size)
 
-    def calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Batch]:
-        """Training samples on the device, the same on every process; none where the measurement needs none."""
+    def calibration(self, trainer: Trainer, pl_module: LightningModule) -> Batches | None:
+        """Training samples, the same on every process; None where the measurement needs none."""
         data = self._repair_set(trainer)
         if data is None:
-            return []
+            return None
         return calibration_batches(trainer, pl_module, data, self.repair_size, self.seed, self.batch_size)
 
-    def example(self, trainer: Trainer, pl_module: LightningModule, task: Task, split: str = "val") -> Example:
-        """What the network is called with, a batch of one on the device."""
-        return first_sample(task.inputs(self.batches(trainer, pl_module, split)[split].first()))
+    def example(self, batches: Batches, task: Task) -> Example:
+        """A batch of one on the device, to call the network with."""
+        return first_sample(task.inputs(batches.first()))
 
     def _eval_loader(self, trainer: Trainer, split: str) -> DataLoader:
         """This process's share, every world_size-th sample: Lightning's own loader would repeat some to fill up."""
