@@ -145,8 +145,8 @@ class CompressionCallback(NetworkCallback):
         task, example, splits = self.settled(split)
 
         def inputs() -> Inputs:
-            batches = {name: Passes(found) for name, found in self.batches(trainer, pl_module, split).items()}
-            return Inputs(example, batches, self.calibration(trainer, pl_module))
+            batches, training = self.batches(trainer, pl_module, split), self.calibration(trainer, pl_module)
+            return Inputs(example, {name: Passes(found) for name, found in batches.items()}, list(training))
 
         def total(sums: Tensor) -> Tensor:
             device = trainer.strategy.root_device

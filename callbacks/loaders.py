@@ -105,14 +105,14 @@ def evaluation_batches(
 
 def calibration_batches(
     trainer: Trainer, pl_module: LightningModule, data: Data, size: int, seed: int, batch_size: int | None = None
-) -> list[Batch]:
+) -> Batches:
     """About `size` training samples on the device, in whole batches of equal size, the same on every process.
 
     data: a Dataset, or a loader that has an order: samples drawn by `seed`, of a loader from what its own sampler may
         give. Other loaders give their first batches, until there are so many
     batch_size: None: 256
 
-    Transfer hooks see a validation, so that augmentation of training is off.
+    Transfer hooks see a validation, so that augmentation of training is off. Every process must call this alike.
     """
     loader = as_loader(data, batch_size)
     loader = twin(loader) if isinstance(loader, DataLoader) else loader
@@ -121,12 +121,11 @@ def calibration_batches(
             order = drawn_order(loader, size, seed, batch_size or 256)
             found = twin(loader, batch_sampler=trainer.strategy.broadcast(order))
         else:
-            found = first_batches(loader, size)
+            found = order = first_batches(loader, size)
             found = trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
-        batches = list(map(mover_of(trainer, pl_module, RunningStage.VALIDATING, 0), found))
-    if not batches:
+    if not order:
         raise UserError(f"there are no {size} training samples to look at; mend repair_data= or repair_size=")
-    return batches
+    return Batches(found, mover_of(trainer, pl_module, RunningStage.VALIDATING, 0))
 
 
 # --- which loaders

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from callbacks.loaders import Batch, Batches, Data, calibration_batches, evaluation_batches
+from callbacks.loaders import Batches, Data, calibration_batches, evaluation_batches
 from pipeline.batches import first_sample
 from pipeline.compression.copies import bare_copy
 from pipeline.evaluate import settle
@@ -74,21 +74,24 @@ class NetworkCallback(Callback):
         return self._settled[split]
 
     def batches(self, trainer: Trainer, pl_module: LightningModule, split: str) -> dict[str, Batches]:
-        """This process's share of what the Trainer validates (or tests) on, a loader an entry."""
+        """This process's share of what the Trainer validates (or tests) on, a loader an entry.
+
+        Processes agree on their shares here, so all must come here before anything can fail on one of them.
+        """
         given = self.eval_data if split == "val" else None
         return evaluation_batches(trainer, pl_module, split, given, self.batch_size)
 
-    def calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Batch]:
-        """Training samples on the device, the same on every process; none where the chains need none."""
+    def calibration(self, trainer: Trainer, pl_module: LightningModule) -> Batches | tuple[()]:
+        """Training samples, the same on every process; none where the chains need none."""
         data = self._repair_set(trainer)
         if data is None:
-            return []
+            return ()
         return calibration_batches(trainer, pl_module, data, self.repair_size, self.chains.seed, self.batch_size)
 
     def supplies(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module, split: str) -> Supplies:
         """What the chains of this network draw on."""
         task, example, _ = self.settled(split)
-        training = self.calibration(trainer, pl_module)
+        training = list(self.calibration(trainer, pl_module))
         forward = trainer.precision_plugin.forward_context
         return Supplies(net, example, task, training, self.chains.seed, self.traces, forward)
 

@@ -194,8 +194,8 @@ def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, A
     entries = chains.entries(live)
     found: dict[Entry, Found] = {}
     with or_fail(found, entries, "measurement", host.once):
+        given = host.inputs()  # first, for processes may have to agree on it
         net = bare_copy(live).eval().to(host.device)
-        given = host.inputs()
         supplies = Supplies(net, given.example, host.task, given.training, chains.seed, host.traces, host.forward)
         measure_dense(supplies, given, host, entries, found)
         measure_chains(chains, supplies, given, host, entries[1:], found)

@@ -56,6 +56,8 @@ def check_shapes(kind: str, scores: Tensor, labels: Tensor) -> None:
 def _fix(scores: Tensor, labels: Tensor) -> str:
     if scores.ndim == 0 or labels.ndim == 0 or len(labels) != len(scores):
         return "give every sample one output and one label"
+    if labels.ndim == 1 and scores.ndim > 2:
+        return "flatten the outputs to (N, C) in the network"
     if labels.ndim > 2 and scores.ndim > 2 and labels.shape[-2:] != scores.shape[-2:]:
         return "resize the outputs to the labels in the network"
     return "reshape the labels in the loader, say kind=, or pass another task"

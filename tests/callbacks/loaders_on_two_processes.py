@@ -61,7 +61,7 @@ class Count(lightning.Callback):
             if name not in ("stream", "own"):
                 self.alike(trainer, batches.first()[0].double().sum())
         for data in (ODD, DataLoader(ODD, 8, sampler=SubsetRandomSampler(range(30))), DataLoader(Sharded(), 4)):
-            drawn = calibration_batches(trainer, module, data, 16, seed=0, batch_size=4)
+            drawn = list(calibration_batches(trainer, module, data, 16, seed=0, batch_size=4))
             assert [len(y) for _, y in drawn] == [4, 4, 4, 4]
             self.alike(trainer, torch.stack([x.double().sum() for x, _ in drawn]))
 

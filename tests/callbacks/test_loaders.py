@@ -220,6 +220,24 @@ def test_hooks_of_the_data_module(module, tmp_path):
     assert look.found["val"] == (pytest.approx(trainer.callback_metrics["acc0"].item(), abs=1e-7), 100)
 
 
+def test_passes_that_are_streamed_see_the_same_samples(tmp_path):
+    seen = []
+
+    class Stream(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            for batches in evaluation_batches(trainer, module, "val").values():
+                for _ in range(2):
+                    seen.append(torch.cat([inputs for inputs, _ in batches]))
+                    torch.rand(1)
+                assert torch.equal(batches.first()[0], seen[-1][:8])
+
+    loaders = [DataLoader(DATA, 8, shuffle=True, generator=g) for g in (None, torch.Generator())]
+    trainer_for(tmp_path, Stream(), limit_val_batches=2).fit(Plain(), DataLoader(TRAIN, 8), loaders)
+    assert [len(inputs) for inputs in seen] == [16] * 4
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], seen[3])
+
+
 def test_validation_that_is_switched_off_is_looked_at_nevertheless(tmp_path):
     look = Look()
     trainer_for(tmp_path, look, limit_val_batches=0).fit(Plain(), DataLoader(TRAIN, 8), DataLoader(DATA, 32))
