@@ -280,9 +280,9 @@ def side(rows: pl.DataFrame) -> pl.Expr:
         & ~pl.col("scope").is_in([unit for unit in UNITS if unit != "all"]).fill_null(False)
     )
     scopes = rows.filter(compares)["scope"].drop_nulls()
-    alike = pl.col("scope").is_null() | (pl.col("scope") == (scopes[0] if len(scopes) else None))
+    alike = pl.col("scope").is_null() | pl.col("scope").is_in(scopes.head(1).to_list())
     kind = pl.when(pl.col("kind") == "prune").then(pl.lit("prune")).otherwise(pl.lit("fold"))
-    return pl.when(compares & alike.fill_null(True)).then(kind)
+    return pl.when(compares & alike).then(kind)
 
 
 def foldability(dense: float, curve: Mapping[float, float], metric: Metric = METRICS["acc"]) -> float:

@@ -1,29 +1,47 @@
 """What a measurement keeps and shares: traces by what is compressed, pictures where they fit."""
 
+from functools import partial
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import pipeline.measure
+import pipeline.batches
+import pipeline.stages.repair
+import pipeline.stages.stage
+from pipeline.batches import Passes
 from pipeline.compression import channel_groups, compress
-from pipeline.measure import Inputs, Measurement, passes
+from pipeline.evaluate import settle
+from pipeline.measure import Entry, Host, Inputs, chains, measure, trace
 from pipeline.models import build_model
+from pipeline.results import side, table
+from pipeline.stages import Traces
 from pipeline.tables import UserError
+from pipeline.tasks import Classification
 
-CONTEXT = {"cell": "c", "model": "m", "data": "d", "seed": 0, "epoch": 0, "step": 0, "split": "test"}
+CONTEXT = {"cell": "c", "model": "m", "data": "d", "seed": 0, "epoch": 0, "step": 0}
 PICTURES = TensorDataset(torch.randn(12, 3, 8, 8), torch.arange(12) % 4)
+EVERYTHING = tuple(PICTURES.tensors)
 
 
 def vit() -> nn.Module:
     return VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=4).eval()
 
 
-def rows_of(measurement: Measurement, net: nn.Module) -> list:
-    loader = DataLoader(PICTURES, 5)
-    inputs = Inputs(PICTURES.tensors[0][:1], passes(loader, tuple, PICTURES.tensors[0][:1]), [])
-    return measurement.rows(net, lambda: inputs, CONTEXT)
+def rows_of(tree, net: nn.Module, traces=None, batches=None, training=(EVERYTHING,), **options) -> list:
+    batches = Passes(DataLoader(PICTURES, 5)) if batches is None else batches
+    first = next(iter(batches))
+    task = settle(net, Classification(), first)
+    host = Host(task, lambda: Inputs(first[0][:1], {"test": batches}, training), ("test",), **options)
+    host.traces = traces or Traces()
+    return measure(net, tree, host, CONTEXT)
+
+
+def sides(rows: list) -> dict:
+    found = table(rows)
+    return {method: of for method, of in found.select("method", side(found)).iter_rows() if of}
 
 
 def test_methods_with_parts_of_their_own_share_a_trace_of_the_same_parts(monkeypatch):
@@ -33,32 +51,28 @@ def test_methods_with_parts_of_their_own_share_a_trace_of_the_same_parts(monkeyp
         traced.append(parts)
         return real(net, example, parts)
 
-    real = pipeline.measure.channel_groups
-    monkeypatch.setattr(pipeline.measure, "channel_groups", counting)
+    real = pipeline.stages.stage.channel_groups
+    monkeypatch.setattr(pipeline.stages.stage, "channel_groups", counting)
     methods = {"mlp": {"method": "l2"}, "again": {"method": "l1"}, "heads": {"method": "l2", "parts": ["head"]}}
-    measurement = Measurement(methods, [0.5], ["raw"], parts=["hidden"])
-    assert not measurement.traced
+    tree, traces = chains(methods, [0.5], ["raw"], parts=["hidden"]), Traces()
     for net in (vit(), vit()):
-        rows = rows_of(measurement, net)
+        rows = rows_of(tree, net, traces)
         assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]
         dense, mlp, again, heads = (row.params for row in rows)
         assert len({dense, mlp, heads}) == 3
         assert mlp == again
     assert traced == [("hidden",), ("head",)]
-    assert measurement.traced
-    measurement.trace(vit(), PICTURES.tensors[0][:1])
-    assert len(traced) == 4, "another network may have another graph"
 
 
 def test_fewer_heads_and_narrower_ones_are_traced_apart():
     """Their tensors have the same shapes, but channels of one are not those of the other."""
-    example, measurement = PICTURES.tensors[0][:1], Measurement(["l1"], [0.5], ["raw"], parts=["width"])
+    example, traces = PICTURES.tensors[0][:1], Traces()
     fewer, narrower = (compress(vit(), example, "l1", 0.5, parts=[part]).model for part in ("head", "width"))
     assert [t.shape for t in fewer.parameters()] == [t.shape for t in narrower.parameters()]
     for net in (fewer, narrower):
-        found = measurement.groups("l1", net, example)
+        found = traces.of(net, example, ["width"])
         assert [group.name for group in found] == [group.name for group in channel_groups(net, example, ["width"])]
-    assert len(measurement.groups("l1", fewer, example)) < len(measurement.groups("l1", narrower, example))
+    assert len(traces.of(fewer, example, ["width"])) < len(traces.of(narrower, example, ["width"]))
 
 
 @pytest.mark.parametrize(
@@ -71,55 +85,49 @@ def test_fewer_heads_and_narrower_ones_are_traced_apart():
 )
 def test_unknown_parts_are_refused_at_once(methods, parts, message):
     with pytest.raises(UserError, match=message):
-        Measurement(methods, [0.5], ["raw"], parts=parts)
+        chains(methods, [0.5], ["raw"], parts=parts)
 
 
 def test_pictures_are_kept_where_they_fit_and_streamed_where_not(monkeypatch):
-    moved = []
-
-    def move(batch):
-        moved.append(len(batch[0]))
-        return tuple(batch)
-
-    loader, example = DataLoader(PICTURES, 5), PICTURES.tensors[0][:1]
-    size = PICTURES.tensors[0].numel() * 4
-    both = {}
-    for kept in (True, False):
-        monkeypatch.setattr(pipeline.measure, "KEPT", size if kept else size - 1)
-        moved.clear()
-        batches = passes(loader, move, example)
-        both[kept] = [list(batches), list(batches)]
-        assert moved == [5, 5, 2] * (1 if kept else 2)
-    torch.testing.assert_close(both[True], both[False], rtol=0, atol=0)
-
-
-def test_streamed_pictures_give_the_same_rows(monkeypatch):
-    net = vit()
-    kept = rows_of(Measurement(["fold"], [0.5], ["raw"]), net)
-    monkeypatch.setattr(pipeline.measure, "KEPT", 0)
-    streamed = rows_of(Measurement(["fold"], [0.5], ["raw"]), net)
-    assert [(row.acc, row.loss, row.n) for row in kept] == [(row.acc, row.loss, row.n) for row in streamed]
+    """The numbers are the same; that what is kept is fetched once is tested with Passes."""
+    net, size = build_model("resnet20", 4, 3), sum(t.numel() * t.element_size() for t in EVERYTHING)
+    both = []
+    for room in (size, size - 1):
+        monkeypatch.setattr(pipeline.batches, "KEPT", room)
+        rows = rows_of(chains(["fold"], [0.5], ["raw"]), net)
+        both.append([(row.acc, row.loss, row.n) for row in rows])
+    assert both[0] == both[1]
 
 
 def test_a_label_says_how_a_method_is_compensated(monkeypatch):
     """Synthetic pictures are made once a network; unlabelled ones are the training samples of repair."""
     made = []
     monkeypatch.setattr(
-        pipeline.measure, "synthesize", lambda net, example, seed: made.append(seed) or PICTURES.tensors[0]
+        pipeline.stages.stage, "synthesize", lambda net, example, seed: made.append(seed) or PICTURES.tensors[0]
     )
     labels = ["fold", "fold+ar", "fold+synthetic", "l1+synthetic", "obs+data", "l1+grail", "l2+data+params", "l2+macs"]
-    measurement = Measurement(labels, [0.5], ["raw"], seed=3)
-    assert measurement.mends
-    assert measurement.folds == {"fold": True}
-    net = build_model("resnet20", 4, 3)
-    mending = [tuple(PICTURES.tensors)]
-    rows = measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
+    tree = chains(labels, [0.5], ["raw"], seed=3)
+    assert tree.needs == {"calibration"}
+    rows = rows_of(tree, build_model("resnet20", 4, 3), batches=[EVERYTHING])
+    assert sides(rows) == {"fold": "fold"}
     assert [row.status for row in rows] == ["ok"] * 9, [row.reason for row in rows]
     assert [row.method for row in rows] == ["dense", *labels]
     assert made == [3]
     losses = [row.loss for row in rows]
     assert len(set(losses)) == len(losses), "each is another network"
-    assert not Measurement(["fold", "fold+synthetic"], [0.5], ["raw"]).mends
+    assert not chains(["fold", "fold+synthetic"], [0.5], ["raw"]).needs
+    told = {row.method: (row.kind, row.calibration, row.sizes, row.statistics) for row in rows}
+    assert told == {
+        "dense": ("dense", None, None, None),
+        "fold": ("fold", "none", "uniform", "none"),
+        "fold+ar": ("fold", "none", "uniform", "weights"),
+        "fold+synthetic": ("fold", "synthetic", "uniform", "synthetic"),
+        "l1+synthetic": ("prune", "synthetic", "uniform", "synthetic"),
+        "obs+data": ("prune", "data", "uniform", "data"),
+        "l1+grail": ("prune", "data", "uniform", "none"),
+        "l2+data+params": ("prune", "data", "params", "data"),
+        "l2+macs": ("prune", "none", "macs", "none"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -137,18 +145,16 @@ def test_a_label_says_how_a_method_is_compensated(monkeypatch):
 )
 def test_labels_that_make_no_sense_are_refused_at_once(methods, message):
     with pytest.raises(UserError, match=message):
-        Measurement(methods, [0.5], ["raw"])
+        chains(methods, [0.5], ["raw"])
 
 
 def test_masks_and_units_are_measured_beside_methods_of_channels():
     """Shared parts and round_to are not for masks; their ratio is no other method's, so no gap counts them."""
     methods = {"l1": {}, "fold": {}, "lamp": {}, "pattern": {"method": "n_m", "m": 8}, "l1+filters": {}}
-    measurement = Measurement(methods, [0.5], ["raw", "repaired", "norm_tuned"], round_to=2, parts=["hidden"])
-    assert measurement.folds == {"l1": False, "fold": True}
+    tree = chains(methods, [0.5], ["raw", "repaired", "norm_tuned"], round_to=2, parts=["hidden"])
     net = build_model("resnet18", 4, 3, width=4)
-    mending = [tuple(PICTURES.tensors)]
-    measurement.trace(net, PICTURES.tensors[0][:1])
-    rows = measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
+    rows = rows_of(tree, net, batches=[EVERYTHING])
+    assert sides(rows) == {"l1": "prune", "fold": "fold"}
     assert [(row.status, row.reason) for row in rows] == [("ok", "")] * len(rows)
     assert [row.method for row in rows] == ["dense", *(label for label in methods for _ in range(3))]
     at = {(row.method, row.stage): row for row in rows}
@@ -158,27 +164,25 @@ def test_masks_and_units_are_measured_beside_methods_of_channels():
     assert dense.params - lamp.params == round(weights / 2)
     assert 0 < lamp.error < 1
     assert at["l1+filters", "raw"].params == at["l1", "raw"].params, "all groups of this network are filters"
-    assert len({at["lamp", stage].loss for stage in measurement.stages}) == 3
+    assert len({at["lamp", stage].loss for stage in tree.stages}) == 3
 
 
 def test_masks_alone_need_no_channels_but_units_some():
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     example = PICTURES.tensors[0][:1]
-    masks = Measurement(["magnitude"], [0.5], ["raw", "repaired"])
-    masks.trace(net, example)
+    masks = chains(["magnitude"], [0.5], ["raw", "repaired"])
+    trace(masks, net, example, Traces())
     assert [(row.method, row.status) for row in rows_of(masks, net)] == [("dense", "ok"), ("magnitude", "ok")]
     with pytest.raises(UserError, match="VisionTransformer has no groups of filters"):
-        Measurement(["l1+filters"], [0.5], ["raw"]).trace(vit(), example)
+        trace(chains(["l1+filters"], [0.5], ["raw"]), vit(), example, Traces())
 
 
 def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(pipeline.measure, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
+    monkeypatch.setattr(pipeline.stages.stage, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
     net = build_model("resnet20", 4, 3)
-    mending = [tuple(PICTURES.tensors)]
 
     def rows(**options):
-        measurement = Measurement(["mix", "auto"], [0.0, 0.5], ["raw", "repaired"], **options)
-        return measurement.rows(net, lambda: Inputs(PICTURES.tensors[0][:1], mending, mending), CONTEXT)
+        return rows_of(chains(["mix", "auto"], [0.0, 0.5], ["raw", "repaired"], **options), net, batches=[EVERYTHING])
 
     assert all(row.fidelity is None for row in rows())
     found = {(row.method, row.ratio, row.stage): row for row in rows(predict=True)}
@@ -188,36 +192,92 @@ def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
     assert found["auto", 0.5, "raw"].fidelity >= found["mix", 0.5, "raw"].fidelity
 
 
-def test_repair_leaves_what_nothing_was_removed_of_as_it_was():
+def test_repair_leaves_what_nothing_was_removed_of_as_it_was(monkeypatch):
     """Whatever the pictures are like; and a method's own way of merging is that of its reference."""
     net = build_model("resnet20", 4, 3)
-    mending = [(3 * PICTURES.tensors[0] + 1, PICTURES.tensors[1])]
+    training = [(3 * PICTURES.tensors[0] + 1, PICTURES.tensors[1])]
     methods = {"mix": {"method": "mix"}, "lamp": {"method": "lamp"}, "apart": {"method": "fold", "norm_scale": False}}
-    measurement = Measurement(methods, [0.0, 0.5], ["raw", "repaired"])
-    given = Inputs(PICTURES.tensors[0][:1], [tuple(PICTURES.tensors)], mending)
-    found = {(row.method, row.ratio, row.stage): row for row in measurement.rows(net, lambda: given, CONTEXT)}
-    dense = found["dense", 0.0, "raw"].loss
-    for label in methods:
-        assert found[label, 0.0, "repaired"].loss == pytest.approx(dense, rel=1e-5), label
-        assert found[label, 0.5, "repaired"].loss != pytest.approx(dense, rel=1e-5), label
     asked = []
-    real = pipeline.measure.reference
+    real = pipeline.stages.repair.reference
 
     def noting(*args):
-        asked.append(args[4] if len(args) > 2 else None)
+        asked.append(args[4])
         return real(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.measure, "reference", noting)
-        measurement.rows(net, lambda: given, CONTEXT)
-    assert asked == [True, True, None, None, False, False]
+    monkeypatch.setattr(pipeline.stages.repair, "reference", noting)
+    rows = rows_of(chains(methods, [0.0, 0.5], ["raw", "repaired"]), net, batches=[EVERYTHING], training=training)
+    found = {(row.method, row.ratio, row.stage): row for row in rows}
+    dense = found["dense", 0.0, "raw"].loss
+    for label in methods:
+        assert found[label, 0.0, "repaired"].loss == dense, label
+        assert found[label, 0.5, "repaired"].loss != pytest.approx(dense, rel=1e-5), label
+    assert asked == [True, True, True, True, False, False]
+
+
+def test_what_a_stage_means_does_not_depend_on_which_others_were_asked_for():
+    net = build_model("resnet20", 4, 3)
+    rows = partial(rows_of, net=net, batches=[EVERYTHING])
+    alone = {stage: rows(chains(["fold"], [0.5], [stage]))[-1] for stage in ("raw", "repaired", "norm_tuned", "tuned")}
+    together = rows(chains(["fold"], [0.5], [*reversed(alone), "tune_norms"]))[1:]
+    assert [row.stage for row in together] == [*alone, "tune_norms"]
+    for row in together[:-1]:
+        assert (row.loss, row.acc, row.chain) == (alone[row.stage].loss, alone[row.stage].acc, alone[row.stage].chain)
+    assert alone["norm_tuned"].chain == "fold@0.5 > repair > tune_norms"
+    assert together[-1].chain == "fold@0.5 > tune_norms"
+    assert len({row.loss for row in together}) == 5, "each is another network"
+
+
+def test_a_stage_that_a_network_has_nothing_for_gives_no_rows_or_is_refused():
+    tree = chains(["l1"], [0.5], ["raw", "repaired", "norm_tuned"])
+    assert [entry.stage for entry in tree.entries(vit())] == ["raw", "raw", "norm_tuned"]
+    assert rows_of(tree, vit())[-1].chain == "l1@0.5 > tune_norms"
+    with pytest.raises(UserError, match="repair cannot be done on VisionTransformer: no BatchNorm keeps statistics"):
+        chains(["l1"], [0.5], ["repair > tune"]).entries(vit())
+
+
+def test_a_stage_that_fails_costs_its_rows_alone(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(pipeline.stages.repair, "repair_", broken)
+    with pytest.warns(RuntimeWarning, match="out of luck"):
+        rows = rows_of(chains(["l1"], [0.5], ["raw", "repaired", "norm_tuned"]), build_model("resnet20", 4, 3))
+    assert [(row.stage, row.status) for row in rows] == [
+        ("raw", "ok"), ("raw", "ok"), ("repaired", "failed"), ("norm_tuned", "failed"),
+    ]  # fmt: skip
+    assert {row.reason for row in rows[2:]} == {"RuntimeError: out of luck"}
+    assert rows[2].params == rows[1].params, "what is known is said"
+
+
+def test_a_batch_that_cannot_be_measured_fails_every_row():
+    """Also a later one: no number stands beside it."""
+    batches = [EVERYTHING, (PICTURES.tensors[0], PICTURES.tensors[1] + 1)]
+    with pytest.warns(RuntimeWarning, match="label"):
+        rows = rows_of(chains(["l1"], [0.5], ["raw"]), build_model("resnet20", 4, 3), batches=batches)
+    assert [(row.status, row.acc, row.n) for row in rows] == [("failed", None, 0)] * 2
+
+
+def test_every_split_has_its_rows():
+    net, task = build_model("resnet20", 4, 3).eval(), None
+    task = settle(net, Classification(), EVERYTHING)
+    given = Inputs(PICTURES.tensors[0][:1], {"val": [EVERYTHING], "val/1": [tuple(t[:5] for t in EVERYTHING)]})
+    rows = measure(net, chains(["l1"], [0.5]), Host(task, lambda: given, ("val", "val/1")), CONTEXT)
+    assert [(row.split, row.method, row.n) for row in rows] == [
+        ("val", "dense", 12), ("val", "l1", 12), ("val/1", "dense", 5), ("val/1", "l1", 5),
+    ]  # fmt: skip
+
+
+def test_a_file_is_named_without_what_file_systems_refuse():
+    assert Entry("mix+data", 0.5, "repaired").file == "mix+data-r0.5-repaired.safetensors"
+    assert "/" not in Entry("a/b", 0.5, "repair > tune(lr=0.1)").file
+    assert ">" not in Entry("a/b", 0.5, "repair > tune(lr=0.1)").file
 
 
 def test_fidelity_that_cannot_be_foretold_costs_a_warning():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     inputs = torch.randn(8, 4), torch.arange(8) % 4
-    measurement = Measurement(["fold"], [0.5], ["raw"], predict=True)
+    tree = chains(["fold"], [0.5], ["raw"], predict=True)
     with pytest.warns(RuntimeWarning, match="fidelity cannot be foretold.*networks of pictures"):
-        rows = measurement.rows(net, lambda: Inputs(inputs[0][:1], [inputs], []), CONTEXT)
+        rows = rows_of(tree, net, batches=[inputs])
     assert [row.status for row in rows] == ["ok", "ok"]
     assert rows[1].fidelity is None

@@ -11,6 +11,7 @@ from pipeline.results import KEY, SCHEMA, Row, RowStore, foldability, means, rea
 
 def row(epoch: int = 1, method: str = "fold", ratio: float = 0.5, acc: float | None = 0.75, **more) -> Row:
     fixed = {"cell": "c", "model": "m", "data": "d", "seed": 0, "step": 10, "stage": "raw", "split": "val", "n": 8}
+    fixed["kind"] = "fold"
     return Row(**{**fixed, "epoch": epoch, "method": method, "ratio": ratio, "acc": acc, **more})
 
 

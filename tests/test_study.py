@@ -7,20 +7,25 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from pipeline.results import DENSE, Row, table
+from pipeline import results
+from pipeline.results import DENSE, Row, with_facts
 from pipeline.study import (
-    dense_accuracy,
+    dense_value,
     duels,
     foretold,
     gaps,
     headlines,
-    is_folding,
-    is_mask,
     last_measurement,
     plot_curves,
     print_table,
     result_table,
 )
+from pipeline.tables import UserError
+
+
+def table(rows: list[Row]) -> pl.DataFrame:
+    """With what their labels say, as of a file of before."""
+    return with_facts(results.table(rows))
 
 
 def row(cell="a", method="fold", ratio=0.5, acc=0.5, stage="raw", split="val", epoch=1, **more) -> Row:
@@ -58,9 +63,53 @@ def test_the_last_measurement_is_of_each_cell():
     assert last_measurement(table([])).is_empty()
 
 
-def test_labels_that_start_with_folding_are_folding():
-    labels = pl.DataFrame({"method": ["fold", "fold-writers", "l1", "unfold", "random"]})
-    assert labels.select(is_folding(pl.col("method"))).to_series().to_list() == [True, True, False, False, False]
+def test_rows_of_before_are_given_what_their_labels_say():
+    """Once, where they are read; a label that is no spelling says its kind by how it begins."""
+    kinds = {
+        "fold": "fold", "fold-writers": "fold", "mix+data": "mix", "l1": "prune", "unfold": "prune", "random": "prune",
+        "random_fold": "fold", "random_mask": "mask", "n_m-8": "mask", "lamp": "mask", "auto": "auto", DENSE: "dense",
+    }  # fmt: skip
+    assert dict(table([row(method=method) for method in kinds]).select("method", "kind").iter_rows()) == kinds
+    columns = ["calibration", "sizes", "scope", "statistics", "metric"]
+    said = {
+        ("mix+data+macs", "raw"): ("data", "macs", "hidden,residual", "data", "acc"),
+        ("l1+grail", "raw"): ("data", "uniform", "hidden,residual", "none", "acc"),
+        ("l1+grail", "repaired"): ("data", "uniform", "hidden,residual", "data", "acc"),
+        ("fold+ar", "raw"): ("none", "uniform", "hidden,residual", "weights", "acc"),
+        ("l1+filters", "norm_tuned"): ("none", "uniform", "filters", "data", "acc"),
+        ("my own", "raw"): ("none", "uniform", None, "none", "acc"),
+    }
+    found = table([row(method=method, stage=stage) for method, stage in said])
+    assert [tuple(line) for line in found.select(columns).rows()] == list(said.values())
+
+
+def test_rows_that_say_what_they_are_keep_it():
+    mine = row(method="lamp", kind="fold", calibration="none", sizes="uniform", statistics="none", metric="acc")
+    assert table([mine, row(method="l1")])["kind"].to_list() == ["fold", "prune"]
+    assert duels(table([mine, row(method="l1", acc=0.4)])).select("fold", "prune").rows() == [(0.5, 0.4)]
+
+
+def test_a_metric_that_falls_is_read_the_other_way_round():
+    facts = {"calibration": "none", "sizes": "uniform", "statistics": "none", "metric": "loss"}
+    rows = results.table(
+        [
+            row(method=DENSE, ratio=0.0, loss=1.0, kind="dense", metric="loss"),
+            row(method="fold", loss=1.5, kind="fold", **facts),
+            row(method="l1", loss=2.0, kind="prune", **facts),
+            row(method="l2", loss=1.75, kind="prune", **facts),
+        ]
+    )
+    assert duels(rows).select("fold", "prune", "gap").rows() == [(1.5, 1.75, 0.25)]
+    lines = shown(result_table(rows, duel=True))
+    assert "fold 1.500" in lines
+    assert "gap, points +0.250" in lines
+    assert headlines(rows).select("dense", "gap").rows() == [(1.0, 0.25)]
+
+
+def test_two_metrics_are_not_shown_in_one_table():
+    rows = results.table([row(kind="fold", metric="acc"), row(kind="fold", metric="miou", miou=0.5)])
+    with pytest.raises(UserError, match="these rows measure acc and miou; show them apart, with --where"):
+        result_table(rows)
 
 
 def test_gap_and_win_rate_against_a_hand_computation():
@@ -131,7 +180,7 @@ def test_the_table_of_several_cells_shows_gap_interval_wins_and_n(capsys):
 
 def test_nothing_measured_still_gives_a_table_and_a_picture(tmp_path):
     rows = table([row(method=DENSE, ratio=0.0, acc=None, status="failed", reason="why")])
-    assert dense_accuracy(rows) is None
+    assert dense_value(rows) is None
     result_table(rows, duel=True)
     plot_curves(rows, tmp_path / "empty.png", "title")
     assert (tmp_path / "empty.png").stat().st_size > 0
@@ -150,8 +199,6 @@ def test_a_panel_starts_from_the_networks_that_have_its_stage(tmp_path, monkeypa
 
 def test_masks_are_shown_and_not_compared():
     """Half of the weights is not half of the channels."""
-    labels = pl.DataFrame({"method": ["lamp", "n_m", "n_m-8", "random", "random_mask", "l1"]})
-    assert labels.select(is_mask(pl.col("method"))).to_series().to_list() == [True, True, True, False, True, False]
     rows = [row(method=DENSE, ratio=0.0, acc=0.9), *cell("a", 0.6, 0.5, 0.4), row(method="lamp", acc=0.8, params=50)]
     assert duels(table(rows)).select("fold", "prune").rows() == [(0.6, 0.5)]
     lines = shown(result_table(table(rows)))
@@ -180,5 +227,5 @@ def test_what_was_foretold_against_what_came():
     assert (found.n, found.gaps, found.sure) == (12, 4, 3)
     assert found.sign == pytest.approx(2 / 3)
     assert found.gap == pytest.approx(0.8)  # ranks of the gaps 4, 1, 2, 3 and foretold 4, 1, 3, 2
-    assert 0 < found.acc < 1
+    assert 0 < found.value < 1
     assert foretold(table([row(), row("b"), row("c")])) is None
