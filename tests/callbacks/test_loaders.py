@@ -51,7 +51,7 @@ class Plain(LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         self.accuracies = nn.ModuleList(MulticlassAccuracy(3, average="micro") for _ in range(2))
-        self.seen = [0, 0]
+        self.seen, self.pixels = [0, 0], torch.zeros(())
 
     def take_apart(self, batch):
         return (batch["image"], batch["labels"]) if isinstance(batch, dict) else batch
@@ -68,6 +68,7 @@ class Plain(LightningModule):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         inputs, labels = self.take_apart(batch)
         self.seen[dataloader_idx] += len(labels)
+        self.pixels += inputs.sum()
         accuracy = self.accuracies[dataloader_idx]
         accuracy(self.net(inputs), labels)
         self.log(f"acc{dataloader_idx}", accuracy, on_epoch=True, add_dataloader_idx=False)
@@ -142,6 +143,16 @@ class Wrapper(Dataset):
 
     def __getitem__(self, i):
         return self.dataset[2 * i][0] + 1, self.dataset[2 * i][1]
+
+
+class Noisy(Wrapper):
+    """Draws as it is fetched: a worker that lives on would draw otherwise after another pass."""
+
+    def __getitem__(self, i):
+        return self.dataset[i][0] + torch.randn(1), self.dataset[i][1]
+
+    def __len__(self):
+        return len(self.dataset)
 
 
 def as_dicts(samples: list) -> dict:
@@ -269,11 +280,12 @@ def test_a_generator_that_training_shares_goes_on_as_it_was(workers, tmp_path):
         generator = torch.Generator().manual_seed(7)
         train = DataLoader(TRAIN, 8, shuffle=True, generator=generator)
         sampler = RandomSampler(DATA, generator=generator)
-        val = DataLoader(DATA, 8, sampler=sampler, generator=generator, **workers)
+        val = DataLoader(Noisy(DATA), 8, sampler=sampler, generator=generator, **workers)
         lightning.seed_everything(0, verbose=False)
         net = Plain()
         trainer_for(tmp_path, *looks, max_epochs=3).fit(net, train, val)
-        return nn.utils.parameters_to_vector(net.parameters()).detach(), generator.get_state(), torch.get_rng_state()
+        weights = nn.utils.parameters_to_vector(net.parameters()).detach()
+        return weights, net.pixels, generator.get_state(), torch.get_rng_state()
 
     for alone, looked_at in zip(trained(), trained(Look()), strict=True):
         assert torch.equal(alone, looked_at)

@@ -161,7 +161,7 @@ REFUSED = {
     "maps of a classifier": (
         (N, C, 6, 5),
         LABELS,
-        "outputs .5, 4, 6, 5. and labels .5,. torch.int64 .* dense.*flatten",
+        "outputs .5, 4, 6, 5. and labels .5,. torch.int64.*dense.*flatten",
     ),
     "pixels of one label": ((N, C), PLACES, "outputs .5, 4. and labels .5, 6, 5. .*multiclass"),
     "another size": ((N, C, 3, 3), PLACES, "resize the outputs"),
