@@ -207,9 +207,13 @@ def measure_dense(
 ) -> None:
     """The row of the uncompressed network. The task looks at every batch of it: what it refuses fails all entries."""
     values: dict[str, Any] = {"error": 0.0, "params": parameters(supplies.dense)}
-    with or_fail(found, entries, str(entries[0]), host.once, values):
+    with or_fail(found, entries[:1], str(entries[0]), host.once, values):
         values["macs"] = macs(supplies.dense, supplies.example, supplies.traces.counted)
-        found[entries[0]] = evaluated(supplies.dense, given, host, values, check=True)
+        try:
+            found[entries[0]] = evaluated(supplies.dense, given, host, values, check=True)
+        except UserError as refused:
+            found |= {entry: Found({"reason": one_line(refused)}) for entry in entries[1:]}
+            raise
 
 
 def measure_chains(

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from pipeline.compression.plan import Step, remember_
 from pipeline.stages.compress import Compress
 from pipeline.stages.repair import Repair
 from pipeline.stages.stage import Stage, State, Supplies, timed
@@ -88,6 +89,8 @@ class Followed:
             took = {"seconds": before.seconds}
             with timed(took), self.supplies.forward():
                 after = tail[-1].run(before.copied(), self.supplies)
+            if not isinstance(tail[-1], Compress):  # which is remembered where it is made
+                remember_(after.model, Step(str(tail[-1])))
             self.found[tail] = State(after.model, after.report, after.before, took["seconds"])
         return self.found[tail]
 

@@ -262,7 +262,7 @@ def test_a_failing_method_costs_its_rows_only(tmp_path, monkeypatch):
     def broken(weights, sizes):
         raise RuntimeError("no luck\nwith details")
 
-    monkeypatch.setitem(methods.METHODS, "l1", broken)
+    monkeypatch.setitem(methods.METHODS, "l1", methods.Method(broken, "prune"))
     measured = callback(methods=["l1", "l2"], stages=["raw"])
     with pytest.warns(RuntimeWarning, match="RuntimeError: no luck"):
         fit(tmp_path, [measured], epochs=1)
@@ -290,10 +290,10 @@ def fails_on_call(work, count: int):
         # 3 methods x 2 ratios; the error of one ratio costs those of its method that are left
         ("pipeline.compression.compress.apply", 2, [("l1", r, s) for r in (0.25, 0.5) for s in ("raw", "repaired")]),
         ("pipeline.compression.compress.apply", 3, [("l1", 0.5, "raw"), ("l1", 0.5, "repaired")]),
-        ("pipeline.measure.repair_", 1, [("fold", 0.5, "repaired")]),
+        ("pipeline.stages.repair.repair_", 1, [("fold", 0.5, "repaired")]),
         ("pipeline.measure.evaluate", 0, [("dense", 0.0, "raw")]),
         ("pipeline.measure.evaluate", 3, [("fold", 0.5, "raw")]),
-        ("callbacks.compression.passes", 0, "all"),
+        ("callbacks.compression.Passes", 0, "all"),
     ],
 )
 def test_an_error_on_one_process_leaves_it_with_the_rows_of_the_others(tmp_path, monkeypatch, what, call, failed):
@@ -402,7 +402,7 @@ def test_bad_arguments_are_refused_at_once(options, message):
 def test_what_cannot_work_is_refused_before_training(tmp_path):
     with pytest.raises(UserError, match=r"Plain has no network 'net'.*its modules: backbone"):
         fit(tmp_path, [CompressionCallback()])
-    with pytest.raises(UserError, match="need training pictures without augmentation; pass repair_data="):
+    with pytest.raises(UserError, match="need training samples without augmentation; pass repair_data="):
         fit(tmp_path, [CompressionCallback(network="backbone")])
 
     class Tiny(Plain):

@@ -130,12 +130,18 @@ def test_a_compressed_file_is_a_checkpoint_and_is_compressed_again(trained, tmp_
     same = ["params", "macs", "acc", "n"]
     assert dense.select(same).equals(once.select(same)), "what the first command measured of it"
     model, manifest = load(folder / "compressed" / "l1-r0.5-raw.safetensors")
-    assert [step.stage for step in history(model)] == ["fold", "l1"]
+    assert [step.stage for step in history(model)] == ["fold", "repair", "l1"]
     assert manifest["source"] == {"file": kept.name, "sha256": file_hash(str(kept))}
     assert manifest["params"] == sum(p.numel() for p in model.parameters()) < before["params"]
     assert manifest["params_before"] == before["params_before"]
     third = compress(folder / "compressed" / "l1-r0.5-raw.safetensors", tmp_path / "third", "methods=[lamp]")
-    assert [step.stage for step in history(load(next((third / "compressed").iterdir()))[0])] == ["fold", "l1", "lamp"]
+    assert [step.stage for step in history(load(next((third / "compressed").iterdir()))[0])] == [
+        "fold",
+        "repair",
+        "l1",
+        "lamp",
+        "repair",
+    ]
 
 
 def test_a_compressed_file_of_another_model_is_refused_by_its_name(trained, tmp_path):
