@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+UNCHANGING = (bool, int, float, str, type(None))
+PICKLED = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__", "__slots__")
+CONTAINERS = (dict, set, OrderedDict)
+
 
 def bare_copy(model: nn.Module, share: bool = False) -> nn.Module:
     """A deep copy of the network itself, in the same mode.
@@ -37,13 +41,28 @@ def bare_copy(model: nn.Module, share: bool = False) -> nn.Module:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """copy.deepcopy(model, memo), in half of the time.
+    """copy.deepcopy(model, memo), in a quarter of the time: what is shared before is shared after.
 
-    Every module has a dozen empty dicts of hooks, each of which deepcopy takes apart and builds anew; here fresh ones
-    stand in the memo. What is shared before is shared after.
+    A module is a dozen empty dicts of hooks, each of which deepcopy takes apart and builds anew, and numbers that it
+    looks at one by one. Modules that say themselves how they are copied or pickled are left to deepcopy.
     """
-    for module in model.modules():
-        for value in vars(module).values():
-            if type(value) in (OrderedDict, dict, set) and not value:
-                memo.setdefault(id(value), type(value)())
+    kinds = {kind for kind in set(map(type, model.modules())) if _is_plain(kind)}
+    plain = [module for module in model.modules() if type(module) in kinds and id(module) not in memo]
+    for module in plain:
+        memo[id(module)] = module.__new__(type(module))
+    for module in plain:
+        memo[id(module)].__setstate__({name: _copied(value, memo) for name, value in module.__getstate__().items()})
     return copy.deepcopy(model, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in UNCHANGING:
+        return value
+    if type(value) in CONTAINERS and not value:
+        return memo.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, memo)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Are these modules copied as nn.Module is: a new object with copies of its attributes?"""
+    return all(getattr(kind, name, None) == getattr(nn.Module, name, None) for name in PICKLED)

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +21,11 @@ class Axis:
     axis: int
     index: Tensor = field(repr=False, compare=False)
     query: bool = False
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Is channel c the entry c, and no other?"""
+        return self.index.shape[1] == 1 and bool((self.index[:, 0] == torch.arange(len(self.index))).all())
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,25 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the nu
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Sums of entries along an axis: those that stay, in their order, and those that are added to one of them.
+
+    stays: (k,) of entries; added: (n,) of entries; to: (n,), the place in `stays` of what each is added to.
+    """
+
+    stays: Tensor
+    added: Tensor
+    to: Tensor
+
+    @classmethod
+    def of(cls, into: Tensor) -> "Sums":
+        """into: (size,), the entry that each entry goes into, itself where it stays; -1: dropped."""
+        stays = into == torch.arange(len(into))
+        added = (~stays & (into >= 0)).nonzero().squeeze(1)
+        return cls(stays.nonzero().squeeze(1), added, (stays.cumsum(0) - 1)[into[added]])
+
+
+@dataclass(frozen=True)
 class Projection:
     """labels: (C,) int64, the new channel of each old one, -1 = dropped.
 
@@ -63,6 +82,11 @@ class Projection:
         """Of every channel: the representative of its cluster, -1 = dropped, (C,) int64."""
         return torch.where(self.labels >= 0, self.representatives[self.labels], -1)
 
+    @cached_property
+    def sums(self) -> Sums:
+        """What merging adds up."""
+        return Sums.of(self.into)
+
     @property
     def is_identity(self) -> bool:
         return len(self.counts) == len(self.labels)
@@ -79,20 +103,18 @@ class Projection:
 
 def merge(tensor: Tensor, projection: Projection, reduce: str, dim: int = 0) -> Tensor:
     """Cluster means ("mean") or sums ("sum") along `dim`, of size C before and k after."""
-    merged = weighted_sum(tensor, projection.into, None, dim)
+    merged = weighted_sum(tensor, projection.sums, None, dim)
     if reduce == "mean":
         merged = merged / projection.counts.to(tensor.device).view(_along(dim, tensor))
     return merged.to(tensor.dtype)
 
 
-def weighted_sum(tensor: Tensor, into: Tensor, weights: Tensor | None, dim: int = 0) -> Tensor:
-    """What stands along `dim`, each entry times its weight and added to the entry it goes `into`; -1: dropped.
+def weighted_sum(tensor: Tensor, sums: Sums, weights: Tensor | None = None, dim: int = 0) -> Tensor:
+    """The sums along `dim`, each entry times its weight.
 
-    into: (size,) of indices of entries that go into themselves: these are left, in their order.
     weights: (size,), or None for ones. Half precision comes out as float32: it would lose what a large sum adds last.
     """
-    device = tensor.device
-    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    device, wide = tensor.device, _wide(tensor)
 
     def taken(entries: Tensor) -> Tensor:
         chosen = tensor.index_select(dim, entries.to(device)).to(wide)
@@ -100,11 +122,13 @@ def weighted_sum(tensor: Tensor, into: Tensor, weights: Tensor | None, dim: int 
             chosen *= weights.to(device, wide)[entries.to(device)].view(_along(dim, tensor))
         return chosen
 
-    stays = into == torch.arange(len(into))
     # What stays is copied and only the others added: most clusters are single channels.
-    others = (~stays & (into >= 0)).nonzero().squeeze(1)
-    place = stays.cumsum(0) - 1
-    return taken(stays.nonzero().squeeze(1)).index_add_(dim, place[into[others]].to(device), taken(others))
+    merged = taken(sums.stays)
+    return merged.index_add_(dim, sums.to.to(device), taken(sums.added)) if len(sums.added) else merged
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 def reconstruction_error(gram: Tensor, projection: Projection) -> float:
@@ -230,10 +254,11 @@ def compressed_tensors(
             factor = temperature if axis.query else 1.0
             edits[axis.tensor, axis.axis].append(_Edit(axis, projection, False, factor=factor))
     edited: dict[str, Tensor] = {}
+    merges_of: dict[Any, tuple[Sums, Tensor]] = {}
     # All that is written before all that is only read: a merged norm sets its weight's rows from the columns as they
     # were. Of one axis all groups at once: the heads of a layer, and keys beside queries, share a weight.
     for (name, dim), along in sorted(edits.items(), key=lambda item: not any(e.is_write for e in item[1])):
-        edited[name] = _edited(edited.get(name, tensors[name]), dim, along)
+        edited[name] = _edited(edited.get(name, tensors[name]), dim, along, merges_of)
     return {name: t.contiguous() for name, t in edited.items()}
 
 
@@ -243,7 +268,7 @@ def merged_inputs(
     """Cluster means of what a reader is given, (rows, inputs) -> (rows, inputs left)."""
     pairs = zip(groups, projections, strict=True)
     edits = [_Edit(axis, p, True) for g, p in pairs for axis in g.reads if axis.tensor == reader and not p.is_identity]
-    return _edited(inputs, 1, edits)
+    return _edited(inputs, 1, edits, {})
 
 
 @dataclass(frozen=True)
@@ -261,9 +286,34 @@ class _Edit:
     factor: float = 1.0
 
 
-def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit]) -> Tensor:
-    """The tensor with these edits along `dim`, done as one projection of all that stands there."""
+def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, tuple[Sums, Tensor]]) -> Tensor:
+    """The tensor with these edits along `dim`, done as one projection of all that stands there.
+
+    known: what `_merge_of` gave, added to: a weight, its bias and the norm behind it merge alike.
+    """
     size = tensor.shape[dim]
+    first = edits[0]
+    if first.values is not None and first.axis.is_plain and first.axis.index.shape[0] == size:
+        return (
+            first.values.to(tensor.device, _wide(tensor)).movedim(0, dim).to(tensor.dtype)
+        )  # nothing else stands there
+    key = (size, *((e.axis.index.numpy().tobytes(), id(e.projection), e.is_write, e.factor) for e in edits))
+    if key not in known:
+        known[key] = _merge_of(size, edits)
+    sums, divisor = known[key]
+    merged = weighted_sum(tensor, sums, None, dim)
+    if len(divisor):
+        merged /= divisor.to(tensor.device, merged.dtype).view(_along(dim, tensor))
+    for edit in edits:
+        if edit.values is not None:
+            entries = edit.axis.index[edit.projection.representatives].reshape(-1)
+            places = torch.searchsorted(sums.stays, entries)
+            merged.index_copy_(dim, places.to(tensor.device), edit.values.to(merged).movedim(0, dim))
+    return merged.to(tensor.dtype)
+
+
+def _merge_of(size: int, edits: Sequence[_Edit]) -> tuple[Sums, Tensor]:
+    """(sums, what each is divided by, or nothing where that is 1) of an axis with these edits."""
     into = torch.arange(size)  # of each position: the one whose place it shares, -1 where it is dropped
     divisor = torch.ones(size, dtype=torch.float64)
     for edit in edits:
@@ -271,16 +321,9 @@ def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit]) -> Tensor:
         first = index[edit.projection.representatives]
         into[index] = torch.where(where[:, None] >= 0, index[where], -1)
         divisor[first] = edit.projection.counts[:, None].double() if edit.is_write else 1 / edit.factor
-    merged = weighted_sum(tensor, into, None, dim)
-    stays = into == torch.arange(size)
-    divisor = divisor[stays]
-    if (divisor != 1).any():
-        merged /= divisor.to(tensor.device, merged.dtype).view(_along(dim, tensor))
-    for edit in edits:
-        if edit.values is not None:
-            places = (stays.cumsum(0) - 1)[edit.axis.index[edit.projection.representatives]].reshape(-1)
-            merged.index_copy_(dim, places.to(tensor.device), edit.values.to(merged).movedim(0, dim))
-    return merged.to(tensor.dtype)
+    sums = Sums.of(into)
+    divisor = divisor[sums.stays]
+    return sums, divisor if (divisor != 1).any() else divisor[:0]
 
 
 def _along(dim: int, tensor: Tensor) -> list[int]:
@@ -304,13 +347,12 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         found = rows(name)
         return None if found is None else found.double()
 
-    def mean(t: Tensor) -> Tensor:
-        return merge(t, projection, "mean")
+    def means(*vectors: Tensor) -> Sequence[Tensor]:
+        """Of each vector (C,) at once."""
+        return merge(torch.stack(vectors, 1), projection, "mean").T.contiguous().unbind()
 
-    def keep_singles(name: str, old: Tensor, merged: Tensor) -> None:
-        plain = mean(old)
-        single = (projection.counts == 1).to(plain.device).view(-1, *[1] * (plain.dim() - 1))
-        new[name] = torch.where(single, plain, merged)
+    def keep_singles(name: str, plain: Tensor, merged: Tensor) -> None:
+        new[name] = torch.where((projection.counts == 1).to(plain.device), plain, merged)
 
     for norm in group.norms:
         if norm.weight is None or norm.bias is None or norm.mean is None or norm.var is None:
@@ -321,16 +363,18 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         sigma = (var + norm.eps).sqrt()
         s = gain / sigma
         t = shift - center * s
-        new_var, new_shift = mean(var), mean(shift)
-        new_sigma = (new_var + norm.eps).sqrt()
         weight = rows(norm.writer) if norm.writer else None
         bias = take(norm.writer_bias) if norm.writer_bias else None
+        more = () if bias is None else (bias, s * bias + t)
+        m_gain, m_size, m_shift, m_center, m_var, m_s, m_t, *of_bias = means(
+            gain, gain.abs(), shift, center, var, s, t, *more
+        )
+        new_sigma = (m_var + norm.eps).sqrt()
         if norm.writer is None or weight is None or (norm.writer_bias and bias is None):
-            new_center = mean(center)
-            keep_singles(norm.weight, gain, mean(s) * new_sigma)
-            keep_singles(norm.bias, shift, mean(t) + new_center * mean(s))
+            keep_singles(norm.weight, m_gain, m_s * new_sigma)
+            keep_singles(norm.bias, m_shift, m_t + m_center * m_s)
             continue
-        new_gain = mean(gain.abs()) * torch.where(mean(gain) < 0, -1.0, 1.0)
+        new_gain = m_size * torch.where(m_gain < 0, -1.0, 1.0)
         new_s = new_gain / new_sigma
         dead = new_gain.abs() < 1e-12  # a norm that puts out its shift alone: any weight will do
         safe = torch.where(dead, 1.0, new_s)
@@ -339,13 +383,10 @@ def _merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[s
         of_own = labels.clamp(min=0)
         counts = projection.counts.to(s.device)[of_own]
         plain = (counts == 1) | dead[of_own]
-        new[norm.writer] = weighted_sum(weight, projection.into, torch.where(plain, 1.0, s / safe[of_own]) / counts)
-        offset = mean(t)
-        if bias is not None:
-            new_bias = mean(bias)
-            offset = mean(s * bias + t) - new_s * new_bias
-        keep_singles(norm.weight, gain, new_gain)
-        keep_singles(norm.mean, center, torch.where(dead, mean(center), (new_shift - offset) / safe))
+        new[norm.writer] = weighted_sum(weight, projection.sums, torch.where(plain, 1.0, s / safe[of_own]) / counts)
+        offset = of_bias[1] - new_s * of_bias[0] if of_bias else m_t
+        keep_singles(norm.weight, m_gain, new_gain)
+        keep_singles(norm.mean, m_center, torch.where(dead, m_center, (m_shift - offset) / safe))
     return new
 
 
@@ -354,6 +395,8 @@ def _written_rows(group: ChannelGroup, tensors: Mapping[str, Tensor], name: str)
     axis = next((a for a in group.writes if a.tensor == name), None)
     if axis is None or axis.axis != 0 or axis.index.shape[1] != 1:
         return None
+    if axis.is_plain and len(axis.index) == len(tensors[name]):
+        return tensors[name]
     return tensors[name].index_select(0, axis.index[:, 0].to(tensors[name].device))
 
 

@@ -173,3 +173,39 @@ def test_a_copy_shares_what_the_original_shares():
     assert not net[1].seen
     assert not net[0]._forward_hooks
     assert not copied[1]._forward_hooks, "each module has hooks of its own"
+
+
+class Counts(nn.Linear):
+    """Says itself how it is copied."""
+
+    def __deepcopy__(self, memo):
+        copied = Counts(self.in_features, self.out_features)
+        copied.copies = getattr(self, "copies", 0) + 1
+        return copied
+
+
+class Forgets(nn.Linear):
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != "cache"}
+
+
+def test_modules_that_say_how_they_are_copied_are_copied_so():
+    net = nn.Sequential(nn.Linear(2, 2), Counts(2, 2), nn.Sequential(Forgets(2, 2)))
+    net[2][0].cache, net.others = [1], [net[0], {"last": net[2][0]}]
+    copied = deep_copy(net, {})
+    assert copied[1].copies == 1
+    assert not hasattr(copied[2][0], "cache")
+    assert copied.others[0] is copied[0]
+    assert copied.others[1]["last"] is copied[2][0] is not net[2][0]
+    assert [type(module) for module in copied.modules()] == [type(module) for module in net.modules()]
+
+
+def test_given_copies_are_taken():
+    """Tensors and modules of the memo stand in the copy, under all their names."""
+    net, other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.ReLU()
+    net[1].weight = net[0].weight
+    weight = nn.Parameter(torch.ones(2, 2))
+    copied = deep_copy(nn.Sequential(net, net[0]), {id(net[0].weight): weight, id(net): other})
+    assert copied[0] is other
+    assert copied[1].weight is weight
+    assert copied[1].bias is not net[0].bias
