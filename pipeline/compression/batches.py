@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pipeline.compression.graph import Example, call_arguments
 from pipeline.tables import UserError
 
-SAMPLES = 32  # of a batch at most: memory stays bounded, and more of them are no faster (benchmarks/calibration.py)
-TOKENS = 8192  # of a batch at most, where inputs are (samples, tokens) of integers: each becomes many values
+# A batch holds no more than this, so that memory is bounded: samples, values (13 pictures of 224 pixels), and tokens,
+# which are integers, (samples, tokens), and become many values each.
+SAMPLES, VALUES, TOKENS = 128, 2**21, 8192
 
 CHANGED = (
     "pictures are not the same in every pass over them: give batches in a fixed order, without augmentation "
@@ -33,7 +34,7 @@ class Outline(NamedTuple):
 
 
 class Batches:
-    """Network inputs, at most SAMPLES in a batch, that are the same in every pass over them.
+    """Network inputs, of which no batch is larger than `largest` says, that are the same in every pass over them.
 
     given: what the network is called with, once for each batch as the caller made it
     outlines: one for each batch; count: samples of all of them
@@ -101,10 +102,13 @@ def part(batch: Example, start: int, stop: int) -> Example:
 
 
 def largest(batch: Example) -> int:
-    """Samples that a part of this batch may have."""
-    leaves = [leaf for leaf in tree_leaves(call_arguments(batch)) if isinstance(leaf, Tensor) and leaf.dim() == 2]
-    tokens = max((leaf.shape[1] for leaf in leaves if not leaf.is_floating_point()), default=1)
-    return max(1, min(SAMPLES, TOKENS // max(1, tokens)))
+    """Samples that a part of this batch may have: at least one, whatever its size."""
+    leaves = [leaf for leaf in tree_leaves(call_arguments(batch)) if isinstance(leaf, Tensor) and leaf.dim()]
+    limits = [SAMPLES]
+    for leaf in leaves:
+        tokens = leaf.dim() == 2 and not leaf.is_floating_point()
+        limits.append((TOKENS if tokens else VALUES) // max(1, leaf[:1].numel()))
+    return max(1, min(limits))
 
 
 def outline(batch: Example) -> Outline:

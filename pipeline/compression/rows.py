@@ -170,7 +170,7 @@ def gather_(into: dict[str, Tensor], name: str, rows: Tensor, counts: Sequence[i
 
 @lru_cache(maxsize=256)
 def drawn(count: int) -> Tensor:
-    """(rows,) int64, at most ROWS of `count`, in no order. Kept: a draw from all pixels takes as long as a layer."""
+    """(rows,) int64, at most ROWS of `count`, in no order; kept, as a draw from all pixels takes as long as a layer."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS].clone()
 
 
