@@ -314,8 +314,11 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
     stages = list(dict.fromkeys(stage for stage, _ in found)) or ["raw"]
     methods = list(dict.fromkeys(method for _, method in found))
     masked = rows.select(pl.col("kind").eq_missing("mask").any()).item()
-    figure = Figure(figsize=(1.5 + 4.5 * len(stages), 4.2), layout="constrained")
+    across = 2 * len(stages)  # columns of the legend below
+    height = 4.2 + 0.22 * -(-len(methods) // across)
+    figure = Figure(figsize=(1.5 + 4.5 * len(stages), height), layout="constrained")
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    drawn: dict[str, Any] = {}
     for panel, stage in zip(panels, stages, strict=True):
         has = rows.filter((pl.col("stage") == stage) & (pl.col("method") != DENSE))
         dense = dense_value(rows.join(has.select("cell"), on="cell", how="semi") if len(has) else rows)
@@ -326,7 +329,9 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
             if dense is not None and 0.0 not in ratios:
                 ratios, values = [0.0, *ratios], [dense, *values]
             scaled = [metric.scale * value for value in values]
-            panel.plot(ratios, scaled, "o-", color=f"C{methods.index(method)}", label=method, markersize=4)
+            place = methods.index(method)
+            style = f"o{('-', '--', ':', '-.')[place // 10 % 4]}"  # ten colours come around
+            drawn[method] = panel.plot(ratios, scaled, style, color=f"C{place % 10}", label=method, markersize=4)[0]
         if dense is not None:
             dotted = panel.axhline(
                 metric.scale * dense, color="grey", linestyle=":", label=f"dense {metric.text(dense)}"
@@ -340,7 +345,7 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
             panel.set_ylim(0, metric.scale)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(metric.heading)
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(frameon=False)
+    if drawn:
+        figure.legend(handles=list(drawn.values()), loc="outside lower center", ncols=across, frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)

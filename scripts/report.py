@@ -273,7 +273,7 @@ def means_title(label: str, rows: pl.DataFrame) -> str:
     n = rows["cell"].n_unique()
     splits = " and ".join(sorted(set(rows["split"])))
     cells = f"{n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}"
-    return f"{headline(rows).heading}, mean over {cells}, {splits} samples"
+    return f"Mean {headline(rows).heading.lower()} over {cells}, {splits} samples"
 
 
 def joined(sweep: Sweep) -> pl.DataFrame:

@@ -78,7 +78,7 @@ def test_the_command_shows_cells_states_and_means(runs):
     ]
     assert "e-5: loss is [nan]" in lines
     assert "3 done, 1 running, 1 failed, 1 broken" in lines
-    assert "Mean accuracy (%) over 3 done cells, test pictures; dense 90.0%" in lines
+    assert "Mean accuracy (%) over 3 done cells, test samples; dense 90.0%" in lines
     raw = lines[lines.index("raw (as compressed)") :]
     assert raw[1:7] == [
         "fold 56.7 46.7",
@@ -101,8 +101,8 @@ def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
     lines = report(runs, "--by", "optim.name", "--by", "rho", "--plot", tmp_path / "plot.png")
     titles = [line.split(";")[0] for line in lines if line.startswith("Mean")]
     assert titles == [
-        "Mean accuracy (%) over 1 done cell with optim=adam, rho=-, test pictures",
-        "Mean accuracy (%) over 2 done cells with optim=sgd, rho=0, test pictures",
+        "Mean accuracy (%) over 1 done cell with optim=adam, rho=-, test samples",
+        "Mean accuracy (%) over 2 done cells with optim=sgd, rho=0, test samples",
     ]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
         "plot-optim=adam_rho=-.png",
@@ -128,7 +128,7 @@ def test_a_damaged_file_does_not_hide_the_other_cells(runs, monkeypatch, capsys)
     main()
     out, err = capsys.readouterr()
     assert re.fullmatch(r"warning: \S+a-1/rows.parquet is damaged or of another version \(.*\)\n", err)
-    assert "over 2 done cells, test pictures; dense 90.0%; 1 more have no rows" in out
+    assert "over 2 done cells, test samples; dense 90.0%; 1 more have no rows" in out
 
 
 def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
@@ -209,7 +209,7 @@ def test_the_name_that_all_cells_share_is_in_the_title(tmp_path, report):
     add(tmp_path, "my-run-1f")
     add(tmp_path, "my-run-2e")
     lines = report(tmp_path)
-    assert lines[0] == "Cells my-run-*, test pictures, repaired, ratio 0.5"
+    assert lines[0] == "Cells my-run-*, test samples, repaired, ratio 0.5"
     assert "1f done 2 90.0 80.0 60.0 +20.0" in lines
     add(tmp_path, "other")
     assert "my-run-1f done 2 90.0 80.0 60.0 +20.0" in report(tmp_path)
