@@ -216,6 +216,16 @@ def build_compression(config: Config, cell: str, folder: Path, data: PictureData
     )
 
 
+def check_validation(config: Config, data: PictureData) -> None:
+    """Refuse to look, during training, at validation samples that there are none of."""
+    if len(data.val_data) or not (config["compression"]["every_n_epochs"] or config["shrink"]["method"]):
+        return
+    raise UserError(
+        f"data.val_fraction {config['data']['val_fraction']:g} leaves no samples to validate on; hold some out "
+        "(data.val_fraction=0.1), or measure on the test samples alone (compression.every_n_epochs=0, no shrink)"
+    )
+
+
 def shrink_steps(config: Config) -> dict[int, float]:
     """The ratio after each step of making the network itself smaller, by the epochs before it."""
     options = config["shrink"]

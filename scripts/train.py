@@ -18,7 +18,15 @@ from omegaconf import DictConfig
 
 from pipeline.loggers import close
 from pipeline.tables import one_line
-from scripts.build import Config, build_compression, build_data, build_shrink, build_task, build_trainer
+from scripts.build import (
+    Config,
+    build_compression,
+    build_data,
+    build_shrink,
+    build_task,
+    build_trainer,
+    check_validation,
+)
 from scripts.cell import launch, run_cell
 from scripts.sweep import check_launcher
 
@@ -44,6 +52,7 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     lightning.seed_everything(config["seed"], verbose=False)
     data = build_data(config)
     task = build_task(config, data)
+    check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
     shrink = build_shrink(config, folder, data)
 

@@ -160,8 +160,9 @@ class PictureData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> DataLoader:
-        return self.eval_dataloader(self.val_data)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """No loader where nothing is held out, so that a Trainer skips validation."""
+        return self.eval_dataloader(self.val_data) if len(self.val_data) else []
 
     def test_dataloader(self) -> DataLoader:
         return self.eval_dataloader(self.test_data)
