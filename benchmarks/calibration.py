@@ -64,7 +64,24 @@ def measured(name: str, count: int, threads: int, code: str) -> dict[str, Any]:
     groups = channel_groups(net.eval(), example, options.pop("parts", ("hidden", "residual")))
     cost, _ = spent(lambda: compress(net, example, "l2", 0.5, groups=groups, pictures=data, **options))
     size = sum(t.numel() * t.element_size() for t in net.parameters()) / 2**20
-    return {"network": name, "samples": count, "network_mib": size, **cost}
+    return {"network": name, "samples": count, "network_mib": size, "load": os.getloadavg()[0], **cost}
+
+
+def page(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    lines = [
+        "# Compensation at ratio 0.5",
+        "",
+        f"`python -m benchmarks.calibration`, n = 1, {described(where, 'timm', 'transformers')}.",
+        "",
+        "| network | samples | network, MiB | seconds | seconds of all cores | load | GB over the network, peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        gigabytes = r["peak_mib"] * 2**20 / 1e9
+        cells = [r["network"], r["samples"], f"{r['network_mib']:.0f}", f"{r['wall_s']:.1f}", f"{r['cpu_s']:.1f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{r['load']:.1f}", f"{gigabytes:.2f}"])) + " |")
+    lines += ["", f"The limit is {LIMIT_GB:g} GB. Seconds depend on what else the machine does (see the load)."]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -78,23 +95,7 @@ def main() -> None:
     wanted = [(name, int(count)) for name, _, count in (row.partition(":") for row in options.rows)]
     where = machine("timm", "transformers")
     found = [alone("calibration:measured", *row, options.threads, os.fspath(options.code.resolve())) for row in wanted]
-    text = "\n".join(
-        [
-            "# Compensation at ratio 0.5",
-            "",
-            f"`python -m benchmarks.calibration`, n = 1, {described(where, 'timm', 'transformers')}.",
-            "",
-            "| network | samples | network, MiB | seconds | seconds of all cores | GB over the network at the peak |",
-            "|---|---|---|---|---|---|",
-            *(
-                f"| {r['network']} | {r['samples']} | {r['network_mib']:.0f} | {r['wall_s']:.1f} | {r['cpu_s']:.1f} "
-                f"| {r['peak_mib'] * 2**20 / 1e9:.2f} |"
-                for r in found
-            ),
-            "",
-            f"The limit is {LIMIT_GB:g} GB, whatever the network is given.",
-        ]
-    )
+    text = page(found, where)
     write(options.out, {"rows": found, "machine": where}, text)
 
 

@@ -117,6 +117,8 @@ def compensate_(
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]
+    if not work:  # then nothing has changed
+        return []
     reads = [axis for group in work for axis in group.reads]
     queries = {axis.tensor for axis in reads if axis.query}
     changed = {axis.tensor: axis.axis for axis in reads if axis.tensor not in queries}  # and which of its axes
@@ -126,8 +128,11 @@ def compensate_(
         return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
 
     mends = solve_on == "smaller"
-    # What a layer puts out is merged as the rows of its weight are, in whose place it stands.
-    written = narrowed({**tensors, **seen.outputs} if mends else tensors)
+    # What a layer puts out is merged as the rows of its weight are, in whose place it stands. The rest is not kept: the
+    # copies are as large as the smaller network.
+    edited = narrowed({**tensors, **seen.outputs} if mends else tensors)
+    written = {name: edited[name] for name in changed if name in seen.inputs}
+    del edited
     on_pictures = narrowed({**tensors, **seen.statistics}) if mends and seen.statistics else {}
     solved: list[str] = []
     norms = {name.rpartition(".")[0] for name in seen.statistics}
@@ -167,8 +172,6 @@ def compensate_(
     def leave(name: str) -> None:
         (estimate if name in norms else solve)(name, layers[name])
 
-    if not work:  # then nothing has changed
-        return []
     if not mends:
         for name in order:
             leave(name)
