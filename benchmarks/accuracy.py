@@ -47,7 +47,7 @@ from pathlib import Path
 import polars as pl
 
 from benchmarks.common import write_below
-from pipeline.results import DENSE, measured
+from pipeline.results import DENSE, measured, read_joined
 from pipeline.study import dense_rows, foretold, half_interval, plot_curves
 
 RESULTS = Path("benchmarks/results")
@@ -60,7 +60,7 @@ NETWORK = "cell"
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = {path.stem: pl.read_parquet(path) for path in RESULTS.glob("*.parquet")}
+    rows = {path.stem: read_joined(path) for path in RESULTS.glob("*.parquet")}
     parts = [
         page(rows["accuracy"]),
         recipes(rows["accuracy"]),
@@ -216,7 +216,7 @@ def prediction(rows: pl.DataFrame) -> list[str]:
             continue
         told = foretold(group)
         assert told is not None
-        cells = [f"{told.acc:.2f}", f"{told.gap:.2f}", f"{told.sign:.0%} of {told.sure}"]
+        cells = [f"{told.value:.2f}", f"{told.gap:.2f}", f"{told.sign:.0%} of {told.sure}"]
         lines.append(line(name, [str(group[NETWORK].n_unique()), *cells]))
     found = against_the_study(rows)
     best = pl.col("acc").filter(pl.col("method") != "auto").max().over(NETWORK, "ratio")

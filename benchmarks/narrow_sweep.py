@@ -17,7 +17,7 @@ from pathlib import Path
 import polars as pl
 from scipy.stats import spearmanr
 
-from pipeline.results import DENSE, means
+from pipeline.results import DENSE, means, read_joined
 from pipeline.study import dense_rows, duels, gaps, half_interval, plot_curves
 
 ROWS = Path("benchmarks/results/narrow_sweep.parquet")
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, help="study_rows.csv.gz")
     args = parser.parse_args()
-    sides = {"ours": ours(pl.read_parquet(ROWS))}
+    sides = {"ours": ours(read_joined(ROWS))}
     if args.study:
         same = study(pl.read_csv(args.study)).join(sides["ours"].select(RECIPE).unique(), on=RECIPE, how="semi")
         sides["study"] = same

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from benchmarks.common import THREADS, described, machine, timed, write
 from callbacks.compression import CompressionCallback
+from pipeline.compression.repair import repair_
 from pipeline.data import DATASETS, DataSource
 from pipeline.data.module import PictureData
 from pipeline.data.picture_set import Part, PictureSet, picture_set
-from pipeline.measure import evaluate, repair_
+from pipeline.evaluate import evaluate
 from pipeline.models import build_model
 from pipeline.tasks import Classification
 from pipeline.training import Training
@@ -106,11 +107,8 @@ def measured(train: int, val: int, test: int, every: int, repeats: int) -> tuple
     beside = SideBySide(plain, compression)
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(
-            "pipeline.measure",
-            evaluate=bare.beside("evaluation", evaluate, training=False),
-            repair_=bare.beside("repair", repair_, training=True),
-        ),
+        mock.patch("pipeline.measure.evaluate", bare.beside("evaluation", evaluate, training=False, at=1)),
+        mock.patch("pipeline.stages.repair.repair_", bare.beside("repair", repair_, training=True, at=0)),
     ):
         trainer = Trainer(
             max_epochs=every * repeats,
@@ -206,19 +204,23 @@ class BarePasses:
         self.seconds: dict[str, float] = {}
         self.calls = 0
 
-    def beside(self, name: str, work: Callable, training: bool) -> Callable:
-        """`work(model, batches)` with a bare pass before or after it, by turns: what comes second finds caches warm."""
+    def beside(self, name: str, work: Callable, training: bool, at: int) -> Callable:
+        """`work(model, ...)` with a bare pass before or after it, by turns: what comes second finds caches warm.
 
-        def both(model: nn.Module, batches: Iterable[Any], *rest: Any) -> Any:
+        at: which of the arguments behind the model are the batches
+        """
+
+        def both(model: nn.Module, *given: Any) -> Any:
             start = time.perf_counter()
-            batches = list(batches)
+            batches = list(given[at])
+            given = (*given[:at], batches, *given[at + 1 :])
             inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
             twin = copy.deepcopy(model).train(training)  # a pass in training mode moves statistics
             self.calls += 1
             spent = {}
             if self.calls % 2:
                 spent[f"bare_{name}_s"], _ = timed(lambda: forward(twin, inputs))
-            spent[f"{name}_s"], result = timed(lambda: work(model, batches, *rest))
+            spent[f"{name}_s"], result = timed(lambda: work(model, *given))
             if not self.calls % 2:
                 spent[f"bare_{name}_s"], _ = timed(lambda: forward(twin, inputs))
             # All but the work itself is the benchmark's own.

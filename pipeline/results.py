@@ -205,6 +205,13 @@ BEFORE = {"task": "classification", "metric": "acc"}
 FACTS = ("kind", "calibration", "sizes", "scope", "statistics", *BEFORE)
 
 
+def read_joined(path: str | Path) -> pl.DataFrame:
+    """Rows with the settings of their cells, as `scripts.report --out` writes them, also of an older version."""
+    rows = pl.read_parquet(path)
+    missing = [pl.lit(None, dtype).alias(name) for name, dtype in SCHEMA.items() if name not in rows.columns]
+    return with_facts(rows.with_columns(missing))
+
+
 def with_facts(rows: pl.DataFrame) -> pl.DataFrame:
     """The rows, those of older files with the columns that these did not have, read once out of their labels."""
     keys, facts = ["method", "stage"], [name for name in FACTS if name in rows.columns]
