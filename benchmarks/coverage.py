@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.common import described, machine, rounded, timed
 from pipeline.compression import ChannelGroups, Projection, channel_groups, compress
-from pipeline.compression.count import parameters
-from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
-from pipeline.compression.projection import apply, named_tensors
-from pipeline.compression.verify import duplicate_, randomise_
+from pipeline.compression.merge.modules import apply, named_tensors
+from pipeline.compression.sizes.count import parameters
+from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.compression.trace.verify import duplicate_, randomise_
 from pipeline.models import build_model
 
 SEED = 20  # other draws than the tracer's own check makes

@@ -16,10 +16,10 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.compression import channel_groups, compressions
-from pipeline.compression.methods import FEATURES, SCALES
-from pipeline.compression.repair import repair_
+from pipeline.compression.calibrate.repair import repair_
+from pipeline.compression.choose.methods import FEATURES, SCALES
 from pipeline.data.module import PictureData
-from pipeline.evaluate import measured
+from pipeline.evaluate import metrics_of
 from pipeline.models import build_model
 from pipeline.tasks import Classification
 
@@ -73,7 +73,7 @@ class Renormalise(nn.Module):
 
 def accuracy(net: nn.Module, test: list) -> float:
     """In %."""
-    return 100 * measured(net, Classification("multiclass"), test)["acc"]
+    return 100 * metrics_of(net, Classification("multiclass"), test)["acc"]
 
 
 def measure(net: nn.Module, test: list, calibration: list[Tensor], options: dict, groups) -> list[float]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.common import THREADS, alone, described, machine, peak_mib, write
 from pipeline.compression import channel_groups, compress, compressions
-from pipeline.compression.count import parameters
+from pipeline.compression.sizes.count import parameters
 
 RATIOS = [round(i / 10, 1) for i in range(1, 10)]
 PARTS = ("hidden", "residual", "width")

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from benchmarks.common import THREADS, described, machine, timed, write
 from callbacks.compression import CompressionCallback
-from pipeline.compression.repair import repair_
+from pipeline.compression.calibrate.repair import repair_
 from pipeline.data import DATASETS, DataSource
 from pipeline.data.module import PictureData
-from pipeline.data.picture_set import Part, PictureSet, picture_set
+from pipeline.data.picture_set import PictureSet, Portion, picture_set
 from pipeline.evaluate import evaluate
 from pipeline.models import build_model
 from pipeline.tasks import Classification
@@ -131,7 +131,7 @@ def random_pictures(*counts: int) -> PictureSet:
     """counts: of training and validation pictures together, and of test pictures."""
     generator = torch.Generator().manual_seed(SEED)
     parts = [
-        Part(
+        Portion(
             torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
             torch.arange(count) % CLASSES,
         )

@@ -26,8 +26,9 @@ from pipeline.compression import ChannelGroup, Projection
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import Step, history, numbers, steps_of, told, went_through_
-from pipeline.compression.projection import compressed_tensors, named_tensors
 from pipeline.measure import chains
 from pipeline.stages import State, compressed
 from pipeline.tables import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.graph import call_arguments
+from pipeline.compression.trace.graph import call_arguments
 from pipeline.tasks import Task
 
 
@@ -29,7 +29,7 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Any], check: bool =
     return None if sums is None else sums.cpu().double()
 
 
-def measured(model: nn.Module, task: Task, batches: Iterable[Any]) -> dict[str, float]:
+def metrics_of(model: nn.Module, task: Task, batches: Iterable[Any]) -> dict[str, float]:
     """Every metric of a settled task by its name."""
     totals = evaluate(model, task, batches)
     return task.values(torch.zeros(task.size) if totals is None else totals)

@@ -17,8 +17,8 @@ from torch import nn
 
 from pipeline.compression.checkpoint import stored_tensors
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.count import macs, parameters
-from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.sizes.count import macs, parameters
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
 from pipeline.tables import UserError, one_line, pick
 

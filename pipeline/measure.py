@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pipeline.compression import Compressed, Recipe, spell
+from pipeline.compression.calibrate.predict import judge
+from pipeline.compression.choose.layers import other_units
 from pipeline.compression.compress import check_finite, check_groups, check_ratios
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.count import macs, parameters
-from pipeline.compression.graph import Example
 from pipeline.compression.group import DEFAULT_PARTS
-from pipeline.compression.layers import other_units
+from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.plan import history
-from pipeline.compression.predict import judge
-from pipeline.compression.projection import named_tensors
 from pipeline.compression.recipe import about, recipes
+from pipeline.compression.sizes.count import macs, parameters
+from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import evaluate
 from pipeline.results import DENSE, Row
 from pipeline.stages import TAILS, Followed, State, Supplies, Traces, compressed, fitting, needed, parse_tail

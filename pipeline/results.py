@@ -17,7 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.compression.layers import UNITS
+from pipeline.compression.choose.layers import UNITS
 from pipeline.compression.recipe import about, kind_of, names, parse
 from pipeline.stages import TAILS
 from pipeline.tables import UserError, first_line

@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from pipeline.compression.graph import call_arguments
-from pipeline.compression.projection import named_tensors, resized
+from pipeline.compression.merge.modules import named_tensors, resized
+from pipeline.compression.trace.graph import call_arguments
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.optim.sam import Ascent, frozen_statistics
 from pipeline.tables import UserError, call, pick

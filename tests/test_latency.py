@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline import latency
-from pipeline.compression.count import macs, parameters
+from pipeline.compression.sizes.count import macs, parameters
 from pipeline.latency import LEAST, RUNTIMES, compiled, eager, peak_memory, profile, race
 from pipeline.tables import UserError
 

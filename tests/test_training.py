@@ -8,7 +8,7 @@ from lightning import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.evaluate import measured
+from pipeline.evaluate import metrics_of
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 from pipeline.training import Training
@@ -60,7 +60,7 @@ def test_logs_what_evaluate_sums(kind, tmp_path):
     trainer = fit(module, train, val, tmp_path, record)
     logged = trainer.callback_metrics
     assert set(logged) == {f"{split}/{name}" for split in ("train", "val") for name in task.metrics}
-    for name, value in measured(net, task, [(INPUTS, val)]).items():
+    for name, value in metrics_of(net, task, [(INPUTS, val)]).items():
         assert logged[f"val/{name}"].item() == pytest.approx(value, abs=1e-6), name
     last = record.losses[-3:]
     assert [n for _, n in last] == [8, 8, 5]

@@ -36,10 +36,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.compression.compress import Compressed
-from pipeline.compression.count import parameters
+from pipeline.compression.merge.modules import CHANNELS_LAST, laid_out_as, named_tensors, resized
 from pipeline.compression.plan import history, numbers, steps_of, told, went_through_
-from pipeline.compression.projection import CHANNELS_LAST, laid_out_as, named_tensors, resized
 from pipeline.compression.report import Report, step_of
+from pipeline.compression.sizes.count import parameters
 from pipeline.tables import UserError, first_line
 
 FORMAT = 3

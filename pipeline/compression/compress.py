@@ -8,24 +8,25 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import nn
 
-from pipeline.compression.allocate import allocated
-from pipeline.compression.batches import Batches, batches_of
-from pipeline.compression.compensate import Seen, compensate_, observe
+from pipeline.compression.calibrate.batches import Batches, batches_of
+from pipeline.compression.calibrate.compensate import Seen, compensate_, observe
+from pipeline.compression.calibrate.outputs import Answers, Outputs
+from pipeline.compression.calibrate.predict import judge
+from pipeline.compression.calibrate.synthetic import synthesize
+from pipeline.compression.choose.gradients import Gradients
+from pipeline.compression.choose.layers import other_units
+from pipeline.compression.choose.masks import masks_of
+from pipeline.compression.choose.methods import METHODS, GroupWeights
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.count import Counted, macs, parameters
-from pipeline.compression.gradients import Gradients
-from pipeline.compression.graph import Example, channel_groups
 from pipeline.compression.group import ChannelGroup, ChannelGroups
-from pipeline.compression.layers import other_units
-from pipeline.compression.masks import masks_of
-from pipeline.compression.methods import METHODS, GroupWeights
-from pipeline.compression.outputs import Answers, Outputs
+from pipeline.compression.merge.modules import apply, named_tensors, new_numbers, resized
+from pipeline.compression.merge.projection import Projection
 from pipeline.compression.plan import Plan, history, went_through_
-from pipeline.compression.predict import judge
-from pipeline.compression.projection import Projection, apply, named_tensors, new_numbers, resized
 from pipeline.compression.recipe import AUTO, Recipe, parse, recipe, spell
 from pipeline.compression.report import GroupReport, Report, group_report, layer_report, step_of
-from pipeline.compression.synthetic import synthesize
+from pipeline.compression.sizes.allocate import allocated
+from pipeline.compression.sizes.count import Counted, macs, parameters
+from pipeline.compression.trace.graph import Example, channel_groups
 from pipeline.tables import UserError, call, pick
 
 # What auto chooses from where there are no pictures, and where there are.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.compression.group import ChannelGroups
-from pipeline.compression.projection import Projection
+from pipeline.compression.merge.projection import Projection
 
 HISTORY = "compression_history"  # attribute of a module that holds its steps; copies of the module keep it
 

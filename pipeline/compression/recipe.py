@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pipeline.compression.choose.layers import UNITS
+from pipeline.compression.choose.masks import MASKS
+from pipeline.compression.choose.methods import FEATURES, METHODS, SCALES
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
-from pipeline.compression.layers import UNITS
-from pipeline.compression.masks import MASKS
-from pipeline.compression.methods import FEATURES, METHODS, SCALES
 from pipeline.tables import UserError, call, check_options, pick
 
 AUTO = "auto"  # the method that picks another for every ratio
@@ -129,7 +129,7 @@ class Recipe:
         return dict(self.options)
 
 
-PARTS_OF_A_RECIPE: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "calibration": Calibration,
     "sizes": Sizes,
     "scope": Scope,
@@ -137,7 +137,7 @@ PARTS_OF_A_RECIPE: dict[str, type] = {
     "merging": Merging,
 }
 # Option: the part of a recipe that holds it.
-OPTIONS = {f.name: part for part, record in PARTS_OF_A_RECIPE.items() for f in fields(record)}
+OPTIONS = {f.name: part for part, record in SECTIONS.items() for f in fields(record)}
 # Word: the options that it stands for.
 WORDS: dict[str, dict[str, Any]] = {
     "grail": {"pictures": "data", "solve_on": "dense"},
@@ -183,7 +183,7 @@ def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:
 
     label: how the user calls it, for errors. Lists become tuples; None stands for the default.
     """
-    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS_OF_A_RECIPE}
+    parts: dict[str, dict[str, Any]] = {part: {} for part in SECTIONS}
     own = {}
     pick("method", names(), method)
     if method in MASKS:
@@ -198,7 +198,7 @@ def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:
     for name in ("parts", "protect"):
         if isinstance(text := options.get(name), str):
             raise UserError(f"{name} must be a list, such as [{text}], got {text!r}")
-    built = {part: call(label or method, record, **parts[part]) for part, record in PARTS_OF_A_RECIPE.items()}
+    built = {part: call(label or method, record, **parts[part]) for part, record in SECTIONS.items()}
     return Recipe(method, tuple(sorted(own.items())), **built)
 
 
@@ -227,7 +227,7 @@ def spell(recipe: Recipe) -> str:
 
 def additions(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """(option, value) of all that is not as usual, but for the options of the method itself."""
-    for part, record in PARTS_OF_A_RECIPE.items():
+    for part, record in SECTIONS.items():
         usual, found = record(), getattr(recipe, part)
         for f in fields(record):
             if (value := getattr(found, f.name)) != getattr(usual, f.name):

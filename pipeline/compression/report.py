@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from pipeline.compression.choose.methods import GroupWeights
 from pipeline.compression.group import Frozen
-from pipeline.compression.methods import GroupWeights
+from pipeline.compression.merge.projection import Projection
 from pipeline.compression.plan import Plan, Step
-from pipeline.compression.projection import Projection
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipeline.tables import UserError, pick
 
 from .folder import class_names, list_files, part_folder
 from .on_disk import DecodedCache, PictureFiles
-from .picture_set import Part, PictureSet
+from .picture_set import PictureSet, Portion
 
 # not nearest-exact, which PIL does not have
 INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode if mode is not InterpolationMode.NEAREST_EXACT}
@@ -69,7 +69,7 @@ def load(
         if cache is not None:
             kept = DecodedCache(cache_file(Path(cache).expanduser(), folder, names, config), (3, size, size))
         whole = PictureFiles(folder, names, size, centre, kept)
-        parts.append(Part(whole, labels, PictureFiles(folder, names, size, random)))
+        parts.append(Portion(whole, labels, PictureFiles(folder, names, size, random)))
     test, train = parts if len(parts) == 2 else (parts[0], None)
     return PictureSet(train, test, classes, list(config["mean"]), list(config["std"]))
 

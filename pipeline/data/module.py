@@ -13,7 +13,7 @@ from pipeline.tables import UserError, call, pick
 
 from . import DATASETS
 from .augment import augmentation, check_alpha, check_steps, mixing
-from .picture_set import Part
+from .picture_set import Portion
 from .pictures import Pictures, collate
 from .split import split
 
@@ -106,7 +106,7 @@ class PictureData(LightningDataModule):
         self.test_data = test.subset(part_of(test.labels, "test_size", self.test_size, seed=0))
         self.example = (self.repair_data if self.of_training else self.test_data)[0][0][None]
 
-    def cut(self, part: Part, mean: Sequence[float], std: Sequence[float]) -> dict[str, Pictures]:
+    def cut(self, part: Portion, mean: Sequence[float], std: Sequence[float]) -> dict[str, Pictures]:
         """The training pictures cut by seed into those to train on, to repair with (the same) and to validate on."""
         everything = Pictures(part.images, part.labels, mean, std)
         varied = Pictures(part.images if part.varied is None else part.varied, part.labels, mean, std)

@@ -27,7 +27,7 @@ class Pixels(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """images: (N, C, H, H) uint8, labels: (N,) int64
 
     varied: what training sees in place of `images`, another random crop of each picture at every fetch; None: `images`
@@ -45,8 +45,8 @@ class PictureSet:
     mean, std: one per channel of the pictures scaled to 0..1, of the training pictures where nothing else is usual
     """
 
-    train: Part | None
-    test: Part
+    train: Portion | None
+    test: Portion
     classes: list[str]
     mean: list[float]
     std: list[float]
@@ -64,14 +64,14 @@ class DataSource:
     root_names_data: bool = False
 
 
-def picture_set(train: Part, test: Part, classes: list[str]) -> PictureSet:
+def picture_set(train: Portion, test: Portion, classes: list[str]) -> PictureSet:
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = [tuple(part.images.shape[1:]) for part in (train, test)]
         raise UserError(f"training pictures are {shapes[0]} (C, H, W) but test pictures are {shapes[1]}")
     return PictureSet(train, test, classes, *mean_std(train.images))
 
 
-def part(where: str, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Part:
+def part(where: str, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Portion:
     """Arrays (N, H, H, C) uint8 and (N,) integers as checked tensors; `where` names them in errors."""
     if images.dtype != np.uint8:
         raise UserError(f"{where}: pictures must be uint8 in 0..255, not {images.dtype}; convert them")
@@ -85,7 +85,7 @@ def part(where: str, images: np.ndarray, labels: np.ndarray, classes: list[str])
         span = f"{labels.min()}..{labels.max()}"
         raise UserError(f"{where}: labels {span} do not fit {len(classes)} classes; use 0..{len(classes) - 1}")
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    return Part(pixels, torch.from_numpy(labels.astype(np.int64)))
+    return Portion(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
 def mean_std(images: Tensor) -> tuple[list[float], list[float]]:

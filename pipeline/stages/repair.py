@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pipeline.compression.calibrate.repair import reference, repair_, tracked_norms
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.plan import Plan
-from pipeline.compression.repair import reference, repair_, tracked_norms
 from pipeline.stages.stage import State, Supplies
 
 

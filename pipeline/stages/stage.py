@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pipeline.compression.batches import part, samples
+from pipeline.compression.calibrate.batches import cut, samples
+from pipeline.compression.calibrate.repair import statistics
+from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.count import Counted
-from pipeline.compression.graph import Example, channel_groups
 from pipeline.compression.group import ChannelGroups
+from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.plan import history, numbers
-from pipeline.compression.projection import named_tensors
-from pipeline.compression.repair import statistics
 from pipeline.compression.report import Report
-from pipeline.compression.synthetic import synthesize
+from pipeline.compression.sizes.count import Counted
+from pipeline.compression.trace.graph import Example, channel_groups
 from pipeline.tasks.task import Batch, Task
 
 CALIBRATION = 512  # unlabelled samples that compensation looks at where a recipe does not say how many
@@ -128,7 +128,7 @@ def first_samples(batches: Sequence[Example], count: int) -> list[Example]:
     found: list[Example] = []
     for batch in batches:
         if count > 0:
-            found.append(batch if samples(batch) <= count else part(batch, 0, count))
+            found.append(batch if samples(batch) <= count else cut(batch, 0, count))
         count -= samples(batch)
     return found
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.graph import call_arguments
-from pipeline.compression.repair import kept_modes, norm_parameters
+from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
+from pipeline.compression.trace.graph import call_arguments
 from pipeline.stages.stage import State, Supplies
 from pipeline.tables import UserError
 from pipeline.tasks.task import Batch, Task

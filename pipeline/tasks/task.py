@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.tables import UserError
 
-Example = Tensor | tuple | dict  # what a network is called with, see pipeline.compression.graph.call_arguments
+Example = Tensor | tuple | dict  # what a network is called with, see pipeline.compression.trace.graph.call_arguments
 Key = int | str
 Batch = Any  # as the loader gave it
 

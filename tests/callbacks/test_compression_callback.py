@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import CompressionCallback
-from pipeline.evaluate import measured as measure
+from pipeline.evaluate import metrics_of as measure
 from pipeline.results import RowStore, foldability, read
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
@@ -257,7 +257,7 @@ def test_diverged_weights_cost_rows_not_the_run(tmp_path):
 
 
 def test_a_failing_method_costs_its_rows_only(tmp_path, monkeypatch):
-    from pipeline.compression import methods
+    from pipeline.compression.choose import methods
 
     def broken(weights, sizes):
         raise RuntimeError("no luck\nwith details")

@@ -16,8 +16,9 @@ from callbacks import CompressionCallback, Shrink
 from callbacks.shrink import ratios_of_steps
 from pipeline.compression import Projection, channel_groups, compress
 from pipeline.compression.checkpoint import load_compressed
+from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import history
-from pipeline.compression.projection import compressed_tensors, named_tensors
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 from pipeline.training import Training

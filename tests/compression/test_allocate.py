@@ -6,9 +6,9 @@ from torch import nn
 from toy_nets import NETS, randomise_
 
 from pipeline.compression import channel_groups, compress
-from pipeline.compression.allocate import costs
-from pipeline.compression.count import macs, parameters
 from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.compression.sizes.allocate import costs
+from pipeline.compression.sizes.count import macs, parameters
 from pipeline.tables import UserError
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from toy_nets import NETS, duplicated, picture, randomise_, relative_error, uneven_projections
 
 from pipeline.compression import Projection, channel_groups, compress
-from pipeline.compression.projection import apply
+from pipeline.compression.merge.modules import apply
 from pipeline.tables import UserError
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from toy_nets import Net, frozen_reason, randomise_, relative_error
 
 from pipeline.compression import Projection, channel_groups, compress
-from pipeline.compression.attention import NarrowMultiheadAttention
-from pipeline.compression.projection import apply
+from pipeline.compression.merge.attention import NarrowMultiheadAttention
+from pipeline.compression.merge.modules import apply
 from pipeline.tables import UserError
 
 HEADS, WIDTH, STREAM = 4, 6, 10

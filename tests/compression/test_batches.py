@@ -11,14 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_nets import NETS, Net, picture, randomise_
 
-from pipeline.compression import Projection, channel_groups, compress, outputs
-from pipeline.compression.batches import SAMPLES, TOKENS, VALUES, Batches, batches_of
-from pipeline.compression.compensate import compensate_, observe
-from pipeline.compression.gradients import Gradients
-from pipeline.compression.outputs import Outputs
-from pipeline.compression.predict import judge
-from pipeline.compression.projection import apply
-from pipeline.compression.repair import reference, repair_, statistics
+from pipeline.compression import Projection, channel_groups, compress
+from pipeline.compression.calibrate import outputs
+from pipeline.compression.calibrate.batches import SAMPLES, TOKENS, VALUES, Batches, batches_of
+from pipeline.compression.calibrate.compensate import compensate_, observe
+from pipeline.compression.calibrate.outputs import Outputs
+from pipeline.compression.calibrate.predict import judge
+from pipeline.compression.calibrate.repair import reference, repair_, statistics
+from pipeline.compression.choose.gradients import Gradients
+from pipeline.compression.merge.modules import apply
 from pipeline.tables import UserError
 
 UNEVEN = [1, 4, 13, 2, 10]
@@ -116,8 +117,8 @@ def test_uneven_batches_say_what_one_does(kind, dtype, limit, solved):
 @pytest.mark.parametrize("solve_on", ["smaller", "dense"])
 def test_a_bounded_number_of_rows_is_that_of_one_batch(solve_on, monkeypatch):
     """More pixels than are looked at: the same ones are drawn, whichever batch they are in."""
-    monkeypatch.setattr("pipeline.compression.rows.ROWS", 300)
-    monkeypatch.setattr("pipeline.compression.rows.drawn", torch.no_grad()(drawn_of(300)))
+    monkeypatch.setattr("pipeline.compression.calibrate.rows.ROWS", 300)
+    monkeypatch.setattr("pipeline.compression.calibrate.rows.drawn", torch.no_grad()(drawn_of(300)))
     model, x = randomise_(KINDS["resnet18"]()).double(), data("resnet18", dtype=torch.float64)
     groups = channel_groups(model, x[:1])
     seen = observe(model, groups, list(x.split(UNEVEN)))

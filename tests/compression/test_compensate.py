@@ -9,11 +9,12 @@ from torch import nn
 from toy_nets import NETS, duplicated, randomise_, relative_error
 
 from pipeline.compression import METHODS, Projection, channel_groups, compress, synthesize
-from pipeline.compression.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
-from pipeline.compression.compensate import compensate_, matrix, observe
-from pipeline.compression.methods import GroupWeights
-from pipeline.compression.projection import apply, compressed_tensors, named_tensors
-from pipeline.compression.rows import sees_patches
+from pipeline.compression.calibrate.compensate import compensate_, matrix, observe
+from pipeline.compression.calibrate.rows import sees_patches
+from pipeline.compression.choose.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
+from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.merge.modules import apply, named_tensors
+from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.models import build_model
 from pipeline.tables import UserError
 

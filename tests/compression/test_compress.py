@@ -10,7 +10,7 @@ from toy_nets import NETS, duplicated, mobile, picture, randomise_, relative_err
 
 from pipeline.compression import ChannelGroups, channel_groups, compress
 from pipeline.compression.compress import channels_left
-from pipeline.compression.count import macs
+from pipeline.compression.sizes.count import macs
 from pipeline.models import build_model
 from pipeline.tables import UserError
 

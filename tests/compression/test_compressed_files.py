@@ -14,7 +14,7 @@ from toy_nets import NETS, Net, randomise_
 from pipeline.compressed import load
 from pipeline.compression import Compressed, Report, compress
 from pipeline.compression.checkpoint import load_compressed, read_manifest, save_compressed, source_of
-from pipeline.compression.projection import resized
+from pipeline.compression.merge.modules import resized
 from pipeline.models import build_model
 from pipeline.tables import UserError
 

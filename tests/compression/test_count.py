@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_nets import NETS, Net, picture, randomise_
 
 from pipeline.compression import compress, compressions
-from pipeline.compression import count as module
 from pipeline.compression.copies import deep_copy
-from pipeline.compression.count import Counted, macs, places
 from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.compression.sizes import count as module
+from pipeline.compression.sizes.count import Counted, macs, places
 from pipeline.models import build_model
 
 RATIOS = [0.1, 0.25, 0.5, 0.75, 0.9]

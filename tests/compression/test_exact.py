@@ -8,8 +8,8 @@ from torch import nn
 from toy_nets import NETS, Net, duplicated, frozen_reason, head, names, picture, randomise_, relative_error
 
 from pipeline.compression import Projection, channel_groups, compress
-from pipeline.compression import projection as engine
-from pipeline.compression.projection import apply
+from pipeline.compression.merge import tensors as engine
+from pipeline.compression.merge.modules import apply
 
 
 @pytest.mark.parametrize("norm_scale", [True, False])
@@ -57,7 +57,9 @@ def test_the_swap_of_mean_and_sum_would_be_noticed(monkeypatch):
     model, example, groups, projections = duplicated("vgg")
     edited = engine._edited
     monkeypatch.setattr(
-        engine, "_edited", lambda t, d, edits: edited(t, d, [replace(e, is_write=not e.is_write) for e in edits])
+        engine,
+        "_edited",
+        lambda t, d, edits, *rest: edited(t, d, [replace(e, is_write=not e.is_write) for e in edits], *rest),
     )
     with torch.no_grad():
         assert relative_error(model(example), apply(model, groups, projections, norm_scale=False)(example)) > 0.01

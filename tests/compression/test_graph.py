@@ -9,7 +9,7 @@ from torch import nn
 from toy_nets import Net, fold_error, frozen_reason, head, picture, randomise_, uneven_projections
 
 from pipeline.compression import channel_groups, compress
-from pipeline.compression.projection import apply
+from pipeline.compression.merge.modules import apply
 from pipeline.tables import UserError
 
 

@@ -156,7 +156,7 @@ def test_files_of_format_2_still_load(name, tmp_path):
     model, found = load_compressed(path, build().eval())
     assert torch.equal(model(example), compressed.model(example))
     assert history(model) == (Step("fold", step_of(compressed.report).about),)
-    assert found.pop("chain") == [{"stage": "fold", **{key: manifest[key] for key in OF_A_STEP}}]
+    assert found.pop("chain") == [{"stage": "fold", "method": "fold", **{key: manifest[key] for key in OF_A_STEP}}]
     assert found == {**manifest, "format": 2}
     again = compress(model, example, "l1", 0.5)
     save_compressed(again, path)

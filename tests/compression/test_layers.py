@@ -7,7 +7,7 @@ from torch import nn
 from toy_nets import NETS, Net, head, picture, vgg
 
 from pipeline.compression import channel_groups, compress
-from pipeline.compression.layers import other_units
+from pipeline.compression.choose.layers import other_units
 from pipeline.tables import UserError
 
 

@@ -10,9 +10,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from toy_nets import NETS, Net, picture, randomise_, vgg
 
 from pipeline.compression import MASKS, compress
-from pipeline.compression.repair import repair_, tune_norms_
+from pipeline.compression.calibrate.repair import repair_
 from pipeline.models import build_model
+from pipeline.stages.tune import tune_norms_
 from pipeline.tables import UserError
+from pipeline.tasks import Classification
 
 GLOBAL = ["magnitude", "lamp", "random_mask"]
 
@@ -268,7 +270,7 @@ def test_statistics_and_norms_are_repaired_and_zeros_stay(trained, train_data):
     raw, before = zeros(masked), copy.deepcopy(masked.state_dict())
     repair_(masked, (pictures for pictures, _ in train_data[:4]))
     assert not torch.equal(before["bn1.running_mean"], masked.bn1.running_mean)
-    tune_norms_(masked, train_data[:4])
+    tune_norms_(masked, train_data[:4], Classification("multiclass", classes=3))
     assert not torch.equal(before["bn1.weight"], masked.bn1.weight)
     assert zeros(masked) == raw
 

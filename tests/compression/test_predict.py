@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.compression import channel_groups, compress, synthesize
-from pipeline.compression.predict import fidelity, judge
+from pipeline.compression.calibrate.predict import fidelity, judge
 from pipeline.models import build_model
 from pipeline.tables import UserError
 

@@ -5,8 +5,8 @@ import torch
 from toy_nets import uneven_labels
 
 from pipeline.compression import METHODS, Projection, channel_groups
-from pipeline.compression.methods import GroupWeights
-from pipeline.compression.projection import merge, reconstruction_error
+from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.merge.projection import merge, reconstruction_error
 
 
 def random_projections(count=40):

@@ -10,8 +10,9 @@ from random_nets import CLEAR, CLOUDED, TOKENS, RandomNet, RandomTokenNet
 from toy_nets import picture, randomise_, vgg
 
 from benchmarks.coverage import EXACT, WITH_HEADS, WITH_WIDTH, fold_error, prune_error
-from pipeline.compression import ChannelGroups, channel_groups, compress, graph
+from pipeline.compression import ChannelGroups, channel_groups, compress
 from pipeline.compression.group import DEFAULT_PARTS
+from pipeline.compression.trace import graph
 
 PARTS = (DEFAULT_PARTS, WITH_WIDTH, WITH_HEADS)
 

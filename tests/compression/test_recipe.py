@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from pipeline.compression.choose.masks import MASKS
+from pipeline.compression.choose.methods import METHODS
 from pipeline.compression.group import PARTS
-from pipeline.compression.masks import MASKS
-from pipeline.compression.methods import METHODS
 from pipeline.compression.recipe import AUTO, OPTIONS, WORDS, Recipe, parse, recipe, recipes, spell
 from pipeline.tables import UserError
 

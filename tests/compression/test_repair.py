@@ -9,8 +9,12 @@ from torch import nn
 from toy_nets import NETS, conv_norms, picture, randomise_, relative_error, vgg, vit
 
 from pipeline.compression import Projection, channel_groups, compress
-from pipeline.compression.repair import follow_, reference, repair_, set_statistics_, statistics, tune_norms_
+from pipeline.compression.calibrate.repair import follow_, reference, repair_, set_statistics_, statistics
+from pipeline.stages.tune import tune_norms_
 from pipeline.tables import UserError
+from pipeline.tasks import Classification
+
+TASK = Classification("multiclass", classes=4)
 
 
 def batches(count=3):
@@ -55,7 +59,7 @@ def test_order_of_batches_does_not_matter():
 def test_without_norms_nothing_happens():
     model = NETS["embedded"][0]()
     assert repair_(model, iter([])) is False
-    assert tune_norms_(model, iter([])) is False
+    assert tune_norms_(model, iter([]), TASK) is False
 
 
 def test_no_batches_is_an_error_that_changes_nothing():
@@ -73,7 +77,7 @@ def test_a_batch_that_fails_leaves_no_mode_behind():
     assert model[1].momentum == 0.1
     assert not any(m.training for m in model.modules())
     with pytest.raises(RuntimeError):
-        tune_norms_(model, [(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))])
+        tune_norms_(model, [(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))], TASK)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -164,7 +168,7 @@ def test_tuning_trains_the_norms_alone(build):
 
     start = loss()
     with torch.no_grad():  # as in a validation loop
-        assert tune_norms_(model, [(x, y)] * 10, lr=1e-2)
+        assert tune_norms_(model, [(x, y)] * 10, TASK, lr=1e-2)
     assert loss() < start
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert changed

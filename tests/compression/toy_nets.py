@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compression import Projection, channel_groups
-from pipeline.compression.projection import apply
-from pipeline.compression.verify import duplicate_
+from pipeline.compression.merge.modules import apply
+from pipeline.compression.trace.verify import duplicate_
 from pipeline.models import build_model
 from pipeline.models.cifar_resnet import CifarResNet
 

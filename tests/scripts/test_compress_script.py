@@ -19,7 +19,7 @@ from pipeline.compressed import load
 from pipeline.compression.plan import history
 from pipeline.data.cifar10 import load as load_cifar10
 from pipeline.data.module import PictureData
-from pipeline.evaluate import measured
+from pipeline.evaluate import metrics_of
 from pipeline.measure import Entry
 from pipeline.models import build_model
 from pipeline.models.checkpoint import load_into, read_state, settings_in
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_ours_keeps_its_accuracy_and_gets_smaller(trained, tmp_p
     pictures = manifest["about"]["pictures"]
     assert (pictures["size"], pictures["mean"], pictures["classes"]) == (8, data.test_data.mean, data.classes)
     row = found.filter(method="fold", stage="repaired")
-    metrics = measured(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
+    metrics = metrics_of(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
     assert metrics["loss"] == pytest.approx(row["loss"].item(), rel=1e-4)
 
 
@@ -115,7 +115,7 @@ def test_masked_networks_are_measured_kept_and_load_again(trained, tmp_path, cap
         assert manifest["groups"] == {}
         row = found.filter(method=method, stage="repaired")
         assert row["params"].item() == manifest["params"]
-        metrics = measured(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
+        metrics = metrics_of(smaller, Classification("multiclass"), [data.test_data.__getitems__(range(50))])
         assert metrics["loss"] == pytest.approx(row["loss"].item(), rel=1e-4)
 
 

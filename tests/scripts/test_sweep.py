@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from callbacks import CompressionCallback
 from pipeline.cells import Busy, flat, held, read_record
-from pipeline.evaluate import measured as measure
+from pipeline.evaluate import metrics_of as measure
 from pipeline.results import KEY, read
 from pipeline.tables import UserError
 from pipeline.tasks import Classification

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import functional as tm
 
-from pipeline.evaluate import evaluate, measured, settle
+from pipeline.evaluate import evaluate, metrics_of, settle
 from pipeline.tables import UserError
 from pipeline.tasks import METRICS, Classification
 
@@ -153,7 +153,7 @@ def test_all_labels_of_a_sample_right():
 
 
 def found_exact(scores: Tensor, labels: Tensor) -> float:
-    return measured(Given(), Classification("multilabel", "logits", ignore_index=-1), [(scores, labels)])["exact"]
+    return metrics_of(Given(), Classification("multilabel", "logits", ignore_index=-1), [(scores, labels)])["exact"]
 
 
 SAYS = "say outputs='logits' or outputs='probabilities'"

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.compression.batches import Batches, batches_of, part, samples
+from pipeline.compression.calibrate.batches import Batches, batches_of, samples
+from pipeline.compression.calibrate.outputs import Answers, float_leaves
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
-from pipeline.compression.outputs import Answers, float_leaves
-from pipeline.compression.projection import named_tensors
+from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
 SAMPLES = 64  # of the pictures that are looked at, each with a backward pass of its own
@@ -108,7 +108,7 @@ def sample_gradients(
 
 def _singles(batches: Batches) -> Iterator[Example]:
     """Each of the first SAMPLES samples alone."""
-    singles = (part(batch, i, i + 1) for batch in batches for i in range(samples(batch)))
+    singles = (cut(batch, i, i + 1) for batch in batches for i in range(samples(batch)))
     return islice(singles, SAMPLES)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.compensate import channel_moments
+from pipeline.compression.calibrate.compensate import channel_moments
+from pipeline.compression.calibrate.repair import tracked_norms
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.graph import Example
-from pipeline.compression.repair import tracked_norms
+from pipeline.compression.trace.graph import Example
 from pipeline.tables import UserError
 
 

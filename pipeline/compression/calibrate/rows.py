@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compression.batches import Batches, part
-from pipeline.compression.graph import Example
-from pipeline.compression.lockstep import Done, Stop, forward, watched
+from pipeline.compression.calibrate.batches import Batches, cut
+from pipeline.compression.calibrate.lockstep import Done, Stop, forward, watched
+from pipeline.compression.trace.graph import Example
 from pipeline.tables import UserError
 
 ROWS = 8192  # pixels or tokens that are looked at in a layer
@@ -58,8 +58,8 @@ def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches
     for batch, one in zip(batches, batches.outlines, strict=True):
         if one.shapes not in met and one.samples == most[one.shapes]:
             few = min(FEW, one.samples)
-            fewer = calls(model, layers, part(batch, 0, few - 1)) if few > 1 else []
-            met[one.shapes] = few, fewer, calls(model, layers, part(batch, 0, few), len(fewer))
+            fewer = calls(model, layers, cut(batch, 0, few - 1)) if few > 1 else []
+            met[one.shapes] = few, fewer, calls(model, layers, cut(batch, 0, few), len(fewer))
         if len(met) == len(most):
             break
     kinds = [found for _, _, found in met.values()]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeline.compression.group import ChannelGroup, ChannelGroups, Frozen
-from pipeline.compression.projection import Projection, apply, named_tensors
+from pipeline.compression.merge.modules import apply, named_tensors
+from pipeline.compression.merge.projection import Projection
 from pipeline.tables import first_line
 
 # Above this many bytes of weights the check runs in single precision: twice as many would not leave room for a copy.

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pipeline.compression.layers import LayerWeight, layer_weights
-from pipeline.compression.projection import named_tensors
+from pipeline.compression.choose.layers import LayerWeight, layer_weights
+from pipeline.compression.merge.modules import named_tensors
 from pipeline.tables import UserError, call, check_options, pick
 
 

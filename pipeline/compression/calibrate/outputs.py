@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.compression.batches import batches_of
-from pipeline.compression.graph import Example, call_arguments
-from pipeline.compression.repair import kept_modes
+from pipeline.compression.calibrate.batches import batches_of
+from pipeline.compression.calibrate.repair import kept_modes
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
 VALUES = 2**26  # of outputs that are kept of a network; of more, rows are drawn

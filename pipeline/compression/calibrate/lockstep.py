@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.batches import Batches
-from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.calibrate.batches import Batches
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from pipeline.compression.group import Norm
 
 if TYPE_CHECKING:
-    from pipeline.compression.graph import Tracer
+    from pipeline.compression.trace.graph import Tracer
 
 
 # Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is

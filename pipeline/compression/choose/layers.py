@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from pipeline.compression.group import ChannelGroup, ChannelGroups
-from pipeline.compression.projection import named_tensors
+from pipeline.compression.merge.modules import named_tensors
 from pipeline.tables import UserError, pick
 
 UNITS = ("all", "filters", "neurons")

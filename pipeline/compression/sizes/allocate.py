@@ -2,7 +2,7 @@
 
 What a group can spare is measured: it alone is compressed to some sizes, compensated, and the output of the network on
 the pictures compared with the dense one's. Without pictures, what the method loses of the parameters is a guess at it
-(see of_parameters). Assuming that these errors add up, sizes are then found greedily: of all steps that save anything,
+(see parameter_errors). These errors are taken to add up, and sizes are found greedily: of all steps that save anything,
 the one that costs the least error per multiplication (or parameter) saved comes next, until the budget of the uniform
 ratio is reached.
 """
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.compensate import Seen, compensate_
-from pipeline.compression.count import places
-from pipeline.compression.graph import Example
+from pipeline.compression.calibrate.compensate import Seen, compensate_
+from pipeline.compression.calibrate.outputs import Outputs
 from pipeline.compression.group import ChannelGroup, ChannelGroups
-from pipeline.compression.outputs import Outputs
-from pipeline.compression.projection import Projection, apply, named_tensors
+from pipeline.compression.merge.modules import apply, named_tensors
+from pipeline.compression.merge.projection import Projection
+from pipeline.compression.sizes.count import places
+from pipeline.compression.trace.graph import Example
 
 BUDGETS = ("macs", "params")
 SPARES = ("output", "parameters")
@@ -53,9 +54,11 @@ def allocated(
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
     if compared is None:
-        errors = [of_parameters(model, groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)]
+        errors = [
+            parameter_errors(model, groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)
+        ]
     else:
-        errors = [measured(model, groups, tie, *compared, choose, rounded) for tie in free]
+        errors = [output_errors(model, groups, tie, *compared, choose, rounded) for tie in free]
 
     def sizes_at(place: Sequence[int]) -> list[int]:
         sizes = [group.size for group in groups]
@@ -96,7 +99,7 @@ def allocated(
     return found
 
 
-def measured(
+def output_errors(
     model: nn.Module,
     groups: ChannelGroups,
     tie: Sequence[int],
@@ -122,7 +125,7 @@ def measured(
     return monotone([*sizes, size], [*errors, 0.0])
 
 
-def of_parameters(
+def parameter_errors(
     model: nn.Module, groups: ChannelGroups, tie: Sequence[int], sizes: Sequence[int], choose: Choose
 ) -> Callable[[int], float]:
     """What compression gets wrong of the parameters of the groups of one tie, against what it keeps, by their size.

@@ -1,4 +1,4 @@
-"""What data can mend after compression: statistics without labels, norm parameters with them."""
+"""Statistics of BatchNorm, re-estimated on unlabelled data after compression."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,13 +6,14 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pipeline.compression.graph import Example, call_arguments
 from pipeline.compression.group import ChannelGroup
-from pipeline.compression.projection import Projection, compressed_tensors, named_tensors
+from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.merge.projection import Projection
+from pipeline.compression.merge.tensors import compressed_tensors
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
 STATISTICS = ("running_var", "running_mean")  # of BatchNorm
@@ -131,42 +132,6 @@ def follow_(norm: Any, now: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     set_statistics_(
         norm, [torch.where(follows, new_var, norm.running_var), torch.where(follows, new_mean, norm.running_mean)]
     )
-
-
-def tune_norms_(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    lr: float = 1e-3,
-) -> bool:
-    """In place: train the gains and shifts of all norms, and nothing else, on labelled pictures.
-
-    This is what the study calls REPAIR for ViT and CLIP (one supervised epoch on LayerNorm parameters). It sees labels,
-    so its results belong to a stage of their own. batches: (inputs, labels (B,) int64); one Adam step each. Statistics
-    of BatchNorm stay as they are.
-
-    Returns False, and does nothing, for a model without such parameters.
-    """
-    tuned = norm_parameters(model)
-    if not tuned:
-        return False
-    needed_grad = {p: p.requires_grad for p in model.parameters()}
-    optimizer = torch.optim.Adam([p for p in needed_grad if p in tuned], lr)
-    with kept_modes(model), torch.enable_grad():
-        model.eval()  # dropout off, BatchNorm statistics fixed
-        try:
-            for p in needed_grad:
-                p.requires_grad_(p in tuned)
-            for inputs, labels in batches:
-                loss = F.cross_entropy(model(inputs), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        finally:
-            for p, flag in needed_grad.items():
-                p.requires_grad_(flag)
-            for p in tuned:
-                p.grad = None
-    return True
 
 
 @contextmanager

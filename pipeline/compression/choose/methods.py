@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.compression.cluster import LARGE, fold_labels, mixed_labels, special_folding, surgeon_order
-from pipeline.compression.gradients import Gradients
+from pipeline.compression.choose.cluster import LARGE, fold_labels, mixed_labels, special_folding, surgeon_order
+from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.group import Axis, ChannelGroup
-from pipeline.compression.projection import Projection, reconstruction_error
+from pipeline.compression.merge.projection import Projection, reconstruction_error
 from pipeline.tables import UserError, pick
 
 FEATURES = ("writers", "readers", "writers+readers")
@@ -176,7 +176,7 @@ def keep_largest(scores: Tensor, sizes: Sequence[int]) -> Projections:
     return projections
 
 
-def magnitude(weights: GroupWeights, sizes: Sequence[int], *, p: int, score: str = "first") -> Projections:
+def weight_norm(weights: GroupWeights, sizes: Sequence[int], *, p: int, score: str = "first") -> Projections:
     """Keep the channels whose weights have the largest Lp norm (Li et al. 2017, arXiv:1608.08710).
 
     score: "first" looks at the group's first writer, as the study does; "group" sums |w|^p over all weights that write
@@ -237,7 +237,7 @@ def geometric_median(weights: GroupWeights, sizes: Sequence[int]) -> Projections
     return keep_largest(torch.cdist(rows, rows).sum(1), sizes)
 
 
-def norm_scale(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
+def norm_gain(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
     """Keep the channels whose norm has the largest |gain| (network slimming, Liu et al. 2017, arXiv:1708.06519).
 
     A group without a norm of its own has no such gain: there the L2 norm decides.
@@ -245,7 +245,7 @@ def norm_scale(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
     gains = [n.weight for n in weights.group.norms if n.weight is not None]
     axes = [a for a in weights.group.writes if a.tensor in gains[:1]]
     if not axes:
-        return magnitude(weights, sizes, p=2)
+        return weight_norm(weights, sizes, p=2)
     return keep_largest(weights.rows(axes[0]).abs().sum(1), sizes)
 
 
@@ -329,13 +329,13 @@ METHODS: dict[str, Method] = {
     "kmeans": Method(kmeans, "fold"),
     "special": Method(special, "fold"),
     "random_fold": Method(random_fold, "fold"),
-    "l1": Method(partial(magnitude, p=1), "prune"),
-    "l2": Method(partial(magnitude, p=2), "prune"),
+    "l1": Method(partial(weight_norm, p=1), "prune"),
+    "l2": Method(partial(weight_norm, p=2), "prune"),
     "obs": Method(brain_surgeon, "prune"),
     "wanda": Method(wanda, "prune"),
     "taylor": Method(taylor, "prune", gradients=True),
     "fisher": Method(fisher, "prune", gradients=True),
     "fpgm": Method(geometric_median, "prune"),
-    "bn_scale": Method(norm_scale, "prune"),
+    "bn_scale": Method(norm_gain, "prune"),
     "random": Method(random, "prune"),
 }

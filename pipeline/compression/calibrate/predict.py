@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.graph import Example
-from pipeline.compression.outputs import Answers, Outputs, every_output, float_leaves
+from pipeline.compression.calibrate.outputs import Answers, Outputs, every_output, float_leaves
+from pipeline.compression.trace.graph import Example
 from pipeline.tables import UserError
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pipeline.compression.graph import Example, call_arguments
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
 # A batch holds no more than this, so that memory is bounded: samples, values (13 pictures of 224 pixels), and tokens,
@@ -42,13 +42,13 @@ class Batches:
 
     def __init__(self, given: Iterable[Example]) -> None:
         self.given = given
-        self.outlines = tuple(map(outline, self._parts()))
+        self.outlines = tuple(map(outline, self._cuts()))
         self.count = sum(one.samples for one in self.outlines)
         if not self.count:
             raise UserError("pictures hold no samples: give at least one batch of network inputs")
 
     def __iter__(self) -> Iterator[Example]:
-        for batch, expected in zip_longest(self._parts(), self.outlines):
+        for batch, expected in zip_longest(self._cuts(), self.outlines):
             # Rows are drawn by their number, and what two networks do is compared batch by batch.
             if batch is None or outline(batch) != expected:
                 raise UserError(CHANGED)
@@ -57,12 +57,12 @@ class Batches:
     def __len__(self) -> int:
         return len(self.outlines)
 
-    def _parts(self) -> Iterator[Example]:
+    def _cuts(self) -> Iterator[Example]:
         for batch in self.given:
             count = samples(batch)
             size = largest(batch)
             for start in range(0, count, size):
-                yield batch if count <= size else part(batch, start, start + size)
+                yield batch if count <= size else cut(batch, start, start + size)
 
 
 def batches_of(pictures: Example | Iterable[Example]) -> Batches:
@@ -91,7 +91,7 @@ def samples(batch: Example) -> int:
     )
 
 
-def part(batch: Example, start: int, stop: int) -> Example:
+def cut(batch: Example, start: int, stop: int) -> Example:
     """The samples from `start` to before `stop` of a batch: of all tensors that have one entry for each sample."""
     count = samples(batch)
 

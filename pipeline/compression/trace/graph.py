@@ -28,9 +28,9 @@ from torch import Tensor, fx, nn
 
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, PARTS, Axis, ChannelGroup, ChannelGroups, Frozen, Norm, Number
-from pipeline.compression.projection import named_tensors
-from pipeline.compression.rules import RULES, argument, no_channels, op_name
-from pipeline.compression.verify import plain_attention, verified
+from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.trace.rules import RULES, argument, no_channels, op_name
+from pipeline.compression.trace.verify import plain_attention, verified
 from pipeline.tables import UserError, first_line, pick
 
 Example = Tensor | tuple | dict

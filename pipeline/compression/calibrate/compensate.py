@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.batches import Batches, batches_of
-from pipeline.compression.graph import Example
+from pipeline.compression.calibrate.batches import Batches, batches_of
+from pipeline.compression.calibrate.lockstep import Stop, in_lockstep, one_by_one
+from pipeline.compression.calibrate.repair import STATISTICS, follow_, kept_modes, tracked_norms
+from pipeline.compression.calibrate.rows import Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
 from pipeline.compression.group import ChannelGroup
-from pipeline.compression.lockstep import Stop, in_lockstep, one_by_one
-from pipeline.compression.projection import Projection, compressed_tensors, merged_inputs, named_tensors
-from pipeline.compression.repair import STATISTICS, follow_, kept_modes, tracked_norms
-from pipeline.compression.rows import Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
+from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.merge.projection import Projection
+from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
+from pipeline.compression.trace.graph import Example
 from pipeline.tables import pick
 
 # λ of above, by what readers are solved on: the same within a point from 1e-3 to 1e-1, and as in GRAIL's paper.

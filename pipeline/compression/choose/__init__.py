@@ -1,0 +1,1 @@
+"""What chooses: methods and masks, and what they look at."""

@@ -1,0 +1,1 @@
+"""What merges: labels to smaller tensors and modules."""

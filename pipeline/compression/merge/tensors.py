@@ -1,0 +1,111 @@
+"""What becomes of the tensors of a network when its channel groups go through their projections."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.compression.group import Axis, ChannelGroup
+from pipeline.compression.merge.norms import merge_norms, repaired_variances
+from pipeline.compression.merge.projection import Projection, Sums, along, weighted_sum, wide_dtype
+
+
+def compressed_tensors(
+    tensors: Mapping[str, Tensor],
+    groups: Iterable[ChannelGroup],
+    projections: Iterable[Projection],
+    norm_scale: bool = True,
+    reads: bool = True,
+    approximate_repair: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors that change, by name, in their new shapes. `tensors` is not written to.
+
+    reads: False leaves the inputs of what reads the channels as they are.
+    """
+    work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
+    edits: dict[tuple[str, int], list[_Edit]] = defaultdict(list)
+    for group, projection in work:
+        merges = bool(projection.counts.max() > 1)
+        by_norm = merge_norms(group, projection, tensors) if norm_scale and merges else {}
+        if approximate_repair and merges:
+            by_norm |= repaired_variances(group, projection, tensors, norm_scale)
+        for axis in group.writes:
+            edits[axis.tensor, axis.axis].append(_Edit(axis, projection, True, by_norm.get(axis.tensor)))
+        temperature = (len(projection.counts) / group.size) ** group.temperature
+        for axis in group.reads if reads else ():
+            factor = temperature if axis.query else 1.0
+            edits[axis.tensor, axis.axis].append(_Edit(axis, projection, False, factor=factor))
+    edited: dict[str, Tensor] = {}
+    merges_of: dict[Any, tuple[Sums, Tensor]] = {}
+    # All that is written before all that is only read: a merged norm sets its weight's rows from the columns as they
+    # were. Of one axis all groups at once: the heads of a layer, and keys beside queries, share a weight.
+    for (name, dim), of_axis in sorted(edits.items(), key=lambda item: not any(e.is_write for e in item[1])):
+        edited[name] = _edited(edited.get(name, tensors[name]), dim, of_axis, merges_of)
+    return {name: t.contiguous() for name, t in edited.items()}
+
+
+def merged_inputs(
+    inputs: Tensor, reader: str, groups: Iterable[ChannelGroup], projections: Iterable[Projection]
+) -> Tensor:
+    """Cluster means of what a reader is given, (rows, inputs) -> (rows, inputs left)."""
+    pairs = zip(groups, projections, strict=True)
+    edits = [_Edit(axis, p, True) for g, p in pairs for axis in g.reads if axis.tensor == reader and not p.is_identity]
+    return _edited(inputs, 1, edits, {})
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What becomes of one group's channels along one axis of a tensor.
+
+    values: (k, ...), in place of the cluster means
+    factor: of the cluster sums
+    """
+
+    axis: Axis
+    projection: Projection
+    is_write: bool
+    values: Tensor | None = None
+    factor: float = 1.0
+
+
+def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, tuple[Sums, Tensor]]) -> Tensor:
+    """The tensor with these edits along `dim`, done as one projection of all that stands there.
+
+    known: what `_merge_of` gave, added to: a weight, its bias and the norm behind it merge alike.
+    """
+    size = tensor.shape[dim]
+    first = edits[0]
+    if first.values is not None and first.axis.is_plain and first.axis.index.shape[0] == size:
+        return (
+            first.values.to(tensor.device, wide_dtype(tensor)).movedim(0, dim).to(tensor.dtype)
+        )  # nothing else stands there
+    key = (size, *((e.axis.index.numpy().tobytes(), id(e.projection), e.is_write, e.factor) for e in edits))
+    if key not in known:
+        known[key] = _merge_of(size, edits)
+    sums, divisor = known[key]
+    merged = weighted_sum(tensor, sums, None, dim)
+    if len(divisor):
+        merged /= divisor.to(tensor.device, merged.dtype).view(along(dim, tensor))
+    for edit in edits:
+        if edit.values is not None:
+            entries = edit.axis.index[edit.projection.representatives].reshape(-1)
+            places = torch.searchsorted(sums.stays, entries)
+            merged.index_copy_(dim, places.to(tensor.device), edit.values.to(merged).movedim(0, dim))
+    return merged.to(tensor.dtype)
+
+
+def _merge_of(size: int, edits: Sequence[_Edit]) -> tuple[Sums, Tensor]:
+    """(sums, what each is divided by, or nothing where that is 1) of an axis with these edits."""
+    into = torch.arange(size)  # of each position: the one whose place it shares, -1 where it is dropped
+    divisor = torch.ones(size, dtype=torch.float64)
+    for edit in edits:
+        where, index = edit.projection.into, edit.axis.index
+        first = index[edit.projection.representatives]
+        into[index] = torch.where(where[:, None] >= 0, index[where], -1)
+        divisor[first] = edit.projection.counts[:, None].double() if edit.is_write else 1 / edit.factor
+    sums = Sums.of(into)
+    divisor = divisor[sums.stays]
+    return sums, divisor if (divisor != 1).any() else divisor[:0]

@@ -1,0 +1,1 @@
+"""What decides sizes: budgets, and the counts that these are held against."""
