@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.compression.calibrate.batches import Batches, batches_of, samples
+from pipeline.compression.calibrate.batches import Batches, batches_of, cut, samples
 from pipeline.compression.calibrate.outputs import Answers, float_leaves
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup
