@@ -1,6 +1,8 @@
 """What callbacks that compress have in common: the network of a module, and the data to compress and measure it by."""
 
 import operator
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ class NetworkCallback(Callback):
         self.eval_data, self.repair_data = eval_data, repair_data
         self.repair_size, self.batch_size = repair_size, batch_size
         self.traces, self.once = Traces(), Once(type(self).__name__)
+        self._traced: Callable[[], nn.Module | None] = lambda: None
         self._settled: dict[str, tuple[Task, Example, tuple[str, ...]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,11 +61,13 @@ class NetworkCallback(Callback):
     def settle(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         """Refuse, before anything is measured, what cannot be: batches, outputs, networks without channels."""
         self._repair_set(trainer)
-        self.traces = Traces()
+        live = self._net(pl_module)
+        if self._traced() is not live:  # another network may have another graph behind the same shapes
+            self.traces, self._traced = Traces(), weakref.ref(live)
         # A test run may be inside inference mode, where nothing could be tuned or traced.
         with isolate_rng(), torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
             batches = self.batches(trainer, pl_module, split)
-            net = bare_copy(self._net(pl_module), share=True).eval()
+            net = bare_copy(live, share=True).eval()
             first = batches[split].first()
             task = trainer.strategy.broadcast(settle(net, self.asked, first))
             example = first_sample(task.inputs(first))
