@@ -56,10 +56,17 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) in UNCHANGING:
+    kind = type(value)
+    if kind in UNCHANGING or (kind is tuple and all(type(part) in UNCHANGING for part in value)):
         return value
-    if type(value) in CONTAINERS and not value:
-        return memo.setdefault(id(value), type(value)())
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind in CONTAINERS and not value:
+        return memo.setdefault(id(value), kind())
+    if kind is dict and all(type(key) is str for key in value):  # such as parameters, buffers and modules
+        copied = memo[id(value)] = {}
+        copied.update((key, _copied(part, memo)) for key, part in value.items())
+        return copied
     return copy.deepcopy(value, memo)
 
 
