@@ -301,7 +301,7 @@ def test_no_file_and_other_files(tmp_path):
     path = tmp_path / "net.safetensors"
     assert refused(path) == f"no compressed network {path}"
     save_file({"a": torch.zeros(2)}, path)
-    assert refused(path) == f"{path} says nothing of how it was compressed: no file of save_compressed"
+    assert refused(path) == f"{path} does not say how it was compressed: it is no file of save_compressed"
     torch.save({"a": torch.zeros(2)}, path)
     assert "is damaged or no safetensors file" in refused(path)
 
