@@ -159,7 +159,7 @@ class Tracer:
         self.tags: list[tuple[Tensor, tuple[str, int, int]]] = []  # ids of one kind (of a head, of a piece), the kind
         self.blocks: list[tuple[Tensor, str]] = []  # ids (blocks, channels) that only go by whole blocks, their part
 
-    # --- ids of parameters
+    # ids of parameters
 
     def axis_ids(self, tensor: str, axis: int, role: str) -> Tensor:
         """One id per position of this axis: (N,)."""
@@ -186,7 +186,7 @@ class Tracer:
             self.freeze(ids, "a tied weight both writes and reads these channels")
         return ids
 
-    # --- relations
+    # relations
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         a, b = _thin(a, b)
@@ -231,7 +231,7 @@ class Tracer:
         self.unite(ids, line.view(shape))
         return line
 
-    # --- the run
+    # the run
 
     def run(self) -> None:
         for node in self.graph.nodes:
@@ -304,7 +304,7 @@ class Tracer:
         value = self.env[arg] if isinstance(arg, fx.Node) else None
         return value if isinstance(value, str) else None
 
-    # --- from ids to groups
+    # from ids to groups
 
     def solve(self) -> None:
         """Find the component of every id, and the ids that make queries.
