@@ -4,21 +4,21 @@ The tensors in the file are those of the network's state_dict under their own na
 reads them too. Everything else is in the manifest:
 
     format          of this file, FORMAT
-    architecture    {"name": ..., arguments} that build the network at full size, or {}: of whoever saved it
-    chain           [{"stage": ..., and what else it says (see `plan.Step`)}] of all that the network went through
+    architecture    {"name": ..., arguments} that build the network at full size, or {}; given by whoever saved it
+    chain           [{"stage": ..., facts on it (see `plan.Step`)}] of all stages that the network went through
     method, ratio   of the last compression
     params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size
     groups          of the last compression: {name: {"before", "after", "error", "labels": the new channel of each old
                     one, -1 = dropped}}; {} of a masked network, whose zeros are in its tensors
-    numbers         sizes that modules keep as Python numbers and that had to follow, through the whole chain
+    numbers         new values of sizes that modules keep as Python numbers, after the whole chain
     tied            {name: the name under which its tensor is stored}
     channels_last   names of the weights in that memory format, which safetensors does not keep
     source          {"file", "sha256"} of the checkpoint that was compressed, or {} (see `source_of`)
     versions        of the libraries that wrote it
-    about           whatever else was said of it
+    about           other JSON values, given by whoever saved it
 
-Files of format 2 knew one compression alone, which is then their chain.
-A checksum over manifest and tensors stands beside it: a bit that flipped in a weight is found, too.
+Files of format 2 hold one compression, which becomes their chain. A checksum over manifest and tensors stands beside
+the manifest, so that a flipped bit is found in a weight, too.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ from pipeline.compression.sizes.count import parameters
 from pipeline.tables import UserError, first_line
 
 FORMAT = 3
-OLDEST = 2  # that is read
-# What a compression says of itself in the chain; files of format 2 say it of the only one.
+OLDEST = 2  # the oldest format that can be read
+# Keys of a compression in the chain; files of format 2 have them for their only compression.
 OF_A_STEP = ("ratio", "params", "params_before", "macs", "macs_before", "numbers", "groups")
 
 
@@ -56,7 +56,7 @@ def save_compressed(
     architecture: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the tensors of a compressed network and what was done to it; a file is there whole or not at all.
+    """Write the tensors of a compressed network and its manifest; the file appears whole or not at all.
 
     about: JSON values to keep with it (which run, which epoch).
     architecture: {"name": ..., arguments} of the network at full size, for whoever loads it without one.
@@ -79,7 +79,7 @@ def save_compressed(
             "about": dict(about or {}),
         }
     )
-    # Clones, as safetensors refuses tensors that share memory: two views of one are stored as two.
+    # Clones, as safetensors refuses tensors that share memory: two views of one tensor are stored as two.
     seen: set[int] = set()
     plain = {}
     for name, tensor in tensors.items():
@@ -112,7 +112,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
         wrong = next(_misfits(manifest, tensors, model), None)
         if wrong:
             raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
-        # Copies: what safetensors hands out is the file itself, and would change with it.
+        # Copies, as safetensors returns views of the file, which would change with it.
         given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
     for name in manifest["channels_last"]:
         given[name] = given[name].contiguous(memory_format=CHANNELS_LAST[given[name].dim()])
@@ -122,7 +122,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
 
 
 def is_compressed(path: str | Path) -> bool:
-    """Is it a file of `save_compressed`, of whichever format?"""
+    """Is it a file of `save_compressed`, of any format?"""
     try:
         with safe_open(path, "pt") as file:
             return "foldability" in (file.metadata() or {})
@@ -137,7 +137,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def source_of(path: str | Path) -> dict[str, str]:
-    """{"file", "sha256"} of a checkpoint as `sha256sum` says it; of a folder, over the names and sums of its files."""
+    """{"file", "sha256"} of a checkpoint as by `sha256sum`; for a folder, over the names and sums of its files."""
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -171,7 +171,7 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 def _done(model: nn.Module, report: Report | None) -> dict[str, Any]:
     """The chain, and its short form: the last compression, from full size to the size of this network.
 
-    report: says what was done to a network that remembers nothing.
+    report: of the compression, for a network without a history. Raises UserError where nothing was compressed.
     """
     chain = history(model) or ((step_of(report),) if report else ())
     compressed = [step.about for step in chain if "params_before" in step.about]
@@ -206,7 +206,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
             text = (file.metadata() or {}).get("foldability", "{}")
             manifest = json.loads(text)
             if not isinstance(manifest, dict) or "format" not in manifest:
-                raise UserError(f"{path} says nothing of how it was compressed: no file of save_compressed")
+                raise UserError(f"{path} does not say how it was compressed: it is no file of save_compressed")
             if manifest["format"] not in (OLDEST, FORMAT):
                 newer = isinstance(manifest["format"], int) and manifest["format"] > FORMAT
                 fix = "update foldability" if newer else "compress and save the checkpoint again"
@@ -222,7 +222,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
 
 
 def _misfits(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> Iterator[str]:
-    """What in a file is not of this architecture at this size."""
+    """Yield each way in which a file does not fit this architecture at full size."""
     this = f"this {type(model).__name__}"
     own, tied = stored_tensors(model)
     names, own_names = {*tensors, *manifest["tied"]}, {*own, *tied}
@@ -253,7 +253,7 @@ def _described(manifest: Mapping[str, Any]) -> str:
 
 
 def _json(manifest: Mapping[str, Any]) -> str:
-    """In one line. UserError names the part that is no JSON."""
+    """The manifest as one line of JSON. Raises UserError naming the part that is no JSON."""
     try:
         return json.dumps(manifest, separators=(",", ":"))
     except (TypeError, ValueError):

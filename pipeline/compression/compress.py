@@ -29,7 +29,7 @@ from pipeline.compression.sizes.count import Counted, macs, parameters
 from pipeline.compression.trace.graph import Example, channel_groups
 from pipeline.tables import UserError, call, pick
 
-# What auto chooses from where there are no pictures, and where there are.
+# Candidates of the method "auto" without pictures, and with them.
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")
 COMPENSATED = ("mix", "fold", "l2", "obs")
 
@@ -45,7 +45,7 @@ class Compressed(NamedTuple):
 
 
 def remembered(smaller: nn.Module, model: nn.Module, report: Report) -> Compressed:
-    """The smaller network, which has gone through all that the model has and through this compression."""
+    """The smaller network and its report. Its history becomes the model's, followed by this compression."""
     went_through_(smaller, (*history(model), step_of(report)))
     return Compressed(smaller, report)
 
@@ -54,11 +54,11 @@ def remembered(smaller: nn.Module, model: nn.Module, report: Report) -> Compress
 class Network:
     """A network to compress, and what all its compressions share.
 
-    model: bare of hooks and masks. example: what it is called with; a batch of one is enough.
-    groups: its channel groups. pictures: unlabelled inputs that methods look at. seed: of what is drawn.
-    answers: what it puts out -> (rows, classes), by which two networks are compared; None: all outputs side by side.
-    full: {group name: channels} that ratios count from, of a network that was made smaller before; None: its own.
-    counted: MACs that were counted for this architecture, looked up and added to.
+    model: without hooks and masks. example: what it is called with; a batch of one is enough.
+    groups: its channel groups. pictures: unlabelled inputs that methods look at. seed: for all that is drawn at random.
+    answers: output -> (rows, classes), by which two networks are compared; None: all outputs side by side.
+    full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
+    counted: a cache of MACs for this architecture.
     """
 
     model: nn.Module
@@ -80,7 +80,7 @@ class Network:
 
     @cached_property
     def gradients(self) -> Gradients | None:
-        """Nothing of them is computed before a method asks."""
+        """Gradients on the pictures, computed when a method first asks for them; None without pictures."""
         if self.pictures is None:
             return None
         return Gradients(self.model, self.groups, self.pictures, self.seed, self.answers)
@@ -102,10 +102,10 @@ def compress(model, example, method="fold", ratio=0.5, **options):
 
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
     method: a name in METHODS: fold, l1, l2, ...; or in MASKS: magnitude, lamp, n_m, ..., which set single weights to
-        zero and leave all shapes as they are; or "auto": the method that is foretold to leave the most accuracy; or the
-        spelling of a recipe, "mix+data", or a Recipe.
-    ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1, or a sequence of
-        them; then a list comes back, and what the ratios can share is computed once.
+        zero and leave all shapes as they are; or "auto": the method of the highest predicted accuracy; or the spelling
+        of a recipe, "mix+data", or a Recipe.
+    ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1; or a sequence of
+        ratios, which returns a list and computes once what the ratios share.
     options: those of `compressions`, and those of the method (fold: refine; l1, l2: score; n_m: m).
 
     The input model is untouched. Raises UserError for an unknown method, a ratio out of range, weights that are not
@@ -135,17 +135,19 @@ def compressions(
 
     pictures: unlabelled network inputs, or synthetic ones (`synthesize`), some hundred: one batch (what the model is
         called with), or a collection of batches that can be read again, such as a list. Methods then see activations
-        (taylor, fisher: gradients), and what reads the channels is solved on them (ridge, solve_on: see compensate_).
+        (taylor, fisher: gradients), and readers are solved on the pictures (ridge, solve_on: see compensate_).
         A recipe that says "synthetic" makes its own where none are given.
     answers: output of the network -> (rows, classes), by which two networks are compared and labels drawn, so that a
         token of a text counts as a picture does; None: all outputs of a sample side by side.
-    judge_on: network inputs on which "auto" foretells the candidates; None: the pictures, else synthetic ones.
+    judge_on: network inputs on which "auto" compares the candidates; None: the pictures, else synthetic ones.
     groups: what `channel_groups(model, example, parts)` gave for this architecture; traced anew when None.
-    counted: MACs found so far for this architecture, added to: methods whose networks have the same sizes share them.
-    full: {group name: channels} that ratios count from, of a network that has been made smaller before; None: its own.
-    seed: of methods that draw.
+    counted: a cache of MACs for this architecture, shared by methods whose networks have the same sizes.
+    full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
+    seed: for methods that draw at random.
     options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
         approximate_repair; round_to, allocate, spare, protect; ridge, solve_on; and those of the method itself.
+
+    Raises UserError as `compress` does.
     """
     done = wanted(method, pictures is not None, options)
     check_ratios(ratios, done.sizes.round_to)
@@ -169,11 +171,14 @@ def compressions(
 
 
 def wanted(method: str | Recipe, pictures: bool, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a method, a spelling or a recipe, and of options; pictures: are there any?"""
+    """The recipe of a method with options, of a spelling, or of a Recipe; pictures: whether any are given.
+
+    Raises UserError for options beside a spelling or a Recipe.
+    """
     if isinstance(method, str) and "+" not in method:
         return recipe(method, pictures="data" if pictures else None, **options)
     if options:
-        raise UserError(f"{method} says all by itself; give {', '.join(options)} as a part of it")
+        raise UserError(f"{method} is a whole recipe; give {', '.join(options)} as a part of it")
     return parse(method) if isinstance(method, str) else method
 
 
@@ -187,9 +192,9 @@ def made_pictures(model: nn.Module, example: Example, recipe: Recipe, seed: int)
 def judged_copies(
     net: Network, recipe: Recipe, ratios: Sequence[float], judge_on: Example | Iterable[Example] | None = None
 ) -> Iterator[Compressed]:
-    """For every ratio the copy, of those by the candidates, that is foretold to be the most accurate (see predict.py).
+    """For every ratio the candidates' copy with the highest predicted accuracy (see predict.py).
 
-    The recipe's option candidates: names in METHODS, also with "+ar" behind; the first of them wins a tie.
+    The recipe's option `candidates` lists names in METHODS, also with "+ar" behind; the first of them wins a tie.
     """
     usual = CANDIDATES if net.pictures is None else COMPENSATED
     makers = {}
@@ -237,17 +242,17 @@ def masked_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iter
 
 def smaller_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iterator[Compressed]:
     """A copy for every ratio, in which every channel group has lost `ratio` of its channels, or as a budget says."""
-    assert net.cost  # counted first: networks that are narrower follow from it
+    assert net.cost  # counted first: MACs of narrower networks follow from this count
     sizes = sizes_left(net, recipe, ratios)
-    # One group at a time, and of each only what is chosen: all Gram matrices of a large network at once do not fit.
+    # One group at a time, keeping its choices alone: all Gram matrices of a large network do not fit in memory.
     plans = [choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios]) for i, g in enumerate(net.groups)]
     for ratio in ratios:
-        # Without a name here, so that only the caller holds it: two of a large network may not fit.
+        # The copy gets no name here, so that only the caller holds it: two of a large network may not fit in memory.
         yield made(net, recipe, ratio, [of_group[k] for k, of_group in zip(sizes[ratio], plans, strict=True)])
 
 
 def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int]) -> dict[int, Choice]:
-    """{size: what the method makes of this group}"""
+    """{size: projection that the method chooses for this group, and its row of the report}"""
     described, inputs = recipe.features, net.seen.inputs if net.seen else {}
     weights = GroupWeights(
         group, net.tensors, described.features, described.scale, described.norm, net.seed, inputs, net.gradients
@@ -276,7 +281,7 @@ def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Seq
         beside = net.seen, Outputs(net.model, net.pictures, net.answers)
 
     def left_at(sizes: Sequence[int]) -> int:
-        """What the budget counts of the network at these sizes, whichever channels they are."""
+        """Parameters or MACs of the network at these sizes, which do not depend on the channels that stay."""
         kept = [first_channels(g.size, k) for g, k in zip(net.groups, sizes, strict=True)]
         smaller = apply(net.model, net.groups, kept)
         return parameters(smaller) if budget == "params" else macs(smaller, net.example, net.counted)
@@ -334,7 +339,7 @@ def first_channels(size: int, left: int) -> Projection:
 def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
     """Channels that remain of `size`: rounded down, as the study does, but at least one.
 
-    round_to: then to the nearest multiple of it, but at least one and at most what there is.
+    round_to: then to the nearest multiple of it, but at least one multiple and at most `size`.
     """
     left = max(1, int(size * (1 - ratio) + 1e-9))
     if left == size or round_to == 1:
@@ -343,7 +348,7 @@ def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
 
 
 def protected(groups: ChannelGroups, names: Sequence[str]) -> list[ChannelGroup]:
-    """The groups whose name begins with one of these. UserError for one that is no group's."""
+    """The groups whose name begins with one of these. Raises UserError for one with which no group's name begins."""
     for name in names:
         if not any(group.name.startswith(name) for group in groups):
             known = ", ".join(dict.fromkeys(group.tie or group.name for group in groups))
@@ -359,7 +364,7 @@ def check_groups(model: nn.Module, groups: ChannelGroups) -> None:
 
 
 def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:
-    """Raise UserError naming the first ratio that is no fraction to remove, or a round_to of no channels."""
+    """Raise UserError for a round_to below 1, and naming the first ratio outside 0 <= ratio < 1."""
     if round_to < 1:
         raise UserError(f"round_to {round_to} must be at least 1 channel")
     for ratio in ratios:

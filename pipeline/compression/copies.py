@@ -1,4 +1,4 @@
-"""Copies of live networks: bare of what training hangs on them."""
+"""Copies of live networks, without the hooks and masks that training adds."""
 
 import copy
 from collections import OrderedDict
@@ -16,10 +16,10 @@ CONTAINERS = (dict, set, OrderedDict)
 def bare_copy(model: nn.Module, share: bool = False) -> nn.Module:
     """A deep copy of the network itself, in the same mode.
 
-    share: the tensors are the model's own where nothing hangs on them, for copies that nobody writes to.
+    share: keep the model's own tensors, except those of masked modules; for copies that nobody writes to.
 
-    Unwraps torch.compile; leaves out forward and backward hooks (`wandb.watch` hangs some there that cannot be copied);
-    makes masks of torch.nn.utils.prune permanent (their `weight` is no leaf, which deepcopy refuses).
+    Unwraps torch.compile; leaves out forward and backward hooks (`wandb.watch` adds some that cannot be copied); makes
+    masks of torch.nn.utils.prune permanent (their `weight` is no leaf, which deepcopy refuses).
     """
     model = getattr(model, "_orig_mod", model)
     memo: dict[int, object] = {}
@@ -41,10 +41,10 @@ def bare_copy(model: nn.Module, share: bool = False) -> nn.Module:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """copy.deepcopy(model, memo), in a quarter of the time: what is shared before is shared after.
+    """copy.deepcopy(model, memo), in a quarter of the time; objects that are shared stay shared.
 
-    A module is a dozen empty dicts of hooks, each of which deepcopy takes apart and builds anew, and numbers that it
-    looks at one by one. Modules that say themselves how they are copied or pickled are left to deepcopy.
+    deepcopy rebuilds each of the dozen empty hook dicts of a module and looks at its numbers one by one; both are
+    shortened here. Modules with copy or pickle methods of their own are left to deepcopy.
     """
     kinds = {kind for kind in set(map(type, model.modules())) if _is_plain(kind)}
     plain = [module for module in model.modules() if type(module) in kinds and id(module) not in memo]

@@ -1,4 +1,4 @@
-"""The words of the engine: which entries of which tensors belong to one channel."""
+"""Channel groups: which entries of which tensors belong to one channel."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class Axis:
 
     index: (C, m) int64; channel c holds the m positions index[c]. m > 1 where a channel is several rows or columns
     (after a flatten: one per pixel; a whole attention head); the j-th position of every channel means the same thing.
-    query: do the entries make the queries of an attention head, which read its keys?
+    query: whether the entries make the queries of an attention head, which read its keys.
     """
 
     tensor: str
@@ -45,10 +45,10 @@ class Norm:
     writer_bias: str | None = None
 
 
-# What a channel can be. hidden: between two layers; residual: in a stream that blocks add to; width: one of the
-# products that the score of an attention head sums up, or one of its values; head: a whole attention head.
+# Kinds of channels. hidden: between two layers; residual: in a stream that blocks add to; width: one of the products
+# that the score of an attention head sums up, or one of its values; head: a whole attention head.
 PARTS = ("hidden", "residual", "width", "head")
-# The study's: all of a convolutional network, the MLPs of a transformer.
+# The study compresses these: all of a convolutional network, the MLPs of a transformer.
 DEFAULT_PARTS = ("hidden", "residual")
 
 
@@ -65,14 +65,14 @@ class ChannelGroup:
     """One set of `size` interchangeable channels with everything that writes and reads them.
 
     writes: rows of weights, biases, norm parameters and statistics, in the order of the network.
-    reads: columns of the weights that take these channels as input. Of the width of an attention head, keys write what
-        queries read: their score is the sum over channels of the products of the two.
+    reads: columns of the weights that take these channels as input. In the width of an attention head, keys write the
+        channels and queries read them: their score is the sum over channels of the products of the two.
     norms: the normalisations among the writes.
-    part: of PARTS
+    part: one of PARTS
     temperature: with k of C channels left, queries are multiplied by (k / C) ** temperature: 0.5 where attention
         divides scores by the square root of the width that it finds, 0 where it divides by a constant
     tie: groups of one tie must keep the same number of channels (the heads of one layer)
-    numbers: Python numbers that follow the size
+    numbers: sizes that modules keep as Python numbers, which change with the size of the group
     cut_by: operations that tell these channels from others of the same tensors: chunk, attention
     """
 
@@ -110,7 +110,7 @@ class ChannelGroups:
 
     @property
     def ties(self) -> list[list[int]]:
-        """The places of the groups that must keep equal sizes, together; every group is in one of the lists."""
+        """Lists of the places of groups that must keep equal sizes; every group is in one of the lists."""
         found: dict[str, list[int]] = {}
         for i, group in enumerate(self.groups):
             found.setdefault(group.tie or group.name, []).append(i)

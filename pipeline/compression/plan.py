@@ -1,4 +1,4 @@
-"""What was decided for one network, and what a network has been through: both travel with it."""
+"""Plan: what a recipe decided for one network. Step: one stage that a network went through. Both travel with it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ HISTORY = "compression_history"  # attribute of a module that holds its steps; c
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe decided for one network: its groups, their projections and how they merge.
+    """The decisions of a recipe for one network: its groups, their projections and how they merge.
 
     projections: one for each group. joint_norms: a weight and the norm behind it merge as one affine map.
-    approximate_repair: variances of merged channels follow the weights (see `projection.apply`).
+    approximate_repair: variances of merged channels follow the weights (see `modules.apply`).
     masks: {weight: bool of its shape, False where it is zero}; a masked network has no groups.
     """
 
@@ -32,10 +32,10 @@ class Plan:
 class Step:
     """One stage that a network went through, in JSON values alone, so that a file can hold it.
 
-    stage: the spelling of the stage: "mix+data", "repair", "tune". about: what it says of itself; of a compression
+    stage: the spelling of the stage: "mix+data", "repair", "tune". about: facts on the stage. A compression has
     "method" (with what "auto" chose), "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that
     modules keep as Python numbers), "groups": {name: {"before", "after", "error", "labels": the new channel of each old
-    one, -1 = dropped}}, and of a mask "layers": {name: {"before", "after", "error"}}.
+    one, -1 = dropped}}; a mask also has "layers": {name: {"before", "after", "error"}}.
     """
 
     stage: str
@@ -45,7 +45,7 @@ class Step:
         return f"{self.stage}@{self.about['ratio']:g}" if "ratio" in self.about else self.stage
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Step":
-        """A step never changes, so copies of a network share it, with its labels of all channels."""
+        """The step itself: it never changes, so copies of a network share it and its labels of all channels."""
         return self
 
 
@@ -65,7 +65,7 @@ def went_through_(model: nn.Module, steps: Iterable[Step]) -> None:
 
 
 def numbers(steps: Iterable[Step]) -> dict[str, int | float]:
-    """Sizes that modules keep as Python numbers and that followed through these steps, by the path of the attribute."""
+    """{path of the attribute: value} of sizes that modules keep as Python numbers, after these steps."""
     return {path: value for step in steps for path, value in step.about.get("numbers", {}).items()}
 
 
@@ -75,5 +75,5 @@ def told(steps: Iterable[Step]) -> list[dict[str, Any]]:
 
 
 def steps_of(told: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """The steps that were told so."""
+    """The inverse of `told`: steps from their JSON values."""
     return tuple(Step(one["stage"], {key: value for key, value in one.items() if key != "stage"}) for one in told)

@@ -18,7 +18,7 @@ from pipeline.compression.choose.methods import FEATURES, METHODS, SCALES
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.tables import UserError, call, check_options, pick
 
-AUTO = "auto"  # the method that picks another for every ratio
+AUTO = "auto"  # the method that picks another method for every ratio
 CALIBRATIONS = ("none", "synthetic", "data")
 SOLVE_ON = ("smaller", "dense")
 BUDGETS = ("uniform", "macs", "params")
@@ -60,7 +60,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Scope:
-    """What is compressed. parts: of PARTS. units: "filters" of convolutions, "neurons" of linear layers, or "all"."""
+    """Which channels are compressed.
+
+    parts: some of PARTS. units: "filters" of convolutions, "neurons" of linear layers, or "all".
+    """
 
     parts: tuple[str, ...] = DEFAULT_PARTS
     units: str = "all"
@@ -68,7 +71,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Features:
-    """What describes a channel to the method; see methods.GroupWeights."""
+    """Which weights describe a channel to the method, and how; see methods.GroupWeights."""
 
     features: str = "writers+readers"
     scale: str = "tensor"
@@ -77,10 +80,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Merging:
-    """How channels become one.
+    """How channels merge.
 
-    norm_scale: a weight and the norm behind it merge as the one affine map that they are, else each tensor by itself.
-    approximate_repair: BatchNorm variances of merged channels follow the weights (Fold-AR); see projection.apply.
+    norm_scale: a weight and the norm behind it merge as one affine map; False: each tensor by itself.
+    approximate_repair: BatchNorm variances of merged channels follow the weights (Fold-AR); see modules.apply.
     """
 
     norm_scale: bool = True
@@ -120,7 +123,7 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """What becomes of channels: "fold", "prune", "mix"; of single weights: "mask"; "auto": one of the first."""
+        """The method's kind: "fold", "prune" or "mix" of channels, "mask" of weights, or "auto" (one of the first)."""
         return kind_of(self.method)
 
     @property
@@ -152,9 +155,9 @@ WORDS: dict[str, dict[str, Any]] = {
 
 
 def about(recipe: Recipe) -> dict[str, str]:
-    """What tells recipes apart: kind; calibration; sizes, uniform or a budget; scope, parts or units; statistics.
+    """The properties that tell recipes apart: kind; calibration; sizes (uniform or a budget); scope (parts or units).
 
-    statistics: what those of BatchNorm are re-estimated on: none, weights, synthetic or data.
+    statistics: the source from which BatchNorm statistics are re-estimated: none, weights, synthetic or data.
     """
     calibration, units = recipe.calibration, recipe.scope.units
     follows = calibration.pictures if calibration.solve_on == "smaller" else "none"
@@ -179,9 +182,10 @@ def kind_of(method: str) -> str:
 
 
 def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:
-    """The recipe of a method and of options by their names, those of its parts and those of the method itself.
+    """The recipe of a method with options by name: those of the recipe's parts and those of the method itself.
 
-    label: how the user calls it, for errors. Lists become tuples; None stands for the default.
+    label: the name that errors use. Lists become tuples; None stands for the default.
+    Raises UserError for an unknown method or option.
     """
     parts: dict[str, dict[str, Any]] = {part: {} for part in SECTIONS}
     own = {}
@@ -203,7 +207,7 @@ def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """The recipe that a spelling stands for. UserError for an addition that is none, and for two that differ."""
+    """The recipe that a spelling stands for. Raises UserError for an unknown addition, and for two that contradict."""
     method, *said = re.split(r"\+(?![^\[]*\])", text)  # not at a plus sign within a list
     options: dict[str, Any] = {}
     for addition in said:
@@ -215,7 +219,7 @@ def parse(text: str) -> Recipe:
 
 
 def spell(recipe: Recipe) -> str:
-    """The shortest spelling: words first, in the order of WORDS, then what has none."""
+    """The shortest spelling: words first, in the order of WORDS, then the options that have no word."""
     left = dict(additions(recipe))
     said = [recipe.method]
     for word, options in WORDS.items():
@@ -226,7 +230,7 @@ def spell(recipe: Recipe) -> str:
 
 
 def additions(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """(option, value) of all that is not as usual, but for the options of the method itself."""
+    """(option, value) of every option that differs from its default, without those of the method itself."""
     for part, record in SECTIONS.items():
         usual, found = record(), getattr(recipe, part)
         for f in fields(record):
@@ -235,9 +239,9 @@ def additions(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 def recipes(methods: Sequence[str] | Mapping[str, Mapping[str, Any] | None], **shared: Any) -> dict[str, Recipe]:
-    """{label: recipe} of what a config says: spellings, or {label: {"method": name, options}}.
+    """{label: recipe} of the methods in a config: spellings, or {label: {"method": name, options}}.
 
-    shared: options that hold wherever a recipe says nothing of them; masks know none of them.
+    shared: options for every recipe that does not set them; masks do not take them.
     """
     named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
     found = {}

@@ -1,4 +1,4 @@
-"""What a compression did to a network, in numbers that people read."""
+"""Report: sizes and errors of one compression, in all and for every group or masked weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,13 +40,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `compress` did. params: parameters; macs: multiply-accumulates of one forward pass on the example.
+    """The outcome of `compress`. params: parameters; macs: multiply-accumulates of one forward pass on the example.
 
-    Of a masked network `layers` stands in place of `groups`. Its params_after are the parameters that masks leave, and
-    its macs_after are those of the dense network: that is what hardware computes where it cannot skip zeros.
+    A masked network has `layers` in place of `groups`. Its params_after are the parameters that masks leave. Its
+    macs_after are those of the dense network, which hardware computes where it cannot skip zeros.
 
-    numbers: sizes that modules keep as Python numbers and that had to follow: {"blocks.0.attn.head_dim": 32}.
-    recipe: the spelling of what was done; plan: what it decided for this network.
+    numbers: new values of sizes that modules keep as Python numbers: {"blocks.0.attn.head_dim": 32}.
+    recipe: the spelling of the recipe; plan: its decisions for this network.
     """
 
     method: str
@@ -92,20 +92,20 @@ class Report:
 
 
 def group_report(weights: GroupWeights, projection: Projection) -> GroupReport:
-    """What a projection does to the group of these weights."""
+    """The row of one group: its sizes, its labels and its relative parameter error under a projection."""
     group, labels = weights.group, projection.labels
     return GroupReport(group.name, group.size, len(projection.counts), weights.error(projection), labels, group.tie)
 
 
 def layer_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: torch.Tensor) -> LayerReport:
-    """What a mask does to a weight."""
+    """The row of one masked weight: its entries before and after, and its relative error."""
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     lost = float(torch.linalg.vector_norm(weight - masked, dtype=torch.float64))
     return LayerReport(name, mask.numel(), int(mask.sum()), lost / norm if norm else 0.0)
 
 
 def step_of(report: Report) -> Step:
-    """The compression as the network remembers it, in JSON values."""
+    """The compression as a step of the network's history, in JSON values."""
     about: dict[str, Any] = {
         "method": report.method,
         "ratio": report.ratio,

@@ -1,4 +1,4 @@
-"""What the tests of the engine share."""
+"""Fixtures that the tests of the engine share."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pipeline.models import build_model
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
+    """One thread: on tiny tensors more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def blobs(n, generator):
 
 @pytest.fixture(scope="session")
 def train_data():
-    """Sixteen batches of 32."""
+    """Sixteen batches of 32 pictures, with labels."""
     generator = torch.Generator().manual_seed(0)
     return [blobs(32, generator) for _ in range(16)]
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# How a module keeps its sizes. What stands in a closure, a tuple, a dict or another object cannot follow a smaller
-# network: there the engine has to freeze, or the sizes are not needed.
+# How a module keeps its sizes. Sizes in a closure, a tuple, a dict or another object cannot follow a smaller network:
+# there the engine has to freeze, or the sizes are not needed.
 KEPT = (*["attributes"] * 6, "tuple", "dict", "config", "closure")
 
 
@@ -18,7 +18,7 @@ LONGEST = 16  # sequence that parameters of its length are made for
 
 
 class Sized(nn.Module):
-    """Keeps named sizes in one of the ways of KEPT."""
+    """A module that keeps named sizes in one of the ways of KEPT."""
 
     def keep(self, how: str, **sizes: int) -> None:
         self.how = how
@@ -44,11 +44,11 @@ class Sized(nn.Module):
         return getattr(self.config, name) if self.how == "config" else self.look_up(name)
 
 
-# --- projections: (B, T, C) -> queries (B, H, T, D), keys (B, G, T, D), values (B, G, T, E)
+# projections: (B, T, C) -> queries (B, H, T, D), keys (B, G, T, D), values (B, G, T, E)
 
 
 class Separate(Sized):
-    """Three layers; the number of heads, their width or neither is left to the view."""
+    """Three layers; the view infers the number of heads, their width or neither."""
 
     groups = True
     own_value_width = True
@@ -74,7 +74,7 @@ class Separate(Sized):
 
 
 class Fused(Sized):
-    """One layer for the three, cut apart in one of the ways of timm, torchvision, GPT-2, GPT-NeoX and LeViT."""
+    """One layer for all three, cut apart in one of the ways of timm, torchvision, GPT-2, GPT-NeoX and LeViT."""
 
     groups = False
     own_value_width = False
@@ -180,7 +180,7 @@ class Convolved(Sized):
 PROJECTIONS = (*[Separate] * 5, *[Fused] * 5, FusedGroups, PartlyBiased, Einsum, Convolved)
 
 
-# --- what happens to queries and keys before they meet
+# what happens to queries and keys before they meet
 
 
 def rotated_halves(x: Tensor) -> Tensor:
@@ -215,14 +215,14 @@ class UnitLength(nn.Module):
 
 
 def prepared(rng, d) -> nn.Module:
-    """What both queries and keys of width d go through, by their own weights if there are any."""
+    """A module for queries or keys of width d: a norm, a rotation or nothing."""
     choices = [nn.Identity] * 8 + [lambda: nn.LayerNorm(d), lambda: nn.RMSNorm(d), UnitLength]
     if d % 2 == 0:
         choices += [lambda: Rotary(rng, d)] * 3
     return rng.choice(choices)()
 
 
-# --- from queries (B, H, T, D), keys and values (B, H, T, ·) to (B, H, T, E)
+# from queries (B, H, T, D), keys and values (B, H, T, ·) to (B, H, T, E)
 
 
 class Scores(nn.Module):
@@ -287,7 +287,7 @@ class Scores(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Without a softmax, keys meet values first (arXiv:2006.16236)."""
+    """Attention without a softmax: keys meet values first (arXiv:2006.16236)."""
 
     def __init__(self, rng, h, d):
         super().__init__()
@@ -321,7 +321,7 @@ def expand(x, times):
 
 
 class Attention(Sized):
-    """(B, T, C) -> (B, T, channels). c: channels; channels: that the last layer writes, c if None."""
+    """(B, T, C) -> (B, T, channels). c: channels of the input; channels: those of the output, c if None."""
 
     def __init__(self, rng: random.Random, c: int, channels: int | None = None) -> None:
         super().__init__()
@@ -400,7 +400,7 @@ class TorchsGroupedScores(nn.Module):
 
 
 class Torchs(nn.Module):
-    """nn.MultiheadAttention, of a sequence to itself or to another one of other channels."""
+    """nn.MultiheadAttention, from a sequence to itself or to another one of other channels."""
 
     def __init__(self, rng, c, channels=None):
         super().__init__()

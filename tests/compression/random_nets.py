@@ -1,4 +1,4 @@
-"""Random small networks, of pictures and of tokens, out of steps that couple, move, cut or mix channels."""
+"""Random small networks, for pictures and for tokens, out of steps that couple, move, cut or mix channels."""
 
 import random
 
@@ -61,7 +61,7 @@ class Depthwise(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A convolution of some groups, perhaps another one behind it."""
+    """A convolution of several groups, perhaps with another one behind it."""
 
     def __init__(self, rng, c):
         super().__init__()
@@ -254,7 +254,7 @@ class Attend(nn.Module):
         return x + y if self.residual else y
 
 
-# --- steps of tokens: (B, T, C)
+# steps of tokens: (B, T, C)
 
 
 class Dense(nn.Module):
@@ -319,7 +319,7 @@ class AlongTokens(nn.Module):
 
 
 class Widen(nn.Module):
-    """More channels beside those there are."""
+    """A layer whose outputs stand beside its inputs, as more channels."""
 
     def __init__(self, rng, c):
         super().__init__()
@@ -349,7 +349,7 @@ class Block(nn.Module):
 
 CLEAR = (Conv, Conv, Residual, Concat, Depthwise, Grouped, Gate, Parameter, Transposed, Pool, Upsample, PadSpace,
          PadChannels, Cumulate, Roll, Normalise, Flip)  # fmt: skip
-# A trace of one size cannot tell these from what is sound.
+# A trace at one size cannot tell these steps from sound ones.
 CLOUDED = (Half, Glu, Branches, ViewGlu, Shuffle, TorchsShuffle, Interleave, Literal, Attend, Attend)
 EVEN = (Half, Glu, Branches, ViewGlu, Shuffle, TorchsShuffle, Grouped)
 OF_TOKENS = (Block, Block, Block, Dense, AlongTokens, Widen, *ATTENTION)
@@ -380,7 +380,7 @@ class RandomNet(nn.Module):
 
 
 class RandomTokenNet(nn.Module):
-    """(B, TOKENS) int64 -> (B, ...), of any of the heads that people put on top."""
+    """(B, TOKENS) int64 -> (B, ...), with any of the usual heads on top."""
 
     def __init__(self, seed):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sizes by what groups can spare, under the budget of uniform ones."""
+"""Sizes under a budget: groups with small errors lose more channels than with uniform sizes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from pipeline.tables import UserError
 @pytest.mark.parametrize("budget", ["macs", "params"])
 @pytest.mark.parametrize("name", ["resnet18", "vgg", "transposed", "vit"])
 def test_costs_are_those_of_the_smaller_network(name, budget):
-    """Against what is really left: every parameter, and the MACs of layers (attention's own products stay)."""
+    """Costs change as those of the real smaller network: all parameters, and the MACs of layers (not of attention)."""
     build, example = NETS[name]
     model = randomise_(build()).eval()
     groups = channel_groups(model, example)
@@ -49,7 +49,7 @@ def test_what_nobody_reads_goes_first_and_no_budget_is_broken():
 
 @pytest.mark.parametrize("method", ["fold", "l2"])
 def test_without_pictures_what_the_parameters_can_spare_goes_first(method):
-    """A group of exact duplicates, or of zeros, loses those before another loses anything."""
+    """A group of exact duplicates, or of zeros, loses these before another group loses anything."""
     model = randomise_(
         nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4))
     ).eval()
@@ -70,7 +70,7 @@ def test_without_pictures_what_the_parameters_can_spare_goes_first(method):
 
 
 def test_pictures_or_parameters_say_what_is_spared():
-    """That nobody reads most of the second group shows in the outputs, and not in the weights that write it."""
+    """Most of the second group is read by nothing, which shows in the outputs and not in the weights that write it."""
     model = randomise_(
         nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4))
     ).train()
@@ -120,7 +120,7 @@ def test_protected_groups_stay_whole():
 @pytest.mark.parametrize("budget", ["macs", "params"])
 @pytest.mark.parametrize("name", ["vgg", "vit", "shuffled"])
 def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget, spare):
-    """Attention multiplies outside of layers, too; and what a last coarse step took too much goes back."""
+    """Attention's products outside of layers count, too, and channels that a coarse last step overshot come back."""
     build, example = NETS[name]
     model, pictures = randomise_(build()).eval(), torch.randn(16, *example.shape[1:])
     options = {"parts": (*DEFAULT_PARTS, "width"), "pictures": pictures if spare == "output" else None}

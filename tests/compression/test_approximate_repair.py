@@ -1,4 +1,4 @@
-"""Fold-AR: BatchNorm variances of merged channels by what the weights say, without any picture."""
+"""Fold-AR: BatchNorm variances of merged channels from the weights, without any picture."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_duplicates_are_wholly_correlated_and_vary_as_before(name, norm_scale):
 
 @pytest.mark.parametrize("norm_scale", [True, False])
 def test_variances_of_independent_channels_are_those_of_their_mean(norm_scale):
-    """Rows at random and white inputs, of which a row makes the variance ‖w‖²: the mean of N varies by 1/N of it."""
+    """With random rows and white inputs a channel has the variance ‖w‖², and the mean of N channels 1/N of it."""
     model = randomise_(nn.Sequential(nn.Linear(10000, 60), nn.BatchNorm1d(60), nn.ReLU(), nn.Linear(60, 3))).double()
     with torch.no_grad():
         model[1].weight.fill_(1)

@@ -1,5 +1,6 @@
-"""Networks of torchvision, timm, open_clip, vit_pytorch and Hugging Face fold and prune correctly, and all of what they
-should is found. Small ones out of the libraries' own constructors here, those that people have in the slow suite.
+"""Networks of torchvision, timm, open_clip, vit_pytorch and Hugging Face: all their groups are found, fold and prune.
+
+The default suite has small networks from the libraries' own constructors, the slow suite the usual sizes.
 """
 
 from collections import Counter
@@ -253,7 +254,7 @@ def test_what_freezes_is_named_with_its_operation(name):
     assert operation in frozen_reason(channel_groups(build().eval(), example, WITH_WIDTH), tensor)
 
 
-# All their channels are normalised over: a spatial gate with its LayerNorm, a response norm.
+# Networks with norms over all their channels: the LayerNorm of a spatial gate, a response norm.
 FROZEN = ("timm gmlp_ti16_224", "timm convnextv2_atto")
 
 

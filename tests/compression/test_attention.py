@@ -17,7 +17,7 @@ HEADS, WIDTH, STREAM = 4, 6, 10
 
 
 class Attention(nn.Module):
-    """As people write it. form: which operations, and where the scale comes from."""
+    """Attention as people write it. form: which operations, and where the scale comes from."""
 
     def __init__(self, form, query_heads=HEADS):
         super().__init__()
@@ -53,7 +53,7 @@ def network(form="scaled_dot_product", query_heads=HEADS):
 @pytest.mark.parametrize("query_heads", [HEADS, 2 * HEADS], ids=["", "grouped queries"])
 @pytest.mark.parametrize("form", FORMS)
 def test_width_merges_what_queries_and_keys_have_alike(form, query_heads):
-    """Keys that are copies of each other: their queries add up, at the temperature that the scores had before."""
+    """Keys are copies of each other, so their queries add up, at the temperature that the scores had before."""
     net, x = network(form, query_heads)
     groups = channel_groups(net, x, ["width"])
     assert len(groups) == 2 * HEADS
@@ -114,7 +114,7 @@ def test_parts():
 
 
 def test_a_layer_of_transformers_in_inference():
-    """Its fused path knows no narrow heads, and must neither be traced nor taken."""
+    """The fused path of torch's layer knows no narrow heads, and must neither be traced nor taken."""
     net = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 3))
     net, x = randomise_(net).double().eval(), torch.randn(2, 7, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -133,7 +133,7 @@ PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("given", ["nothing", "mask", "float mask", "padding", "both", "masks of heads", "single"])
 def test_narrow_attention_is_torchs_attention(given, batch_first, need_weights):
-    """At full width, where both can be asked."""
+    """Both layers run at full width, the only one that torch's takes."""
     whole = nn.MultiheadAttention(8, 2, batch_first=batch_first).double()
     narrow = copy.deepcopy(whole)
     narrow.__class__ = NarrowMultiheadAttention

@@ -1,4 +1,4 @@
-"""Data in batches, however it is cut, says the same as all of it at once."""
+"""Data in batches, however it is cut, gives the same results as all of it at once."""
 
 import copy
 import threading
@@ -55,7 +55,7 @@ def compensated(model, groups, pictures, **options):
 
 
 def distance(found, wanted):
-    """The largest relative difference of a tensor."""
+    """The largest relative difference between two dicts of tensors."""
     floats = [name for name, t in wanted.items() if t.is_floating_point()]
     return max(float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp(min=1e-6)) for n in floats)
 
@@ -103,7 +103,7 @@ def test_data_that_changes_between_passes_is_refused():
 @pytest.mark.parametrize(("dtype", "limit", "solved"), [(torch.float32, 1e-5, 5e-4), (torch.float64, 1e-10, 1e-10)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_uneven_batches_say_what_one_does(kind, dtype, limit, solved):
-    """In float32 what is solved is as far from one batch as one batch is from float64, up to 2e-4."""
+    """In float32 solved readers differ from those of one batch as these do from float64: by up to 2e-4."""
     model, x = randomise_(KINDS[kind]()).to(dtype), data(kind, dtype=dtype)
     groups = channel_groups(model, x[:1])
     whole, parts = observe(model, groups, x), observe(model, groups, list(x.split(UNEVEN)))
@@ -116,7 +116,7 @@ def test_uneven_batches_say_what_one_does(kind, dtype, limit, solved):
 
 @pytest.mark.parametrize("solve_on", ["smaller", "dense"])
 def test_a_bounded_number_of_rows_is_that_of_one_batch(solve_on, monkeypatch):
-    """More pixels than are looked at: the same ones are drawn, whichever batch they are in."""
+    """There are more pixels than ROWS: the same ones are drawn, whichever batch they are in."""
     monkeypatch.setattr("pipeline.compression.calibrate.rows.ROWS", 300)
     monkeypatch.setattr("pipeline.compression.calibrate.rows.drawn", torch.no_grad()(drawn_of(300)))
     model, x = randomise_(KINDS["resnet18"]()).double(), data("resnet18", dtype=torch.float64)
@@ -293,7 +293,7 @@ def test_of_many_outputs_the_same_rows_of_every_network_are_kept(monkeypatch):
 
 
 def test_gradients_of_a_text_are_those_of_all_its_tokens(monkeypatch):
-    """Each token draws a label: the sum of its tokens' gradients is that of the text."""
+    """Each token draws a label: the gradient of a text is the sum over its tokens."""
     monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmin(1, keepdim=True))
     model, x = randomise_(text()).double(), torch.randn(3, 7, 8, dtype=torch.float64)
     groups = channel_groups(model, x[:1])

@@ -26,7 +26,7 @@ def compensated(model, groups, projections, pictures, **options):
 
 
 def pruned(groups, step=2):
-    """Every other channel of every group."""
+    """Projections that keep every `step`-th channel of every group."""
     found = []
     for group in groups:
         labels = torch.full((group.size,), -1)
@@ -52,7 +52,7 @@ def test_channels_that_are_sums_of_others_are_not_missed():
 
 @pytest.mark.parametrize("name", [name for name, (_, example) in NETS.items() if example.is_floating_point()])
 def test_what_was_lossless_stays_so(name):
-    """Duplicates: readers and statistics are found again as they were, on pictures that nothing was trained on."""
+    """Duplicates fold without loss: readers and statistics come out as before, on pictures unlike those of training."""
     model, example, groups, projections = duplicated(name)
     pictures = torch.randn(32, *example.shape[1:]).to(example)
     smaller, _ = compensated(model, groups, projections, pictures, ridge=1e-9)
@@ -62,7 +62,7 @@ def test_what_was_lossless_stays_so(name):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_every_reader_is_the_least_squares_solution(fold):
-    """What is left of its output has nothing in common with what it reads: the normal equations, tap by tap."""
+    """The residual of a reader's output is orthogonal to its inputs: the normal equations, tap by tap."""
     model = randomise_(build_model("resnet18", 10, 3, width=4)).double()
     pictures = torch.randn(32, 3, 16, 16, dtype=torch.float64)
     groups, tensors = channel_groups(model, pictures[:1]), {n: t.detach() for n, t in named_tensors(model).items()}
@@ -76,7 +76,7 @@ def test_every_reader_is_the_least_squares_solution(fold):
     before, after = (inputs_of(net, solved, pictures) for net in (model, smaller))
 
     def left(weights, name):
-        """The error of a reader and its product with what it reads, relative to its output."""
+        """The error of a reader's output and the error's product with its inputs, both relative to the output."""
         wanted = before[name] @ matrix(written[name], 1, taps=True)
         rest = wanted - after[name] @ matrix(weights[name], 1, taps=True)
         product = (after[name].T @ rest).norm() / after[name].norm() / wanted.norm()
@@ -91,7 +91,7 @@ def test_every_reader_is_the_least_squares_solution(fold):
 
 @torch.no_grad()
 def inputs_of(model, weights, pictures):
-    """{weight: (rows, inputs x taps)} of what its layer reads, by torch's own unfold; no more than ROWS."""
+    """{weight: (rows, inputs x taps)}, the inputs of its layer, by torch's own unfold; no more than ROWS."""
     found = {}
 
     def keep(name):
@@ -122,14 +122,14 @@ CONVOLUTIONS = {
     "pointwise": (nn.Conv2d(4, 3, 1), (6, 4, 3, 3)),
     "padded within": (Conv2dSame(4, 3, 3, stride=2), (6, 4, 2, 2)),
 }
-PIXELS = ("transposed", "pointwise", "padded within")  # those that are solved for one factor a channel
+PIXELS = ("transposed", "pointwise", "padded within")  # convolutions that are solved for one factor a channel
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_every_kind_of_convolution_is_solved(kind):
-    """One of four channels goes that is a sum of two others at every pixel: nothing need be lost.
+    """A channel that is a weighted sum of two others at every pixel is dropped: its reader can restore everything.
 
-    What is seen of a layer is what it puts out, less its bias.
+    The outputs in `Seen` are those of the layer, less its bias.
     """
     conv, shape = CONVOLUTIONS[kind]
     first = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](shape[1], 4, 1)
@@ -151,7 +151,7 @@ def test_every_kind_of_convolution_is_solved(kind):
 
 
 def test_neighbours_tell_what_the_pixel_does_not():
-    """A channel that is another one a pixel further on is not missed by a reader that sees both."""
+    """A dropped channel that equals another one, a pixel further on, costs nothing if the reader sees both pixels."""
     model = nn.Sequential(nn.Conv2d(1, 2, (1, 3), padding=(0, 1), bias=False), nn.Conv2d(2, 2, (1, 5), bias=False))
     model = randomise_(model).double()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_neighbours_tell_what_the_pixel_does_not():
 
 
 def test_statistics_follow_what_the_smaller_network_computes():
-    """Noise of another spread than the training pictures: statistics change by what the compression did to them."""
+    """On noise of another spread than the training pictures, statistics change as compression changed them there."""
     model = randomise_(build_model("resnet20", 10, 3))
     pictures = 3 * torch.randn(64, 3, 16, 16)
     groups = channel_groups(model, pictures[:1])
@@ -180,7 +180,7 @@ def test_statistics_follow_what_the_smaller_network_computes():
 
 
 def test_compensation_brings_back_accuracy(trained):
-    """The outputs come nearer for every method, on pictures that were not among those it was solved on."""
+    """For every method the outputs come nearer, on pictures that were not used to solve readers."""
     generator = torch.Generator().manual_seed(0)
     pictures, others = (torch.randn(200, 3, 8, 8, generator=generator) for _ in range(2))
     for method in ("fold", "mix", "l2", "obs"):
@@ -236,7 +236,7 @@ def test_mix_is_never_worse_than_folding_or_pruning():
 
 
 def test_the_brain_surgeon_drops_what_is_missed_least():
-    """Against solving every candidate's readers from scratch."""
+    """The reference solves the readers of every candidate from scratch."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(100, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double()
     v = torch.randn(4, 6, generator=generator).double()

@@ -220,7 +220,7 @@ def test_report_counts():
 
 
 def test_fold_loses_less_than_pruning(trained, train_data):
-    """What the errors are for: agreement of the smaller networks with the trained one, without repair."""
+    """Folding keeps closer to the trained network's answers than random pruning, without repair."""
     pictures = torch.cat([x for x, _ in train_data])
     with torch.no_grad():
         expected = F.softmax(trained(pictures), 1)
@@ -255,7 +255,7 @@ def test_channels_last_stays_channels_last():
     ("size", "ratio", "left"), [(64, 0.5, 32), (64, 0.3, 48), (64, 0.9, 8), (20, 0.1, 16), (20, 0.0, 20), (5, 0.5, 5)]
 )
 def test_round_to_leaves_multiples(size, ratio, left):
-    assert channels_left(size, ratio, 8) == left  # 20 is no multiple, and what there is
+    assert channels_left(size, ratio, 8) == left  # 20 is no multiple of 8, and stays where all channels stay
 
 
 def test_round_to_reaches_the_network():

@@ -1,4 +1,4 @@
-"""Compressed networks on disk: what is written comes back, and what cannot be read says why in one line."""
+"""Compressed networks on disk: a written network comes back, and a file that cannot be read says why in one line."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def folded(tmp_path_factory):
 
 
 def assert_same(model: nn.Module, other: nn.Module) -> None:
-    """Bit for bit, in names, shapes, number formats and memory formats."""
+    """Assert that both have the same tensors, bit for bit, in names, shapes, number formats and memory formats."""
     tensors, others = model.state_dict(), other.state_dict()
     assert list(tensors) == list(others)
     for name, tensor in tensors.items():
@@ -135,7 +135,7 @@ def test_number_format_is_the_files(dtype, tmp_path):
 
 
 def test_memory_format_is_the_files(tmp_path):
-    """Also of weights that kept their shape, and in a network whose own weights are in the usual format."""
+    """The file decides also on weights that kept their shape, and on networks whose weights are in the usual format."""
     build, example = NETS["resnet18"]
     compressed = compress(randomise_(build()).to(memory_format=torch.channels_last), example, "fold", 0.5)
     save_compressed(compressed, tmp_path / "net.safetensors")
@@ -145,7 +145,7 @@ def test_memory_format_is_the_files(tmp_path):
 
 
 def by_hand(model: nn.Module, full: nn.Module, **report) -> Compressed:
-    """`model` as made from `full` by something that is no method of ours."""
+    """`model` as if a method outside this package had made it from `full`."""
     params = [sum(p.numel() for p in m.parameters()) for m in (full, model)]
     return Compressed(model, Report("hand", 0.5, (), (), *params, 0, 0, **report))
 
@@ -169,7 +169,7 @@ def test_buffers_that_are_no_floats(tmp_path):
 
 
 def test_views_of_one_tensor_are_saved_as_two(tmp_path):
-    """safetensors alone would refuse them."""
+    """safetensors alone refuses tensors that share memory."""
     model = with_buffers()
     both = torch.arange(6.0)
     model.body.bias = nn.Parameter(both[:3])
@@ -179,7 +179,7 @@ def test_views_of_one_tensor_are_saved_as_two(tmp_path):
 
 
 class Heads(nn.Module):
-    """Keeps the width of a head as a Python number, and the scale that follows from it."""
+    """Heads that keep their width as a Python number, and the scale that follows from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def torch_attention() -> nn.Module:
 @pytest.mark.parametrize("part", ["width", "head"])
 @pytest.mark.parametrize(("build", "example"), [NETS["vit"], (torch_attention, torch.randn(2, 5, 16))])
 def test_smaller_attention(build, example, part, tmp_path):
-    """Its sizes are numbers of its modules, and torch's own layer becomes one of ours."""
+    """Modules keep attention's sizes as numbers, and torch's own layer becomes a NarrowMultiheadAttention."""
     compressed = compress(randomise_(build()), example, "fold", 0.5, parts=["hidden", part])
     assert compressed.report.numbers
     save_compressed(compressed, tmp_path / "net.safetensors")
@@ -229,17 +229,17 @@ def test_the_file_may_change_once_it_is_loaded(folded, tmp_path):
     copied = tmp_path / "net.safetensors"
     copied.write_bytes(path.read_bytes())
     model, _ = load(copied)
-    with open(copied, "r+b") as file:  # in place, as a copy over it would
+    with open(copied, "r+b") as file:  # in place, as copying another file over it does
         file.seek(copied.stat().st_size // 2)
         file.write(bytes(copied.stat().st_size // 2))
     assert_same(model, compressed.model)
 
 
-# --- what cannot be read
+# what cannot be read
 
 
 def refused(path, model=None) -> str:
-    """The line that a user sees."""
+    """The error line that a user sees when loading the file."""
     with pytest.raises(UserError) as caught:
         load(path) if model is None else load_compressed(path, model)
     line = str(caught.value)
@@ -249,7 +249,7 @@ def refused(path, model=None) -> str:
 
 
 def test_any_damage_is_found(folded, tmp_path):
-    """Cut off anywhere or with one byte changed anywhere, also in a weight, which safetensors does not notice."""
+    """A file is cut off anywhere, or one byte is changed anywhere: in a weight, too, where safetensors sees nothing."""
     content = folded[1].read_bytes()
     path = tmp_path / "net.safetensors"
     generator = torch.Generator().manual_seed(0)
@@ -301,7 +301,7 @@ def test_no_file_and_other_files(tmp_path):
     path = tmp_path / "net.safetensors"
     assert refused(path) == f"no compressed network {path}"
     save_file({"a": torch.zeros(2)}, path)
-    assert refused(path) == f"{path} says nothing of how it was compressed: no file of save_compressed"
+    assert refused(path) == f"{path} does not say how it was compressed: it is no file of save_compressed"
     torch.save({"a": torch.zeros(2)}, path)
     assert "is damaged or no safetensors file" in refused(path)
 
@@ -341,7 +341,7 @@ def test_wrong_architecture(saved, model, match, tmp_path):
     assert refused(path, model()).endswith(f"; load it into {saved} of {{'width': 4}}")
 
 
-# --- what cannot be written
+# what cannot be written
 
 
 class Remembers(nn.Linear):

@@ -1,4 +1,4 @@
-"""Parameters and MACs: whatever shortcut a count takes, it is what a run of the network counts."""
+"""Parameters and MACs: every shortcut of a count gives what a run of the network counts."""
 
 from collections import OrderedDict
 
@@ -20,7 +20,7 @@ WIDTH, HEAD = ("hidden", "residual", "width"), ("hidden", "residual", "head")
 
 
 def run_count(model: nn.Module, example: torch.Tensor) -> int:
-    """What torch counts while the network really runs."""
+    """The MACs that torch counts while the network really runs."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(example)
     return counter.get_total_flops() // 2
@@ -31,7 +31,7 @@ def torch_attention() -> nn.Module:
 
 
 def grouped() -> nn.Module:
-    """Two groups of a convolution that is no depthwise one, and a layer that is called by keyword."""
+    """A convolution of two groups, which is not depthwise, and a layer that is called by keyword."""
 
     def forward(net, x):
         x = net.out(net.two(torch.relu(net.stem(x))).relu())
@@ -44,7 +44,7 @@ def grouped() -> nn.Module:
 
 
 def mixer() -> nn.Module:
-    """Channels of one layer are the places of another: its formula is wrong as soon as there are fewer."""
+    """Channels of one layer are the places of another, so the formula is wrong as soon as there are fewer."""
 
     def forward(net, x):
         x = net.stem(x).flatten(2)
@@ -76,7 +76,7 @@ def test_reports_count_what_a_run_counts(name, parts):
 
 @pytest.mark.parametrize("parts", [DEFAULT_PARTS, WIDTH, HEAD])
 def test_attention_of_torch_counts_what_it_counted_on_shapes(parts):
-    """Its fast path, which fuses what is counted, is taken by a real run alone."""
+    """The fast path of torch's attention fuses operations that are counted; only a real run takes it."""
     net, example = torch_attention().eval(), torch.randn(2, 5, 16)
     for smaller, report in compressions(net, example, "l1", RATIOS, parts=parts):
         assert report.macs_after == module._passed(smaller, example, "meta")[0]
@@ -84,7 +84,7 @@ def test_attention_of_torch_counts_what_it_counted_on_shapes(parts):
 
 @pytest.mark.parametrize(("name", "runs"), [("resnet18", 2), ("mobile", 2), ("vit", 2), ("grouped", 2)])
 def test_narrower_networks_need_no_run(name, runs, monkeypatch):
-    """The network itself and the first smaller one, which shows that the formula holds."""
+    """Only the network itself and the first smaller one, which proves the formula, are run."""
     build, example = {**NETS, **MORE}[name]
     passed, calls, net = module._passed, [], randomise_(build())
     monkeypatch.setattr(module, "_passed", lambda *given: calls.append(1) or passed(*given))
@@ -157,7 +157,7 @@ def test_macs_are_counted_once_for_all_methods(monkeypatch):
 
 
 def test_a_copy_shares_what_the_original_shares():
-    """Tensors, modules, empty dicts and sets alike; nothing is shared between the two."""
+    """Tensors, modules, empty dicts and sets stay shared within the copy; original and copy share nothing."""
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     net.again, net[2].weight = net[0], net[0].weight
     net.empty = net.same = OrderedDict()
@@ -176,7 +176,7 @@ def test_a_copy_shares_what_the_original_shares():
 
 
 class Counts(nn.Linear):
-    """Says itself how it is copied."""
+    """A layer that says itself how it is copied."""
 
     def __deepcopy__(self, memo):
         copied = Counts(self.in_features, self.out_features)

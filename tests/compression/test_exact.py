@@ -43,7 +43,7 @@ def test_float32(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "cifar_resnet", "vit", "vgg", "transposed", "mobile"])
 def test_fold_finds_the_clusters_by_itself(name):
-    """Channels of one cluster write the same, so features of the writers alone tell the clusters apart."""
+    """Channels of one cluster have the same writers, so features of the writers alone tell the clusters apart."""
     model, example, groups, _ = duplicated(name)
     smaller, report = compress(model, example, "fold", 0.5, features="writers")
     assert [g.after for g in report.groups] == [max(1, g.size // 2) for g in groups]
@@ -53,7 +53,7 @@ def test_fold_finds_the_clusters_by_itself(name):
 
 
 def test_the_swap_of_mean_and_sum_would_be_noticed(monkeypatch):
-    """The reference sums what writes and averages what reads."""
+    """The study's code sums the writers and averages the readers."""
     model, example, groups, projections = duplicated("vgg")
     edited = engine._edited
     monkeypatch.setattr(
@@ -126,7 +126,7 @@ def test_a_norm_knows_its_writer_only_where_they_are_one_map():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("negative", [True, False])
 def test_a_merged_norm_is_the_mean_of_the_affine_maps(negative, bias):
-    """Without an activation between, folding differs from the network by the linear readers alone, which are equal."""
+    """Without an activation between, folding is exact if the linear reader is equal for all channels of a cluster."""
     net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=bias), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1))
     randomise_(net, negative_gains=negative).double()
     example = picture().double()
@@ -139,7 +139,7 @@ def test_a_merged_norm_is_the_mean_of_the_affine_maps(negative, bias):
 
 
 def test_one_convolution_behind_two_norms_keeps_both_maps():
-    """The scale of neither norm may move into the weight, which would change what the other sees."""
+    """The scale of neither norm may move into the weight, which would change the input of the other norm."""
     net = Net(
         lambda n, x: head(n, torch.cat([n.norm1(n.conv(x)), n.norm2(n.conv(x.flip(2)))], 1)),
         conv=nn.Conv2d(3, 6, 3), norm1=nn.BatchNorm2d(6), norm2=nn.BatchNorm2d(6), head=nn.Linear(12, 4),

@@ -16,12 +16,12 @@ from pipeline.tables import UserError
 
 @pytest.fixture
 def least_likely(monkeypatch):
-    """Not drawn: the label of the smallest logit, so that a test knows it."""
+    """Labels are not drawn but those of the smallest logit, so that a test knows them."""
     monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmin(1, keepdim=True))
 
 
 def residual():
-    """Two convolutions read the stem, and the stem is added to what comes of them."""
+    """Two convolutions, a and c, read the stem, and the stem is added to the output of b."""
 
     def forward(net, x):
         x = net.stem(x)
@@ -93,7 +93,7 @@ def test_fisher_is_the_mean_square_of_each_pictures_gradient(least_likely):
 
 @pytest.mark.parametrize("method", ["taylor", "fisher"])
 def test_channels_that_nobody_reads_go_first(method):
-    """However large the weights that write them are. Fisher sees that these are not needed by their gradients, 0."""
+    """Channels that nothing reads go first, however large their writers: Fisher sees the gradient 0 of these."""
     model = randomise_(nn.Sequential(nn.Linear(8, 10), nn.GELU(), nn.Linear(10, 4))).eval()
     with torch.no_grad():
         model[2].weight[:, [1, 4, 7]] = 0

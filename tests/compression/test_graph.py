@@ -1,4 +1,4 @@
-"""What the tracer finds, and what it leaves alone."""
+"""The tracer: groups that it finds, and channels that it freezes."""
 
 import operator
 
@@ -15,7 +15,7 @@ from pipeline.tables import UserError
 
 @torch.library.custom_op("toy::relu", mutates_args=())
 def foreign_relu(x: torch.Tensor) -> torch.Tensor:
-    """Has the name of an operation that we know, and mixes channels."""
+    """An operation with the name of a known one, which mixes channels."""
     return x.flip(1).clamp(min=0).cumsum(1)
 
 
@@ -75,7 +75,7 @@ def test_what_is_not_known_freezes(name):
     groups = channel_groups(model, example)
     assert "conv1" in [g.name for g in groups]  # the rest of the network is as compressible as before
     reason = frozen_reason(groups, "conv2.weight")
-    if name not in ("several axes",):  # whose channels are sound: conv2 is coupled to the table's first axis
+    if name not in ("several axes",):  # there conv2 is rightly coupled to the table's first axis
         assert "conv2" not in [g.name for g in groups]
         assert reason
     if "_" in name or name in ("cumsum", "softmax", "sort", "toy::relu", "slice", "roll", "split"):
@@ -125,7 +125,7 @@ def test_a_check_without_finite_numbers_freezes():
 
 
 def test_buffers():
-    """A persistent one is compressed along, what a checkpoint does not hold stays."""
+    """A persistent buffer is compressed along; a buffer that no checkpoint holds freezes its channels."""
     model = Net(
         lambda n, x: n.c(n.b(n.a(x) * n.kept) * n.lost),
         a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3), kept=torch.rand(8),

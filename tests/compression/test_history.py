@@ -1,4 +1,4 @@
-"""What a network has been through travels with it: through copies, further compressions and files."""
+"""The history of a network travels with it: through copies, further compressions and files."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def test_a_network_compressed_several_times_and_tuned_reloads_with_its_chain(nam
     assert manifest["params_before"] == sum(p.numel() for p in full.parameters()) > report.params_before
     assert manifest["macs_before"] == steps[0].about["macs_before"]
     assert manifest["chain"] == [{"stage": step.stage, **step.about} for step in (*steps, tuned)]
-    # And on from there.
+    # The loaded network is compressed, saved and loaded again.
     again = compress(model, example, "random", 0.25)
     save_compressed(again, path)
     last, _ = load_compressed(path, full)
@@ -143,7 +143,7 @@ def _lamp() -> Compressed:
 
 @pytest.mark.parametrize("name", ["resnet18", "vit"])
 def test_files_of_format_2_still_load(name, tmp_path):
-    """They hold the fields of one compression at the top level, and no chain."""
+    """Files of format 2 hold the fields of one compression at the top level, and no chain."""
     build, example = NETS[name]
     compressed = compress(randomise_(build()), example, "fold", 0.5, parts=["hidden", "width"])
     path = tmp_path / "net.safetensors"

@@ -20,7 +20,7 @@ def scaled():
 
 
 def stream():
-    """What a convolution and a linear layer both write."""
+    """A stream that a convolution and a linear layer both write."""
     return Net(
         lambda net, x: net.head(net.conv(x).mean((2, 3)) + net.skip(F.relu(net.first(x.mean((2, 3)))))),
         conv=nn.Conv2d(3, 8, 3), first=nn.Linear(3, 6), skip=nn.Linear(6, 8), head=nn.Linear(8, 5),

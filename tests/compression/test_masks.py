@@ -1,4 +1,4 @@
-"""What every mask of MASKS promises, and what each of them keeps, against its definition written out."""
+"""Masks: the promises of every mask of MASKS, and the weights that each keeps, against its definition written out."""
 
 import copy
 from itertools import product
@@ -127,7 +127,7 @@ def test_layer_magnitude_keeps_the_largest_weights_of_every_layer():
 
 
 def test_lamp_keeps_the_largest_scores_of_the_paper():
-    """Equation 3: the square over the sum of the squares of its layer that are no smaller."""
+    """Equation 3 of the paper: a square, over the sum of all squares of its layer that are no smaller."""
     model = randomise_(vgg()).double()
     masked = compress(model, picture().double(), "lamp", 0.5).model
     scores, kept = [], []
@@ -164,7 +164,7 @@ def test_a_layer_that_is_zero_already_is_masked_first():
 
 
 def grouped():
-    """Inputs that are no multiple of 4, of convolutions in groups and of transposed ones in groups."""
+    """Convolutions in groups, plain and transposed, with numbers of inputs that are no multiple of 4."""
     return nn.Sequential(
         nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 10, 3, padding=1, groups=2), nn.ReLU(),
         nn.ConvTranspose2d(10, 18, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(18, 7, 2), nn.Flatten(),
@@ -250,7 +250,7 @@ def test_projections_of_attention_are_linear_layers():
 
 
 class Branching(nn.Module):
-    """torch.export cannot trace it, and it has no channels but inputs and outputs."""
+    """A network that torch.export cannot trace, with no channels but inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()

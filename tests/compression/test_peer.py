@@ -1,4 +1,4 @@
-"""Pruning gives what Torch-Pruning (Fang et al. 2023, arXiv:2301.12900) gives, an implementation of its own."""
+"""Pruning gives the networks of Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), an independent implementation."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
 
 def quietly(function, *args, **options):
-    """The peer warns of its own doings."""
+    """Call the function without the warnings that the peer raises about itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args, **options)
@@ -55,8 +55,10 @@ def test_magnitude_pruning_is_that_of_the_peer(p):
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
 @pytest.mark.parametrize("p", [1, 2])
 def test_residual_networks_are_those_of_the_peer(name, p):
-    """Several weights write a residual stream. We score by the first in the order of the network, the peer by another
-    (in ResNet18 the shortcut's), and no option of its own moves that; so here we score by the peer's first.
+    """Several weights write a residual stream, and the test scores by the one that the peer scores by.
+
+    Our l1 and l2 take the first in the order of the network, the peer another (in ResNet18 the shortcut's), which no
+    option of it changes.
     """
     model, example = randomise_(build_model(name, 10, 3, width=8)), picture()
     theirs, roots = peer(model, example, p, "linear")
@@ -73,7 +75,7 @@ def test_residual_networks_are_those_of_the_peer(name, p):
 
 
 def test_groups_are_those_of_the_peer():
-    """The same layers write each."""
+    """Our groups are written by the same layers as the peer's."""
     model, example = randomise_(build_model("resnet18", 10, 3, width=8)), picture()
     names = {module: name for name, module in model.named_modules()}
     graph = quietly(tp.DependencyGraph().build_dependency, model, example)

@@ -1,4 +1,4 @@
-"""Foretelling what a smaller network is worth, and choosing the method by it."""
+"""Fidelity, which predicts the accuracy of a smaller network, and the method "auto", which chooses by it."""
 
 import pytest
 import torch

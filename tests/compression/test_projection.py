@@ -41,7 +41,7 @@ def test_projector():
 
 
 def test_reference_order_is_another_map():
-    """Summing what writes and averaging what reads is V P W as well only where all clusters have one size."""
+    """Summing writers and averaging readers is V P W, too, only where all clusters have one size."""
     v, w = torch.randn(2, 5, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     uneven = Projection(torch.tensor([0, 0, 0, 1, 1]))
     swapped = (merge(v, uneven, "mean", 1) / 1) @ (merge(w, uneven, "mean"))
@@ -103,7 +103,7 @@ def test_theorem(trained, features, prune):
 
 
 def test_special_folding_beats_the_pruning_it_stands_for(trained):
-    """Of any pruning, not of those by magnitude alone: merge what it drops into one more channel."""
+    """Any pruning, not only one by magnitude, loses no less than merging its dropped channels into one more channel."""
     group = channel_groups(trained, torch.zeros(1, 3, 8, 8))[0]
     weights = GroupWeights(group, dict(trained.state_dict()))
     for seed in range(20):

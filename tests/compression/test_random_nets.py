@@ -1,4 +1,4 @@
-"""What the tracer finds in random networks is right, or it is frozen: it is never wrong."""
+"""In random networks the tracer finds groups that are right, or it freezes channels: it is never wrong."""
 
 import random
 from collections import Counter
@@ -28,7 +28,7 @@ def of_tokens(seed):
 
 
 def checked(model, example, seed):
-    """Parts of the groups that are found, after folds and prunes of other draws than the tracer's own."""
+    """The parts of the groups found, after folding and pruning them by other draws than the tracer's own."""
     groups = channel_groups(model, example[: 1 + seed % 2], random.Random(seed).choice(PARTS))
     for draw in range(seed, seed + 2) if len(groups) else ():
         assert fold_error(random_weights(model, draw), example, groups, draw) < EXACT / 10, (seed, groups)
@@ -41,7 +41,7 @@ def checked(model, example, seed):
 
 
 def random_weights(model, seed):
-    """Every other time with gains of both signs and zero."""
+    """Random weights; for every other seed with gains of both signs and zero."""
     return randomise_(model, seed, negative_gains=seed % 2 == 1)
 
 
@@ -66,7 +66,7 @@ def test_the_trace_is_right_by_itself_where_no_size_hides_in_python_numbers(seed
 
 @pytest.mark.parametrize("role", ["writes", "reads"])
 def test_a_wrong_trace_would_be_noticed(role):
-    """Of one layer that reads or writes a group, the channels are named in another order."""
+    """In one layer that reads or writes a group, the trace has the channels in another order."""
     model, example = vgg().double(), picture().double()
     right = channel_groups(model, example)
     first, *others = getattr(right[0], role)

@@ -1,4 +1,4 @@
-"""A recipe is a record with one spelling; what contradicts itself is refused in one line."""
+"""A recipe is a record with one spelling; a recipe that contradicts itself is refused in one line."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from pipeline.compression.group import PARTS
 from pipeline.compression.recipe import AUTO, OPTIONS, WORDS, Recipe, parse, recipe, recipes, spell
 from pipeline.tables import UserError
 
-# Values of every option that are not as usual.
+# Values of every option that differ from its default.
 UNUSUAL = {
     "pictures": ["data", "synthetic"],
     "size": [64],
@@ -43,7 +43,7 @@ def test_every_option_is_tried():
 
 @pytest.mark.parametrize("method", [*METHODS, *MASKS, AUTO])
 def test_what_is_spelled_is_read_as_it_was(method):
-    """Over all methods, and every value of up to three options at once."""
+    """Recipes of every method, with every value of up to three options at once."""
     pairs = [(name, value) for name, values in UNUSUAL.items() for value in values]
     spellings = {}
     for count in range(4):

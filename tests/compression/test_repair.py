@@ -102,7 +102,7 @@ def test_a_pruned_network_gains_by_it(trained, train_data):
 
 
 def test_repair_against_the_whole_network_is_about_what_compression_changed(trained, train_data):
-    """On pictures unlike those that it was trained on: where nothing is removed nothing changes."""
+    """If nothing is removed nothing changes, also on pictures unlike those of training."""
     pictures = [3 * x + 1 for x, _ in train_data[:2]]
     seen, groups = statistics(trained, pictures), channel_groups(trained, pictures[0][:1])
     same, plain = copy.deepcopy(trained), copy.deepcopy(trained)
@@ -115,7 +115,7 @@ def test_repair_against_the_whole_network_is_about_what_compression_changed(trai
     usual = reference(trained, seen, groups, [Projection(row.labels) for row in report.groups])
     first, again = copy.deepcopy(smaller), copy.deepcopy(smaller)
     repair_(first, pictures, usual)
-    with torch.no_grad():  # what a network kept before does not matter, as after compensation
+    with torch.no_grad():  # statistics before repair do not matter, as after compensation
         for name in seen:
             again.get_buffer(name).fill_(7)
     repair_(again, pictures, usual)
@@ -123,7 +123,7 @@ def test_repair_against_the_whole_network_is_about_what_compression_changed(trai
 
 
 def test_what_other_pictures_do_to_all_statistics_does_not_count():
-    """Where they turn every activation y into a y + b, statistics follow as on the training pictures."""
+    """If other pictures turn every activation y into a y + b, statistics follow as on the training pictures."""
     norm = nn.BatchNorm2d(8, eps=0)
     g = torch.Generator().manual_seed(0)
     (var, mean), (wanted_var, wanted_mean) = (

@@ -1,4 +1,4 @@
-"""Small networks that use one thing each, and what the tests do to networks."""
+"""Small networks, each with one feature that compression must handle, and helpers of the tests."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def picture(batch=2, channels=3, size=8):
 
 
 def randomise_(model: nn.Module, seed: int = 0, negative_gains: bool = False) -> nn.Module:
-    """Weights and statistics as after some training: none at its initial value, gains of both signs on demand."""
+    """In place: weights and statistics as after some training, none at its initial value. Returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -37,7 +37,7 @@ def randomise_(model: nn.Module, seed: int = 0, negative_gains: bool = False) ->
 
 
 def uneven_labels(size: int, clusters: int, generator: torch.Generator) -> Tensor:
-    """One cluster is large, some have one channel; in no order."""
+    """Labels in no order: one cluster is large, some have one channel."""
     labels = torch.cat([torch.arange(clusters), torch.full((size - clusters,), clusters - 1)])
     if clusters > 2:  # and one has two
         labels[-1] = 0
@@ -75,7 +75,7 @@ def frozen_reason(groups, tensor: str) -> str:
 
 
 class Net(nn.Module):
-    """The parts by name, and a forward of them."""
+    """A network of named parts, and a function that is its forward."""
 
     def __init__(self, forward, **parts):
         super().__init__()
@@ -134,7 +134,7 @@ def mobile():
 
 
 def conv_norms():
-    """With and without bias before the norm; a norm without gain; two layers on one output."""
+    """Convolutions with and without bias before the norm; a norm without gain; two layers on one output."""
 
     def forward(net, x):
         x = F.leaky_relu(net.norm1(net.conv1(x)))

@@ -1,1 +1,1 @@
-"""What looks at data: compensation, repair, synthetic pictures, and what a network is worth."""
+"""Calibration on pictures: compensation, repair, synthetic pictures, and the prediction of accuracy."""

@@ -1,4 +1,4 @@
-"""Calibration data in batches: looked at as often as need be, and never all at once."""
+"""Calibration data in batches: read as often as needed, and never all at once."""
 
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
-# A batch holds no more than this, so that memory is bounded: samples, values (13 pictures of 224 pixels), and tokens,
-# which are integers, (samples, tokens), and become many values each.
+# Largest batch, so that memory is bounded: samples; values (13 pictures of 224 pixels); tokens, which are integers
+# (samples, tokens) and become many values each.
 SAMPLES, VALUES, TOKENS = 128, 2**21, 8192
 
 CHANGED = (
@@ -22,7 +22,7 @@ CHANGED = (
 
 
 class Outline(NamedTuple):
-    """What is known of a batch without keeping it.
+    """The facts by which a batch is recognised in the next pass without being kept.
 
     samples: entries of its first dimension; shapes: those of one sample; total: the sum of all values, as text, so that
         NaN equals itself
@@ -34,10 +34,12 @@ class Outline(NamedTuple):
 
 
 class Batches:
-    """Network inputs, of which no batch is larger than `largest` says, that are the same in every pass over them.
+    """Network inputs in batches of at most `largest` samples, the same in every pass over them.
 
-    given: what the network is called with, once for each batch as the caller made it
-    outlines: one for each batch; count: samples of all of them
+    given: the caller's batches, each what the network is called with
+    outlines: one for each batch; count: samples of all batches
+
+    Raises UserError where there are no samples, and while iterating, where a pass differs from the first.
     """
 
     def __init__(self, given: Iterable[Example]) -> None:
@@ -49,7 +51,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Example]:
         for batch, expected in zip_longest(self._cuts(), self.outlines):
-            # Rows are drawn by their number, and what two networks do is compared batch by batch.
+            # Passes must be alike: rows are drawn by their number, and two networks are compared batch by batch.
             if batch is None or outline(batch) != expected:
                 raise UserError(CHANGED)
             yield batch
@@ -66,7 +68,10 @@ class Batches:
 
 
 def batches_of(pictures: Example | Iterable[Example]) -> Batches:
-    """What `pictures=` means: one Example is one batch, anything else a collection of them that can be read again."""
+    """The Batches of a `pictures=` argument: one Example is one batch, anything else a collection of batches.
+
+    Raises UserError for a collection that can be read only once, and for what is no network input.
+    """
     if isinstance(pictures, Batches):
         return pictures
     if isinstance(pictures, (Tensor, tuple, dict)):
@@ -80,7 +85,7 @@ def batches_of(pictures: Example | Iterable[Example]) -> Batches:
 
 
 def samples(batch: Example) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor."""
+    """How many samples a batch holds: the first dimension of its first tensor. Raises UserError without a tensor."""
     if isinstance(batch, (Tensor, tuple, dict)):
         for leaf in tree_leaves(call_arguments(batch)):
             if isinstance(leaf, Tensor) and leaf.dim():
@@ -102,7 +107,7 @@ def cut(batch: Example, start: int, stop: int) -> Example:
 
 
 def largest(batch: Example) -> int:
-    """Samples that a part of this batch may have: at least one, whatever its size."""
+    """How many samples a part of this batch may have: at least one, whatever its size."""
     leaves = [leaf for leaf in tree_leaves(call_arguments(batch)) if isinstance(leaf, Tensor) and leaf.dim()]
     limits = [SAMPLES]
     for leaf in leaves:

@@ -1,17 +1,17 @@
-"""Compensation: every layer that reads compressed channels is solved anew, so that it puts out what it did before.
+"""Compensation: every layer that reads compressed channels is solved anew, to restore its output before compression.
 
 A layer that read x (I inputs) with the weight W now reads x' (I' inputs) from a network whose earlier layers are
-compressed, and compensated already. Its new weight W' has the least E‖W x - W' x'‖² + λ m ‖W' - S‖², where S are the
-cluster sums, to which it keeps where the pictures do not say (ridge regression; m is the mean of E[x'²]). For a
+compressed, and compensated already. Its new weight W' has the least E‖W x - W' x'‖² + λ m ‖W' - S‖²: ridge regression,
+where S are the cluster sums, to which W' keeps where the pictures say nothing, and m is the mean of E[x'²]. For a
 convolution x is the patch under its kernel, I = channels x taps (as OBC, arXiv:2208.11580, does for single weights):
-the neighbours of a pixel tell of a channel that is gone what the other channels at that pixel cannot. (Transposed ones
-and those that pad by themselves are solved for one factor a channel, as GRAIL does.)
+neighbouring pixels tell about a dropped channel what the other channels at that pixel cannot. (Transposed convolutions
+and those that pad inside their forward are solved for one factor a channel, as GRAIL does.)
 
 GRAIL (arXiv:2602.23795) takes for x' the cluster means of the dense network's x, pixel by pixel, which is right for
-kept channels of an exact x. Here x' is what the smaller network really computes: what earlier layers get wrong is
-mended as far as it can be seen in x', and for merged channels nothing is assumed. Statistics of BatchNorm follow on the
-way (see repair.py), before what reads behind them is solved: the other way round they would undo it. All of it takes
-one pass through each of the networks, in batches that go through the smaller one side by side (see lockstep.py).
+kept channels of an exact x. Here x' is what the smaller network really computes: errors of earlier layers are corrected
+as far as x' shows them, and nothing is assumed about merged channels. BatchNorm statistics are updated on the way (see
+repair.py), each before the readers behind it are solved: updated later, it would undo the solution. Each network takes
+one pass over the pictures; in the smaller one all batches go side by side (see lockstep.py).
 """
 
 from collections import defaultdict
@@ -32,12 +32,12 @@ from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
 from pipeline.compression.trace.graph import Example
 from pipeline.tables import pick
 
-# λ of above, by what readers are solved on: the same within a point from 1e-3 to 1e-1, and as in GRAIL's paper.
+# λ by solve_on. smaller: accuracy is the same within a point from 1e-3 to 1e-1; dense: as in GRAIL's paper.
 RIDGES = {"smaller": 1e-2, "dense": 1e-3}
 
 
 class Moments(NamedTuple):
-    """Of the channels on one batch. mean, rest: (C,), rest = Σ (x - mean)² over `size` values."""
+    """Moments of the channels on one batch. mean, rest: (C,), rest = Σ (x - mean)² over `size` values."""
 
     size: int
     mean: Tensor
@@ -45,12 +45,12 @@ class Moments(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a network does on some pictures.
+    """Inputs and outputs of a network's readers, and its BatchNorm statistics, on some pictures.
 
-    inputs: {weight: (rows, inputs)} of what the layers that read channels are given, rows = pixels or tokens: at most
-        ROWS, drawn alike for every network. Of linear layers and convolutions that the forward calls, once.
-    outputs: {weight: (outputs, rows)} of those that see patches (`sees_patches`), less their biases; here rows are
-        pixels of the output
+    inputs: {weight: (rows, inputs)}, the inputs of the readers, rows = pixels or tokens: at most ROWS, drawn alike for
+        every network. Only linear layers and convolutions that the forward calls, and calls once.
+    outputs: {weight: (outputs, rows)} of the readers that see patches (`sees_patches`), less their biases; here rows
+        are pixels of the output
     statistics: {buffer: (C,)}, means and variances of the BatchNorms on these pictures
     """
 
@@ -63,7 +63,10 @@ class Seen(NamedTuple):
 
 @torch.no_grad()
 def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example | Iterable[Example]) -> Seen:
-    """One pass over the pictures, up to the last layer that counts; pictures: as of batches.batches_of."""
+    """`Seen` of a model, from one pass over the pictures up to the last layer needed; pictures: see `batches_of`.
+
+    Raises UserError for pictures that cannot be read twice, and for a forward that calls layers in varying order.
+    """
     batches = batches_of(pictures)
     reads = {axis.tensor: axis.axis for group in groups for axis in group.reads if not axis.query}
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in reads}
@@ -105,33 +108,35 @@ def compensate_(
     ridge: float | None = None,
     solve_on: str = "smaller",
 ) -> list[str]:
-    """In place: the BatchNorms of `smaller` follow and its readers are solved, in the order of the forward pass.
+    """In place: update the BatchNorm statistics of `smaller` and solve its readers, in the order of the forward pass.
 
     smaller: apply(model, groups, projections, norm_scale); seen: observe(model, groups, pictures).
-    A statistic changes by as much as it does on the pictures, so pictures that are not quite the training ones will do.
     solve_on: "smaller", or "dense" for GRAIL: x' are the cluster means of x, and statistics stay as they are.
-    ridge: λ of the module; None: that of RIDGES.
-    Returns the weights that were solved. What else reads channels (queries; weights that a forward uses without
-    calling their layer, or more than once) keeps its cluster sums.
+    ridge: λ of the module docstring; None: that of RIDGES.
+
+    A statistic changes by as much as it does on the pictures, so pictures need not be quite the training ones.
+    Returns the weights that were solved. Other readers (queries; weights that a forward uses without calling their
+    layer, or more than once) keep their cluster sums. Raises UserError for an unknown solve_on, and for pictures that
+    are not those of `seen`.
     """
     usual_ridge = pick("solve_on", RIDGES, solve_on)
     ridge = usual_ridge if ridge is None else ridge
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]
-    if not work:  # then nothing has changed
+    if not work:  # no group has changed
         return []
     reads = [axis for group in work for axis in group.reads]
     queries = {axis.tensor for axis in reads if axis.query}
     changed = {axis.tensor: axis.axis for axis in reads if axis.tensor not in queries}  # and which of its axes
 
     def narrowed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """All tensors with the new outputs, and the inputs of before."""
+        """All tensors, with the writers merged and the readers as before."""
         return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
 
     mends = solve_on == "smaller"
-    # What a layer puts out is merged as the rows of its weight are, in whose place it stands. The rest is not kept: the
-    # copies are as large as the smaller network.
+    # Outputs stand in the place of their layer's weight here, so that they merge as its rows do. Other tensors are not
+    # kept: the copies are as large as the smaller network.
     edited = narrowed({**tensors, **seen.outputs} if mends else tensors)
     written = {name: edited[name] for name in changed if name in seen.inputs}
     del edited
@@ -184,22 +189,22 @@ def compensate_(
 
 
 def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:
-    """STATISTICS, variance (correction as of torch.var) and mean, of (N, C, ...) over all but the channels."""
+    """(variance, mean) as STATISTICS, each (C,), of (N, C, ...); correction: as in torch.var."""
     return statistics_of([moments_of(x)], correction)
 
 
 def moments_of(x: Tensor) -> Moments:
-    """Of (N, C, ...), over all but the channels."""
+    """Moments of (N, C, ...), over all dimensions but the channels."""
     x = wide(x).reshape(*x.shape[:2], -1)  # (N, C, pixels)
     count = x.shape[0] * x.shape[2]
     mean = x.sum(2).sum(0) / count
     centred = x - mean[:, None]
-    # On the CPU torch.var_mean takes twice as long, its gradient, too, and was half of a compensation.
+    # On the CPU torch.var_mean and its gradient take twice as long, and were half the time of a compensation.
     return Moments(count, mean, torch.linalg.vecdot(centred, centred).sum(0))
 
 
 def statistics_of(batches: Sequence[Moments], correction: int = 0) -> tuple[Tensor, Tensor]:
-    """STATISTICS of all batches together (Chan et al. 1979); correction: as of torch.var."""
+    """STATISTICS of all batches together, each (C,) (Chan et al. 1979); correction: as in torch.var."""
     size, first = sum(one.size for one in batches), batches[0].mean
     mean = first + sum((one.size / size * (one.mean - first) for one in batches[1:]), torch.zeros_like(first))
     rest = sum((one.rest + one.size * (one.mean - mean).square() for one in batches), torch.zeros_like(first))
@@ -212,5 +217,5 @@ def matrix(weight: Tensor, dim: int, taps: bool) -> Tensor:
 
 
 def set_matrix_(weight: Tensor, dim: int, taps: bool, new: Tensor) -> None:
-    """In place: the weight whose `matrix` is the new one."""
+    """In place: set the weight from its `matrix`, new: (inputs, outputs)."""
     weight.copy_(new.T.reshape(weight.shape) if taps else new.view_as(weight.movedim(dim, 0)).movedim(0, dim))

@@ -1,9 +1,9 @@
 """All batches of a calibration through one network, side by side: none goes past a layer before all have reached it.
 
 A layer can be solved only when all data has reached it, and only then may anything be computed behind it. Each batch
-is a forward pass in a thread of its own, for a forward cannot be left and entered again in any other way. One of them
-runs at any time, so nothing is faster or in another order for it; a pass over all batches costs what one forward of
-all samples costs. What stays in memory is what every forward holds at the layer where it waits.
+is a forward pass in a thread of its own, for a forward cannot be left and entered again in any other way. Only one
+thread runs at any time, so threads change neither speed nor order; a pass over all batches costs what one forward of
+all samples costs. Every waiting forward keeps in memory what it holds at the layer where it waits.
 """
 
 import ctypes
@@ -27,11 +27,11 @@ DEVICES = ("cpu", "cuda")  # whose autocast is carried into threads
 
 
 class Done(BaseException):
-    """Ends a forward pass early. No Exception, so that a forward that catches those does not go on."""
+    """Ends a forward pass early. It is no Exception, so that a forward that catches Exception does not go on."""
 
 
 class Stop(NamedTuple):
-    """A forward before a layer: the name by which it is watched, the layer, and what it is given."""
+    """A forward that has reached a layer: the name by which the layer is watched, the layer, and its input."""
 
     name: str
     layer: Any
@@ -40,7 +40,7 @@ class Stop(NamedTuple):
 
 @contextmanager
 def watched(layers: Mapping[str, nn.Module], at: Callable[[Stop], None]) -> Iterator[None]:
-    """Within, `at` is told before every call of these layers."""
+    """Within, `at` is called before every call of these layers."""
 
     def told(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         at(Stop(name, layer, given[0]))
@@ -54,7 +54,7 @@ def watched(layers: Mapping[str, nn.Module], at: Callable[[Stop], None]) -> Iter
 
 
 def forward(model: nn.Module, example: Example) -> None:
-    """A forward pass, to its end or until what watches it says that it is `Done`."""
+    """Run a forward pass to its end, or until a watcher raises `Done`."""
     args, kwargs = call_arguments(example)
     with suppress(Done):
         model(*args, **kwargs)
@@ -63,7 +63,10 @@ def forward(model: nn.Module, example: Example) -> None:
 def one_by_one(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, arrive: Callable[[int, Stop], None]
 ) -> None:
-    """Each batch through the network up to the last of `layers`, which stand in the order of their calls."""
+    """Run each batch through the network up to the last of `layers`, which stand in the order of their calls.
+
+    arrive(i, stop): batch i has reached a layer. Raises UserError for a forward in another order.
+    """
     order = list(layers)
     for i, batch in enumerate(batches):
         due = iter(order)
@@ -87,9 +90,10 @@ def in_lockstep(
     arrive: Callable[[int, Stop], None],
     leave: Callable[[str], None],
 ) -> None:
-    """All batches through the network up to the last of `layers`, which stand in the order of their calls.
+    """Run all batches, side by side, up to the last of `layers`, which stand in the order of their calls.
 
-    arrive(i, stop): batch i has reached a layer. leave(name): all of them have, and go on afterwards.
+    arrive(i, stop): batch i has reached a layer. leave(name): all batches have reached it, and go on afterwards.
+    Raises UserError for a forward in another order.
     """
     if len(batches) == 1:
 
@@ -131,10 +135,10 @@ def check_order(due: str, found: Stop | None) -> Stop:
 
 
 class Run:
-    """Work in a thread of its own that waits wherever it says so, until it is told to go on.
+    """Work in a thread of its own, which stops where it calls `wait` until `go` is called.
 
-    The thread sees what torch keeps for each thread as it was where the Run was made: modes of gradients, autocast,
-    the device and stream, and context variables.
+    The thread starts with the thread-local state of the thread that made the Run: torch's modes of gradients, autocast
+    and stream, and context variables.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -146,7 +150,7 @@ class Run:
         self._thread.start()
 
     def go(self) -> Stop | None:
-        """Let it run to the next place where it waits, which comes back; None: it has ended. Raises what it raises."""
+        """Run to the next `wait` and return its Stop; None: the work has ended. Raises what the work raises."""
         self._stop = None
         self._turn.release()
         self._back.acquire()
@@ -156,7 +160,7 @@ class Run:
         return self._stop
 
     def wait(self, stop: Stop) -> None:
-        """Called by the work itself."""
+        """Stop here until the next `go`; called by the work itself."""
         self._stop = stop
         self._back.release()
         self._turn.acquire()
@@ -164,7 +168,7 @@ class Run:
             raise Done
 
     def close(self) -> None:
-        """End it where it waits."""
+        """End the work where it waits."""
         self._over = True
         self._turn.release()
         self._thread.join()
@@ -182,13 +186,13 @@ class Run:
 
 
 def trim() -> None:
-    """Give back memory that is free. glibc keeps for each thread what it has freed, of no use to the others."""
+    """Return free memory to the system. glibc keeps it for the thread that freed it, where no other can use it."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 
 def thread_state() -> Callable[[], ExitStack]:
-    """What torch keeps for each thread, as it is in this one; the function that comes back sets it in another."""
+    """A function that gives another thread torch's thread-local state, as it is in this thread."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in DEVICES]
     cached = torch.is_autocast_cache_enabled()

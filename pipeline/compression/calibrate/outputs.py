@@ -1,4 +1,4 @@
-"""What a network puts out on batches, kept so that others can be compared with it row by row."""
+"""Outputs of a network on batches, kept so that other networks can be compared with it row by row."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,16 +12,18 @@ from pipeline.compression.calibrate.repair import kept_modes
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
-VALUES = 2**26  # of outputs that are kept of a network; of more, rows are drawn
+VALUES = 2**26  # outputs that are kept of a network; where there are more, rows are drawn
 
-Answers = Callable[[Any], Tensor]  # what a network puts out -> (rows, classes) of it
+Answers = Callable[[Any], Tensor]  # output of a network -> its (rows, classes)
 
 
 class Outputs:
     """The outputs of a network on pictures, (rows, values) for each batch.
 
-    answers: which part of what a network puts out are the (rows, classes): a row is a picture, or a token; None: all
-        floating-point outputs of a sample side by side.
+    answers: output of a network -> its (rows, classes), where a row is a picture or a token; None: all floating-point
+        outputs of a sample side by side.
+
+    Raises UserError where `answers` returns another shape, and for pictures that `batches_of` refuses.
     """
 
     def __init__(self, model: nn.Module, pictures: Example | Iterable[Example], answers: Answers | None = None) -> None:
@@ -29,7 +31,7 @@ class Outputs:
         self.kept = list(self._of(model))
 
     def beside(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """(given, wanted) of every batch, each (rows, values): what the model puts out, and what was kept."""
+        """For every batch (outputs of the model, outputs that were kept), each (rows, values)."""
         return zip(self._of(model), self.kept, strict=True)
 
     @torch.no_grad()
@@ -45,7 +47,7 @@ class Outputs:
 
 
 def drawn_rows(rows: Tensor, values: int, seed: int) -> Tensor:
-    """At most so many values of (rows, classes), but at least a row; the same rows for the same seed."""
+    """(rows left, classes), drawn from (rows, classes): at most `values` values, but at least one row, by the seed."""
     most = max(1, values // max(1, rows.shape[1]))
     if len(rows) <= most:
         return rows

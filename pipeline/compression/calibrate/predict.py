@@ -1,7 +1,7 @@
-"""What a smaller network is worth, foretold without data and without labels: how far it answers as the whole one does.
+"""Fidelity: how far a smaller network's outputs agree with the dense one's, to predict accuracy without labels.
 
-Both look at synthetic pictures (see synthetic.py). That is the method "auto", which takes for every ratio the method
-whose network answers most alike, and the column `fidelity` of rows.
+Both networks run on synthetic pictures (see synthetic.py), so no data is needed. The method "auto" takes for every
+ratio the method of the highest fidelity, and rows hold it in the column `fidelity`.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,14 +20,15 @@ def judge(
 ) -> Callable[[nn.Module], float]:
     """A function from smaller networks to their `fidelity` to the model on these pictures.
 
-    pictures, answers: as of outputs.Outputs; without answers the network must put out (N, classes).
+    pictures, answers: as for outputs.Outputs; without answers the network must put out (N, classes).
+    Raises UserError for another output.
     """
     whole = Outputs(model, pictures, answers or classes)
     return lambda smaller: fidelity(whole.beside(smaller))
 
 
 def classes(output: Any) -> Tensor:
-    """(N, classes) of a network that puts out nothing else."""
+    """(N, classes) of a network that puts out nothing else. Raises UserError for outputs of more dimensions."""
     for leaf in float_leaves(output):
         if leaf.dim() > 2:
             raise UserError(
@@ -39,13 +40,13 @@ def classes(output: Any) -> Tensor:
 
 @torch.no_grad()
 def fidelity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """How alike two networks answer, 0 ... 1: top-1 agreement times correlation.
+    """How far two networks agree, 0 ... 1: top-1 agreement times correlation.
 
-    batches: (given, wanted), each (rows, classes), what the one and the other put out.
+    batches: (given, wanted), each (rows, classes), outputs of the one and of the other network.
 
-    Agreement is the fraction of rows on which both are largest at the same class (arXiv:2106.05945). Few rows give it
-    few values, and a network that always says the same may agree by chance; the correlation of the outputs, each less
-    its mean over the rows, and 0 where it is negative, tells these apart.
+    Agreement is the fraction of rows on which both are largest at the same class (arXiv:2106.05945). On few rows it
+    takes few values, and a network with one constant answer may agree by chance. The correlation of the outputs, each
+    less its mean over the rows, and 0 where it is negative, tells such cases apart.
     """
     agreed = rows = 0
     mean = products = torch.zeros(())
@@ -53,7 +54,7 @@ def fidelity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         given, wanted = (t.double() for t in pair)
         agreed += int((given.argmax(1) == wanted.argmax(1)).sum())
         both = torch.stack([given, wanted])  # (2, rows, classes)
-        # Means and products of what is left of them are those of all batches so far and of this one together.
+        # Means and centred products become those of all batches so far and this one together.
         off = both.mean(1) - mean
         left = (both - both.mean(1, keepdim=True)).flatten(1)
         weight, rows = rows * len(given) / (rows + len(given)), rows + len(given)

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm, re-estimated on unlabelled data after compression."""
+"""Repair: BatchNorm statistics, re-estimated on unlabelled data after compression."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
 STATISTICS = ("running_var", "running_mean")  # of BatchNorm
-SHOWN = 1e-4  # of the variance in training, that pictures must show of a channel
+SHOWN = 1e-4  # fraction of a channel's training variance that pictures must show, or its statistics stay
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 
 
@@ -32,9 +32,9 @@ def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 class Reference(NamedTuple):
-    """What repair starts from: BatchNorm statistics, {buffer: (C,)}, of a network as if compression changed none.
+    """BatchNorm statistics that repair starts from, {buffer: (C,)}, as if compression had changed none of them.
 
-    trained: as training left them; on_pictures: as the pictures show them, which are not quite what it trained on.
+    trained: those of training; on_pictures: those on the pictures, which are not quite the training data.
     """
 
     trained: Mapping[str, Tensor]
@@ -48,7 +48,7 @@ def reference(
     projections: Sequence[Projection] = (),
     norm_scale: bool = True,
 ) -> Reference:
-    """What becomes of the statistics of `model` and of on_pictures = statistics(model, batches) by the projections."""
+    """The statistics of `model`, and on_pictures = statistics(model, batches), both merged by the projections."""
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
 
     def merged(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,8 +62,9 @@ def reference(
 def statistics(model: nn.Module, batches: Iterable[Example]) -> dict[str, Tensor]:
     """{buffer: (C,)}: the BatchNorm statistics of a model on unlabelled network inputs; it stays as it is.
 
-    The exact mean over the batches, each normalised by its own statistics as in training. A batch counts the same
-    whatever its size, so batches should be of one size. Empty for a model without running statistics.
+    The result is the exact mean over the batches, each normalised by its own statistics as in training. A batch counts
+    the same whatever its size, so batches should be of one size. Empty for a model without running statistics.
+    Raises UserError where there is no batch.
     """
     norms = tracked_norms(model)
     if not norms:
@@ -78,7 +79,7 @@ def statistics(model: nn.Module, batches: Iterable[Example]) -> dict[str, Tensor
         try:
             for norm in before:
                 norm.reset_running_stats()
-                norm.momentum = None  # a cumulative mean, in place of a running one in which the first ones survive
+                norm.momentum = None  # a cumulative mean; in a running one the initial values survive
                 norm.train()
             for batch in chain([first], batches):
                 args, kwargs = call_arguments(batch)
@@ -96,12 +97,12 @@ def repair_(model: nn.Module, batches: Iterable[Example], against: Reference | N
     """In place: re-estimate all BatchNorm statistics on unlabelled pictures (REPAIR, arXiv:2211.08403, section 4).
 
     batches: network inputs without augmentation, each a tensor, a tuple of arguments or a dict of keyword arguments.
-    against: of the network that was compressed (`reference`). Then every statistic changes by as much as compression
-        changed it on the pictures. Augmentation, or other pictures, shift statistics too: a CIFAR-10 ResNet-20 of
-        which nothing was removed falls from 92.0 to 88.5% under statistics of the plain training pictures.
-        None: the statistics become those of the pictures, as the paper has it.
+    against: `reference` of the network that was compressed. Every statistic then changes by as much as compression
+        changed it on the pictures, since augmentation and other pictures shift statistics too: a CIFAR-10 ResNet-20
+        of which nothing was removed falls from 92.0 to 88.5% under statistics of the plain training pictures.
+        None: the statistics become those of the pictures, as in the paper.
 
-    Returns False, and does nothing, for a model without running statistics.
+    Returns False, and does nothing, for a model without running statistics. Raises UserError where there is no batch.
     """
     found = statistics(model, batches)
     for name, norm in tracked_norms(model).items():
@@ -113,16 +114,17 @@ def repair_(model: nn.Module, batches: Iterable[Example], against: Reference | N
 
 
 def set_statistics_(norm: Any, values: Sequence[Tensor]) -> None:
-    """In place: what the norm keeps; values: of STATISTICS, each (C,)."""
+    """In place: set the running statistics of a norm; values: in the order of STATISTICS, each (C,)."""
     for kind, value in zip(STATISTICS, values, strict=True):
         getattr(norm, kind).copy_(value)
 
 
 def follow_(norm: Any, now: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-    """In place: what the norm keeps changes as STATISTICS did on some pictures, from `before` to `now`, each (C,).
+    """In place: change the running statistics of a norm as STATISTICS changed on pictures, each (C,).
 
-    Channels that these pictures hardly showed before stay as they are: there is nothing to measure a change by. So do
-    channels whose `now` is `before` to the bit: nothing has changed for them, and to compute it would round.
+    before, now: STATISTICS on the pictures before and after compression.
+    Channels with hardly any variance on the pictures before (SHOWN) stay, as no change can be measured. Channels whose
+    `now` equals `before` to the bit stay too, as computing no change would round.
     """
     (var, mean), (var_before, mean_before) = now, before
     scale = (norm.running_var + norm.eps) / (var_before + norm.eps)

@@ -1,7 +1,6 @@
-"""Which rows of what layers are given are looked at: at most ROWS, drawn from all batches as if they were one.
+"""Rows of layer inputs that calibration looks at: at most ROWS a layer, drawn from all batches as if they were one.
 
-The number of all rows is known before the first batch, from forward passes of a few samples, so that of every batch
-only the rows that are drawn need be kept.
+A survey, forward passes of a few samples, counts all rows before the first batch, so that only drawn rows are kept.
 """
 
 from collections import Counter
@@ -18,18 +17,18 @@ from pipeline.compression.calibrate.lockstep import Done, Stop, forward, watched
 from pipeline.compression.trace.graph import Example
 from pipeline.tables import UserError
 
-ROWS = 8192  # pixels or tokens that are looked at in a layer
-FEW = 3  # samples of a survey: with one less, rows are a straight line through two points
-# Those that pad within (timm's Conv2dSame) see other patches than they say.
+ROWS = 8192  # pixels or tokens of a layer, at most
+FEW = 3  # samples of a survey: rows are counted at FEW and at FEW - 1 samples, and lie on a straight line
+# Convolutions that pad inside their forward (timm's Conv2dSame) see other patches than their attributes say.
 PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 class Survey(NamedTuple):
-    """What a pass over the batches will meet.
+    """Layers and rows that a pass over the batches will meet.
 
     order: the layers that every forward calls once, in the order of the calls
-    inputs: {layer: rows of what it is given in each batch}; patches: {layer: pixels of its output in each batch}, of
-        those that see patches
+    inputs: {layer: rows of its input in each batch}
+    patches: {layer: pixels of its output in each batch}, for layers that see patches (`sees_patches`)
     """
 
     order: list[str]
@@ -38,7 +37,7 @@ class Survey(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of a layer in a survey."""
+    """One call of a layer in a survey. inputs: rows of its input; patches: pixels of its output."""
 
     name: str
     layer: nn.Module
@@ -47,9 +46,9 @@ class Call(NamedTuple):
 
 
 def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> Survey:
-    """Two forward passes of a few samples for every shape that these have in the batches.
+    """The survey of a model: two forward passes of a few samples for every shape of samples in the batches.
 
-    What is called twice is left out, for nothing can be right for both calls.
+    Layers that are called twice are left out, for no one weight or statistic is right for both calls.
     """
     most: dict[tuple, int] = {}
     for one in batches.outlines:
@@ -70,7 +69,7 @@ def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches
         counts = []
         for one in batches.outlines:
             few, *pair = met[one.shapes]
-            # Rows that do not come from the samples, such as places of a position bias, are as many in every batch.
+            # Some rows come from no sample, such as those of a position bias: their number is the same in every batch.
             less, more = (sum(getattr(call, what) for call in found if call.name == name) for found in pair)
             counts.append(more + (one.samples - few) * (more - less))
         return counts
@@ -96,7 +95,7 @@ def calls(model: nn.Module, layers: Mapping[str, nn.Module], example: Example, e
 
 
 def input_dim(layer: nn.Module) -> int | None:
-    """The dimension of a layer's weight along which its inputs stand; None: a layer whose inputs cannot be read off."""
+    """The dimension of a layer's weight along which its inputs stand; None: no layer whose readers can be solved."""
     if isinstance(layer, nn.modules.conv._ConvNd):
         if layer.groups > 1:
             return None
@@ -107,17 +106,17 @@ def input_dim(layer: nn.Module) -> int | None:
 
 
 def channel_dim(layer: nn.Module) -> int:
-    """The dimension, from behind, along which the channels stand in what a layer is given."""
+    """The dimension of a layer's input, counted from behind, along which its channels stand."""
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
 def sees_patches(layer: Any) -> bool:
-    """Is it a convolution whose outputs do not stand for one pixel of the input each?"""
+    """Is it a convolution whose output pixels are not the input pixels, one for one?"""
     return type(layer).forward in PLAIN and max(*layer.kernel_size, *layer.stride) > 1
 
 
 def rows_of(layer: nn.Module, x: Tensor, counts: Sequence[int], i: int) -> Tensor:
-    """(rows, inputs) that are drawn from what batch i gives a layer; counts: rows of each batch."""
+    """The rows drawn from a layer's input in batch i, (rows, inputs); counts: rows of each batch."""
     rows = x.movedim(channel_dim(layer), -1)
     rows = rows.reshape(-1, rows.shape[-1])
     check_rows(layer, len(rows), counts[i])
@@ -125,7 +124,7 @@ def rows_of(layer: nn.Module, x: Tensor, counts: Sequence[int], i: int) -> Tenso
 
 
 def patches_of(layer: Any, x: Tensor, counts: Sequence[int], i: int) -> Tensor:
-    """(rows, inputs x taps) of what a convolution sees for the pixels of its output that are drawn from batch i."""
+    """The patches of the output pixels drawn from batch i, (rows, inputs x taps); counts: pixels of each batch."""
     places = windows(layer, x)
     shape = places.shape[: 1 + len(layer.kernel_size)]
     check_rows(layer, shape.numel(), counts[i])
@@ -137,7 +136,7 @@ def patches_in(layer: Any, x: Tensor) -> int:
 
 
 def windows(layer: Any, x: Tensor) -> Tensor:
-    """(N, pixels of the output..., channels, taps...) of what a convolution is given, as a view."""
+    """The patches of a convolution's input, (N, pixels of the output..., channels, taps...), as a view."""
     sides = len(layer.kernel_size)
     x = x if x.dim() == sides + 2 else x[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -149,16 +148,16 @@ def windows(layer: Any, x: Tensor) -> Tensor:
 
 
 def check_rows(layer: nn.Module, found: int, expected: int) -> None:
-    """Raise UserError where a batch has other rows than the survey says."""
+    """Raise UserError where a batch has another number of rows than the survey expects."""
     if found != expected:
         raise UserError(
-            f"a {type(layer).__name__} gets {found} rows from a batch where {expected} were to come: calibration needs "
-            "samples along the first dimension of all inputs, and layers that see as many rows of each"
+            f"a {type(layer).__name__} gets {found} rows from a batch where {expected} were expected: calibration "
+            "needs samples along the first dimension of all inputs, and layers that see as many rows of each sample"
         )
 
 
 def gather_(into: dict[str, Tensor], name: str, rows: Tensor, counts: Sequence[int], i: int) -> None:
-    """In place: the rows that are drawn from batch i take their places among those of all batches."""
+    """In place: put the rows drawn from batch i at their places among the drawn rows of all batches."""
     slots = picked(counts, i)[0]
     if name not in into:
         if len(slots) == len(rows) == len(drawn(sum(counts))):  # all of them
@@ -170,12 +169,12 @@ def gather_(into: dict[str, Tensor], name: str, rows: Tensor, counts: Sequence[i
 
 @lru_cache(maxsize=256)
 def drawn(count: int) -> Tensor:
-    """(rows,) int64, at most ROWS of `count`, in no order; kept, as a draw from all pixels takes as long as a layer."""
+    """(rows,) int64, at most ROWS of `count`, in no order; cached, as drawing from all pixels is as slow as a layer."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS].clone()
 
 
 def picked(counts: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
-    """Of the rows that are drawn those from batch i: their places among the drawn ones, and in the batch."""
+    """Rows drawn from batch i: their places among all drawn rows, and their places in the batch, each (n,) int64."""
     rows, start = drawn(sum(counts)), sum(counts[:i])
     slots = ((rows >= start) & (rows < start + counts[i])).nonzero().squeeze(1)
     return slots, rows[slots] - start

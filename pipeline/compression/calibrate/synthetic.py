@@ -1,8 +1,8 @@
-"""Pictures that a checkpoint itself gives away, for what needs pictures where none may be seen.
+"""Synthetic pictures, made from a checkpoint alone, for methods that need pictures where no data is at hand.
 
 BatchNorm keeps the mean and the variance of every channel over the training pictures. Noise of a natural spectrum is
-changed until it has the same ones in all layers (DeepInversion, arXiv:1912.08795, eq. 3-4, without labels; ZeroQ,
-arXiv:2001.00281). What the channels have in common on such pictures comes near to what they have on real ones.
+optimised until it has the same statistics in all layers (DeepInversion, arXiv:1912.08795, eq. 3-4, without labels;
+ZeroQ, arXiv:2001.00281). Correlations of channels on such pictures come near to those on real ones.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ def synthesize(
 ) -> Tensor:
     """(count, C, H, W) synthetic network inputs like example (N, C, H, W), on its device; the model is untouched.
 
-    steps, lr: of Adam on the mismatch of BatchNorm statistics; a network without them gets the noise as it is.
+    steps, lr: for Adam on the mismatch of BatchNorm statistics; a network without these statistics gets the noise.
+    Raises UserError where the example is no batch of pictures.
     """
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise UserError("synthetic inputs are made for networks of pictures (N, C, H, W); pass unlabelled data instead")

@@ -1,1 +1,1 @@
-"""What chooses: methods and masks, and what they look at."""
+"""Choice of the channels or weights that go: methods and masks, and the measurements that they look at."""

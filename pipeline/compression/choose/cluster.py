@@ -1,9 +1,9 @@
 """Folding as clustering: one dendrogram per channel group, a cut per size, refined under the same metric.
 
-Everything works on the Gram matrix G = W Wᵀ (C, C) of the channels' feature rows W (C, F), so that the cost after G is
-that of C and not of F. Large groups come in single precision (methods.GroupWeights.dtype). The quantity that is
-minimised is the parameter error ‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ, which is the k-means objective ("Cut Less, Fold
-More", eq. 4).
+All functions work on the Gram matrix G = W Wᵀ (C, C) of the channels' feature rows W (C, F), so that the cost after G
+depends on C and not on F. Large groups come in single precision (methods.GroupWeights.dtype). The parameter error
+‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ is minimised, which is the k-means objective ("Cut Less, Fold More", eq. 4). The
+sum that is subtracted is called the kept energy; 1ⱼ is 1 for the nⱼ channels of cluster j, else 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ def dendrogram(gram: Array, method: str = "ward") -> Array:
     if len(gram) == 1:
         return np.empty((0, 2), np.int64)
     squares = np.diag(gram)
-    distances = -2 * gram  # and all else in place: of 3,072 channels this is 75 MB
+    distances = -2 * gram  # all else is done in place: for 3,072 channels this is 75 MB
     distances += squares[:, None]
     distances += squares
     np.sqrt(np.maximum(distances, 0, out=distances), out=distances)
@@ -34,7 +34,7 @@ def cuts(merges: Array, sizes: Sequence[int]) -> Iterator[tuple[int, Array]]:
     channels = len(merges) + 1
     for k in sorted(sizes, reverse=True):
         done = channels - k
-        above = np.arange(channels + done)  # of each node: one that holds it
+        above = np.arange(channels + done)  # for each node: a node that holds it
         above[merges[:done]] = channels + np.arange(done)[:, None]
         while (above != (higher := above[above])).any():
             above = higher
@@ -58,7 +58,7 @@ def by_norm(gram: Array) -> Array:
 
 
 def special_energies(gram: Array, sizes: Sequence[int]) -> dict[int, float]:
-    """{k: kept energy of special_folding(gram, k)}; as the clusters are nested, every pair is looked at once."""
+    """{k: kept energy of special_folding(gram, k)}; the clusters are nested, so every pair is looked at once."""
     order = by_norm(gram)
     energies, within, end = {}, 0.0, len(gram)
     for k in sorted(sizes, reverse=True):
@@ -70,7 +70,7 @@ def special_energies(gram: Array, sizes: Sequence[int]) -> dict[int, float]:
 
 
 def kept_energy(gram: Array, labels: Array) -> float:
-    """Σ_j 1ⱼᵀ G 1ⱼ / nⱼ: what of tr G survives the projection; a channel of label -1 is dropped."""
+    """Σ_j 1ⱼᵀ G 1ⱼ / nⱼ: the part of tr G that the projection keeps; a channel of label -1 is dropped."""
     kept = np.flatnonzero(labels >= 0)
     order = kept[np.argsort(labels[kept], kind="stable")]
     counts = np.bincount(labels[kept])
@@ -83,7 +83,7 @@ def kept_energy(gram: Array, labels: Array) -> float:
 
 
 def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
-    """Of every cluster j: nⱼ (k,), the sums 1ⱼᵀ G as rows (k, C), and 1ⱼᵀ G 1ⱼ (k,)."""
+    """For every cluster j: nⱼ (k,), the sums 1ⱼᵀ G as rows (k, C), and 1ⱼᵀ G 1ⱼ (k,)."""
     counts = np.bincount(labels)
     first = np.empty(len(counts), np.int64)
     first[labels[::-1]] = np.arange(len(labels))[::-1]
@@ -96,7 +96,7 @@ def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:
 
 
 def blocks(count: int, size: int) -> list[slice]:
-    """0 ... count - 1 in parts: what is computed of 3,072 channels and half as many clusters at once fills no cache."""
+    """0 ... count - 1 in slices of `size`: 3,072 channels by half as many clusters do not fit in the cache."""
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
@@ -111,7 +111,7 @@ def refine(
     local optimum of this rule is one of k-means as well, not the other way round (Telgarsky and Vattani 2010).
 
     enough: a sweep that lowers the error by less than this fraction of it is the last
-    zero: the last cluster is dropped: its center is 0 and not its mean, and what it holds is no part of the energy
+    zero: the last cluster is dropped: its center is 0 and not its mean, and its channels add no energy
     """
     labels = labels.copy()
     squares = np.diag(gram)
@@ -120,22 +120,22 @@ def refine(
         return kept_energy(gram, labels), labels
     counts, sums, within = cluster_sums(gram, labels)
     if zero:
-        counts[-1] += 1e12  # as many channels that are 0
+        counts[-1] += 1e12  # channels that are 0 hold the center at 0
     tolerance = np.finfo(gram.dtype).eps ** 0.75 * squares.mean()
 
     def terms(j: Any) -> tuple[Array, Array, Array]:
-        """Channel i joins cluster j at a cost of: its own square times the first, plus the second, less i's sum times
-        the third."""
+        """(a, b, c) of the cost a Gᵢᵢ + b - c 1ⱼᵀ Gᵢ at which channel i joins cluster j."""
         n = counts[j]
         return n / (n + 1), within[j] / (n * (n + 1)), 2 / (n + 1)
 
     joins = np.stack(terms(slice(None)))
 
     def gains(i: Any) -> Array:
-        """By how much the best move of each of the channels i (indices or a slice) lowers the error; alone: inf."""
+        """By how much the best move of each channel in i (indices or a slice), not alone in its cluster, lowers the
+        error."""
         own_square = squares[i]
         d = sums[:, i] * -joins[2][:, None]
-        d += joins[:2].T @ np.stack([own_square, np.ones_like(own_square)])  # as one product: memory is what it costs
+        d += joins[:2].T @ np.stack([own_square, np.ones_like(own_square)])  # as one product, as memory takes the time
         own = labels[i], np.arange(d.shape[1])
         n = counts[labels[i]]
         leave = d[own] * (n + 1) / np.maximum(n - 1, tiny)
@@ -145,7 +145,7 @@ def refine(
     tiny = np.finfo(gram.dtype).tiny
     for _ in range(sweeps):
         shared = np.flatnonzero(counts[labels] > 1)
-        # A gather of columns costs as much as all else, so where most channels are shared take all of them.
+        # Gathering columns costs as much as all else, so all are taken where most channels are in shared clusters.
         every = 2 * len(shared) > len(labels)
         parts = blocks(len(labels if every else shared), 256)
         gain = np.concatenate([gains(part if every else shared[part]) for part in parts] or [np.empty(0)])
@@ -183,10 +183,10 @@ def refine(
 
 
 # Groups with more channels, such as those of a ViT's MLP, are refined until a sweep wins less than a thousandth: nine
-# cuts would cost seconds each. Measured on 1,024 random, low-rank and clustered rows, beside two trees refined to the
-# end: 3 to 4 times as fast, and the squared error larger by 0.1% on average and 0.6% at most.
+# cuts would cost seconds each. On 1,024 random, low-rank and clustered rows this is 3 to 4 times as fast as two trees
+# refined to the end, and the squared error is larger by 0.1% on average and 0.6% at most.
 LARGE = 1000  # so that a SimpleViT's 1,024 are among them
-# Up to so many channels average linkage is a second candidate. Of 27 cuts each of groups of 64, 128, 256 and 512
+# Up to so many channels average linkage is a second candidate. For 27 cuts each of groups of 64, 128, 256 and 512
 # channels it lowers the error by 0.02, 0.01, 0.01 and 0.001% on average, and at 512 takes longer than Ward's.
 TWO_TREES = 256
 
@@ -194,8 +194,9 @@ TWO_TREES = 256
 def mixed_labels(gram: Array, sizes: Sequence[int]) -> dict[int, Array]:
     """The best mix of folding and pruning found at every size: {k: labels (C,)}, -1 = dropped.
 
-    k clusters and one more around zero, which costs no channel: never a larger error than folding to k or than keeping
-    any k channels. Candidates are folding to k + 1 less the cluster that keeps the least, folding to k, and pruning.
+    A mix has k clusters, and one more around zero that costs no channel. Its error is never larger than that of folding
+    to k or of keeping any k channels. Candidates are folding to k + 1 without the cluster of least energy, folding to
+    k, and pruning.
     """
     folded = fold_labels(gram, sorted({min(n, len(gram)) for k in sizes for n in (k, k + 1)}))
     chosen = {}
@@ -220,9 +221,9 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     """The best folding found at every size: {k: labels (C,)}.
 
     Candidates are the cut of Ward's dendrogram and the special folding, so that folding at k + 1 never has a larger
-    error than pruning at k in the same features. Refined, of small groups also the cut of average linkage: where few
-    channels merge, Ward's first pairs can be ones that no single move mends. The special folding itself is not refined:
-    that took longer than all else and lowered the mean error by under 0.1%.
+    error than pruning at k in the same features. Small refined groups have the cut of average linkage as a third: where
+    few channels merge, no single move may mend Ward's first pairs. The special folding itself is not refined: that took
+    longer than all else and lowered the mean error by under 0.1%.
     """
     large = len(gram) > LARGE
     linkages = ["ward"] + ["average"] * (refined and len(gram) <= TWO_TREES)
@@ -242,12 +243,12 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     return chosen
 
 
-STEPS = 512  # in which all channels of a large group are dropped, some at a time
-RIDGE = 1e-3  # of second moments of activations, times the mean of their diagonal
+STEPS = 512  # steps in which all channels of a group are dropped, at most: several at a time in a large group
+RIDGE = 1e-3  # ridge on second moments of activations, relative to the mean of their diagonal
 
 
 def surgeon_order(moments: Array, contributions: Array) -> Array:
-    """(C,): the channels in the order in which the brain surgeon drops them, the most expendable first.
+    """(C,): the channels in the order in which optimal brain surgeon drops them, the most expendable first.
 
     moments: E[a aᵀ] (C, C) of activations a; contributions: VᵀV (C, C) of the readers V, which are solved anew after
     every step. Both are kept up to date by the block form of the rank-one rules.

@@ -1,8 +1,8 @@
-"""What the loss of a network says about its weights, on pictures without labels.
+"""Gradients of the loss by the weights, on pictures without labels.
 
 Labels are drawn from the network's own softmax, so the mean square of a gradient is the diagonal of the Fisher
-information and not of the "empirical" one, which needs true labels (Kunstner et al. 2019, arXiv:1905.12558). One sample
-at a time: a square of a sum over samples is another thing, and of all gradients only one network's are in memory.
+information and not of the "empirical" one, which needs true labels (Kunstner et al. 2019, arXiv:1905.12558). Samples go
+one at a time: the square of a sum over samples is not the sum of squares, and only one sample's gradients need memory.
 
 A sample may have several rows of classes, as a text has one for each token. The loss is their sum and not their mean:
 given the sample each row draws its label alone, so the likelihood of all its labels is a product, whose logarithm is
@@ -27,15 +27,17 @@ from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError
 
-SAMPLES = 64  # of the pictures that are looked at, each with a backward pass of its own
+SAMPLES = 64  # pictures that are looked at, at most, each with a backward pass of its own
 
 
 @dataclass
 class Gradients:
     """Gradients of a network on single pictures, computed when a method first asks for them.
 
-    pictures: as of batches.batches_of, of which the first SAMPLES are used; seed: of the labels that are drawn.
-    answers: which part of the output are the logits (rows, classes); None: all of it, (1, classes) for a sample.
+    pictures: see batches.batches_of; the first SAMPLES are used. seed: for drawing the labels.
+    answers: output -> its logits (rows, classes); None: the whole output, (1, classes) for a sample.
+
+    Raises UserError where the logits have another shape.
     """
 
     model: nn.Module
@@ -46,11 +48,11 @@ class Gradients:
 
     @cached_property
     def gates(self) -> dict[tuple[str, int], Tensor]:
-        """{(weight, the axis of its inputs): (N, inputs)}, dL/dm of masks m = 1 on what every reader is given.
+        """{(weight, the axis of its inputs): (N, inputs)}, dL/dm of masks m = 1 on the inputs of every reader.
 
         With y = W (m x), dL/dm_c = Σ x_c dL/dx_c over all positions, which is also Σ w dL/dw over the weights of input
-        c. In this form it holds for readers of every kind, wherever samples and channels stand in what they are given.
-        (Of a weight with several uses it is the sum over them.)
+        c. The second form holds for readers of every kind, wherever samples and channels stand in their inputs. (For a
+        weight with several uses it is the sum over them.)
         """
         reads = list(dict.fromkeys((axis.tensor, axis.axis) for group in self.groups for axis in group.reads))
         tensors = named_tensors(self.model)
@@ -63,7 +65,7 @@ class Gradients:
 
     @cached_property
     def squares(self) -> dict[str, Tensor]:
-        """{weight: E[(dL/dw)²]} of all that writes or reads channels: the diagonal of the Fisher information."""
+        """{weight: E[(dL/dw)²]} of all weights that write or read channels: the diagonal of the Fisher information."""
         tensors = named_tensors(self.model)
         names = [axis.tensor for group in self.groups for axis in (*group.writes, *group.reads)]
         names = [name for name in names if tensors[name].dim() > 1 or isinstance(tensors[name], nn.Parameter)]
@@ -84,13 +86,13 @@ def sample_gradients(
     seed: int = 0,
     answers: Answers | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Of every picture, up to SAMPLES: the gradients of its loss by these tensors. The model is untouched.
+    """The gradients of the loss by these tensors, for each of the first SAMPLES pictures. The model is untouched.
 
     The loss is the cross-entropy with a label drawn from the softmax of the output, summed over the rows of `answers`.
     """
     net = bare_copy(model, share=True).eval()
     tensors = named_tensors(net)
-    leaves: dict[int, Tensor] = {}  # by the tensor that they stand for: a tied one has several names
+    leaves: dict[int, Tensor] = {}  # by the id of their tensor: a tied one has several names
     named = {name: leaves.setdefault(id(tensors[name]), tensors[name].detach()) for name in dict.fromkeys(names)}
     generator = torch.Generator().manual_seed(seed)
     for leaf in leaves.values():

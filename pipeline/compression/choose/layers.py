@@ -15,8 +15,8 @@ class LayerWeight(NamedTuple):
     """A weight of a linear layer or convolution.
 
     unit: what one of its outputs is: "filters" of a convolution, "neurons" of a linear layer.
-    inputs: the dimension along which its inputs stand, transposed layers have them in front of their outputs.
-    groups: of a convolution.
+    inputs: the dimension along which its inputs stand; transposed layers have them in front of their outputs.
+    groups: number of groups of a convolution.
     """
 
     unit: str
@@ -25,9 +25,9 @@ class LayerWeight(NamedTuple):
 
 
 def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
-    """By their names in the state_dict, tied ones under all their names.
+    """{name in the state_dict: LayerWeight}, tied weights under all their names.
 
-    Linear layers are also the projections of torch's attention and Hugging Face's Conv1D. Embeddings are none.
+    The projections of torch's attention and Hugging Face's Conv1D count as linear layers; embeddings do not.
     """
     found = {}
     for path, module in model.named_modules():
@@ -54,8 +54,8 @@ def _weight(module: nn.Module, name: str) -> LayerWeight | None:
 def other_units(model: nn.Module, groups: ChannelGroups, units: str) -> list[ChannelGroup]:
     """The groups that are not of these units: "filters" are written by convolutions alone, "neurons" by linear layers.
 
-    What both write, or an embedding (the stream of a transformer), is neither. "all": none are left out.
-    Raises UserError where the network has no group of these units.
+    A group that both write, or an embedding (the stream of a transformer), is neither. "all": none are left out.
+    Raises UserError for unknown units, and where the network has no group of these units.
     """
     pick("units", dict.fromkeys(UNITS), units)
     if units == "all":
@@ -63,7 +63,7 @@ def other_units(model: nn.Module, groups: ChannelGroups, units: str) -> list[Cha
     layers, tensors = layer_weights(model), named_tensors(model)
 
     def is_of_units(group: ChannelGroup) -> bool:
-        # One number per channel, a bias or the gain of a norm, shifts or scales what others write.
+        # Biases and gains of norms, one number per channel, only shift or scale what others write; skipped.
         writers = [a for a in group.writes if a.tensor in layers or tensors[a.tensor].numel() > a.index.numel()]
         return {layers[a.tensor].unit if a.tensor in layers else "" for a in writers} == {units}
 

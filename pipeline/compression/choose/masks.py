@@ -2,10 +2,10 @@
 
     mask(layers, ratio, seed, **options)
 
-hangs a mask of prune on every one of `layers`. Shapes stay as they are: nothing is traced, no channel groups are
-needed, and ordinary hardware is no faster for it. `ratio` is the fraction of the *weights* of linear layers and
-convolutions that goes, where that of METHODS is one of channels. Biases, norms and embeddings are left alone, and so is
-a weight that an embedding holds too. Adding a mask is one function here and one row in MASKS.
+adds a mask of prune to every one of `layers`. Shapes stay as they are: nothing is traced, no channel groups are needed,
+and ordinary hardware is no faster for it. `ratio` is the fraction of the *weights* of linear layers and convolutions
+that goes, where METHODS count channels. Biases, norms and embeddings are left alone, and so is a weight that an
+embedding holds too. Adding a mask is one function here and one row in MASKS.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +21,9 @@ from pipeline.tables import UserError, call, check_options, pick
 
 
 class Layer(nn.Module):
-    """What a mask is hung on: the weight of one layer alone.
+    """A stand-in for one layer, which holds its weight and takes its mask.
 
-    A stand-in, as prune takes no weights in channels-last and would cut a tied weight from its other places.
+    The layer itself is not used, as prune takes no weights in channels-last and would untie a tied weight.
     """
 
     weight: Tensor
@@ -71,19 +71,19 @@ def random_mask(layers: Sequence[Layer], ratio: float, seed: int) -> None:
 
 
 def _globally(layers: Sequence[Layer], ratio: float, scores: Sequence[Tensor]) -> None:
-    """Zero the weights of the least |score| of all."""
+    """Zero the weights of the least |score| in the whole network."""
     named = [(layer, "weight") for layer in layers]
     by_name = dict(zip(named, scores, strict=True))
     prune.global_unstructured(named, prune.L1Unstructured, importance_scores=by_name, amount=ratio)
 
 
 def n_of_m(layers: Sequence[Layer], ratio: float, seed: int, *, m: int = 4) -> None:
-    """Of every m consecutive inputs of an output keep the n of largest |w| (2:4: Mishra et al. 2021, arXiv:2104.08378).
+    """Keep the n of largest |w| of every m consecutive inputs of an output (2:4: Mishra et al. 2021, arXiv:2104.08378).
 
     n is m (1 - ratio), rounded and at least 1: with m = 4 a ratio of 0.5 is 2:4, 0.3 is 3:4, and 0.1 is 4:4, which
-    removes nothing. Inputs of a convolution are its input channels, at each place of its kernel. Those left over at
-    the end, where they are no multiple of m, are a smaller group that keeps n of them too, as though zeros followed
-    (so does NVIDIA's ASP); a depthwise convolution loses nothing. The report counts what was really removed.
+    removes nothing. Inputs of a convolution are its input channels, at each place of its kernel. Fewer than m inputs
+    left over at the end also keep n of them, as though zeros followed (as in NVIDIA's ASP); a depthwise convolution
+    loses nothing. The report counts the weights that were really removed. Raises UserError for m < 1.
     """
     if m < 1:
         raise UserError(f"m {m} must be at least 1 weight")
@@ -93,7 +93,7 @@ def n_of_m(layers: Sequence[Layer], ratio: float, seed: int, *, m: int = 4) -> N
 
 
 class KeepNOfM(prune.BasePruningMethod):
-    """The n largest of every m consecutive inputs, in the words of torch.nn.utils.prune."""
+    """Keep the n largest of every m consecutive inputs: a pruning method of torch.nn.utils.prune."""
 
     PRUNING_TYPE = "global"  # compute_mask sees the whole weight
 
@@ -101,7 +101,7 @@ class KeepNOfM(prune.BasePruningMethod):
         self.n, self.m, self.kind = n, m, kind
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        # A transposed convolution has inputs, of each of its groups, in front: (groups, inputs, outputs, ...).
+        # A transposed convolution has its inputs in front, group by group: (groups, inputs, outputs, ...).
         groups, dim = (self.kind.groups, 1) if self.kind.inputs == 0 else (1, 2)
         sizes = t.unflatten(0, (groups, -1)).abs().movedim(dim, -1)
         of_m = F.pad(sizes, (0, -sizes.shape[-1] % self.m), value=-1.0).unflatten(-1, (-1, self.m))
@@ -120,7 +120,7 @@ MASKS: dict[str, Mask] = {
 
 
 def check_mask(label: str, method: str, options: Iterable[str]) -> None:
-    """UserError for an option of channels (parts, pictures, protect, ...), or of another mask, said of this one."""
+    """Raise UserError for an option of channels (parts, pictures, protect, ...) or of another mask."""
     given = [name for name in options if name != "seed"]
     check_options(f"{label!r}, a mask of single weights,", MASKS[method], given, 3)
 
@@ -129,7 +129,7 @@ def check_mask(label: str, method: str, options: Iterable[str]) -> None:
 def masks_of(model: nn.Module, method: str, ratio: float, seed: int = 0, **options) -> dict[str, Tensor]:
     """{weight: bool of its shape, False where it is to be zero}, tied weights under the first of their names.
 
-    Raises UserError for an option that the mask does not have, and for a network with nothing to mask.
+    Raises UserError for an unknown mask, an option that the mask does not have, and a network with nothing to mask.
     """
     layers = _maskable(model)
     call(

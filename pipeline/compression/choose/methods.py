@@ -2,7 +2,8 @@
 
     method(weights, sizes, **options) -> {k: Projection} for every size k in `sizes`
 
-so that what the sizes can share is computed once. Adding a method is one function here and one row in METHODS.
+All sizes come in one call, so that what they share is computed once. Adding a method is one function here and one row
+in METHODS.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +26,14 @@ SCALES = ("none", "tensor", "channel")
 
 @dataclass(frozen=True)
 class GroupWeights:
-    """What a method sees of a network: one group and the tensors of the checkpoint.
+    """The input of a method: one group and the tensors of the checkpoint.
 
     features: which weights describe a channel: "writers", "readers" or "writers+readers"
     scale: "none", "tensor" (every weight tensor counts the same) or "channel" (every channel has norm 1: angles alone)
     norm: put the scale and shift of the norm behind a weight, and biases, into the description
-    inputs: {weight: (rows, inputs)}, what its layer reads on some pictures (see compensate.observe)
+    inputs: {weight: (rows, inputs)}, the inputs of its layer on some pictures (see compensate.observe)
     gradients: those of the network on these pictures, for the methods that look at them
+    seed: for methods that draw at random
 
     Measured on a CIFAR-10 ResNet-20 and a narrow ResNet18 (docs/features.md): writers and readers together lead, the
     norm is better left out, and scale "none" and "tensor" tie; "tensor" leads once repaired.
@@ -52,7 +54,7 @@ class GroupWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float64, and float32 where that would take seconds: large groups of weights that have no more digits."""
+        """float64; float32 for large groups of weights below float64, as double precision would take seconds."""
         double = any(self.tensors[a.tensor].dtype == torch.float64 for a in (*self.group.writes, *self.group.reads))
         return torch.float64 if double or self.group.size <= LARGE else torch.float32
 
@@ -62,7 +64,7 @@ class GroupWeights:
         places = axis.index.reshape(-1).to(tensor.device)
         if not torch.equal(places, torch.arange(tensor.shape[axis.axis], device=tensor.device)):
             tensor = tensor.index_select(axis.axis, places)
-        # One copy where one is due: these are all the weights of the network, and Gram matrices half of a clustering.
+        # At most one copy is made: these are all weights of the network, and Gram matrices are half of a clustering.
         rows = tensor.movedim(axis.axis, 0).to(self.dtype, memory_format=torch.contiguous_format)
         return rows.reshape(len(axis.index), -1)
 
@@ -82,7 +84,7 @@ class GroupWeights:
         return blocks
 
     def _written(self, axis: Axis) -> Tensor:
-        """The rows of a writer; with `norm`, of the affine map that the weight, its bias and its norm are together."""
+        """The rows of a writer; with `norm`, those of the affine map of the weight, its bias and its norm together."""
         rows = self.rows(axis)
         if not self.norm:
             return rows
@@ -107,7 +109,7 @@ class GroupWeights:
         """Gram matrix of the features, (C, C) of self.dtype on the CPU, multiplied where the network is."""
         total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
         for block in self.blocks():
-            # NumPy computes one half only of what is symmetric; a GPU may round products of float32 to a few digits.
+            # NumPy computes only half of a symmetric product; a GPU may round products of float32 to a few digits.
             rows = block.double() if block.is_cuda else block.cpu().numpy()
             gram = torch.as_tensor(rows @ rows.T).to("cpu", self.dtype)
             if self.scale == "tensor" and gram.trace() > 0:
@@ -136,7 +138,7 @@ class GroupWeights:
 
     @cached_property
     def similarity(self) -> Tensor:
-        """What folding clusters by, (C, C): the Gram matrix, and as much of the activations where they are known."""
+        """The matrix that folding clusters by, (C, C): the Gram matrix, plus activations of equal trace if known."""
         if self.activations is None or not self.gram.trace() > 0:
             return self.gram
         return self.gram / self.gram.trace() + self.activations
@@ -196,7 +198,7 @@ def random(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
 
 def random_fold(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Merge channels drawn by `seed`, in clusters as even as can be: what folding gains without looking."""
+    """Merge channels drawn by `seed`, in clusters as even as can be: the gain of folding without a look at weights."""
     order = torch.randperm(weights.group.size, generator=torch.Generator().manual_seed(weights.seed))
     labels = torch.empty_like(order)
     found = {}
@@ -232,7 +234,7 @@ def kmeans(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
 
 def geometric_median(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Drop the channels nearest to all others (FPGM, He et al. 2019, arXiv:1811.00250): those are replaceable."""
+    """Drop the channels nearest to all others, which can replace them (FPGM, He et al. 2019, arXiv:1811.00250)."""
     rows = torch.cat([weights.rows(a) for a in weights.writers[:1]], 1)
     return keep_largest(torch.cdist(rows, rows).sum(1), sizes)
 
@@ -250,20 +252,20 @@ def norm_gain(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
 
 def wanda(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Keep the channels with the largest |weight| x activation in what reads them (Sun et al. 2023, arXiv:2306.11695).
+    """Keep the channels with the largest |weight| x activation in their readers (Sun et al. 2023, arXiv:2306.11695).
 
-    Squared and summed over the channel. Without pictures every activation counts the same.
+    The products are squared and summed over the channel. Without pictures every activation counts the same.
     """
     scores = weights.contributions.diagonal()
     return keep_largest(scores if weights.activations is None else scores * weights.activations.diagonal(), sizes)
 
 
 def brain_surgeon(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Drop one channel after the other, that whose loss the readers of the others make up for best.
+    """Drop one channel after the other, each time the one whose loss the readers make up for best.
 
     Optimal brain surgeon (Hassibi and Stork 1992) for whole channels, as in ZipLM (arXiv:2302.04089): with the second
     moments H of the activations and readers V, dropping q and solving V anew costs ‖V_q‖² / (H⁻¹)_qq. Pictures give
-    H; without them it is that of linear channels with white inputs, their Gram matrix.
+    H; without them H is the Gram matrix, which linear channels with white inputs would have.
     """
     moments = weights.gram if weights.activations is None else weights.activations
     dropped = surgeon_order(moments.numpy(), weights.contributions.numpy())
@@ -275,9 +277,9 @@ def brain_surgeon(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 def taylor(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
     """Keep the channels without which the loss would change most, to first order: E[(Σ a dL/da)²] of activations a.
 
-    The sum goes over all positions and all that reads the channel (Molchanov et al. 2019, arXiv:1906.10771, eq. 8, for
+    The sum goes over all positions and all readers of the channel (Molchanov et al. 2019, arXiv:1906.10771, eq. 8, for
     gates; coupled channels as in group Fisher pruning, Liu et al. 2021, arXiv:2108.00708, eq. 6), the mean over
-    pictures, with labels that the network draws itself (see gradients.py).
+    pictures, with labels drawn from the network (see gradients.py). Raises UserError without pictures.
     """
     gates = gradients_of(weights, "taylor").gates
     slopes = [gates[axis.tensor, axis.axis][:, axis.index].sum(2) for axis in weights.group.reads]
@@ -289,6 +291,7 @@ def fisher(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
     Optimal brain damage (LeCun et al. 1990) with the Fisher information for the Hessian (Theis et al. 2018,
     arXiv:1801.05787). The sum goes over all weights that write or read the channel, for all of them go with it.
+    Raises UserError without pictures.
     """
     squares = gradients_of(weights, "fisher").squares
     axes = [*weights.writers, *weights.group.reads]
@@ -311,8 +314,8 @@ KINDS = ("fold", "prune", "mix")
 class Method:
     """A row of METHODS.
 
-    choose: (weights, sizes, **options) -> {k: Projection}; kind: of KINDS; gradients: does it look at gradients, and so
-    need pictures?
+    choose: (weights, sizes, **options) -> {k: Projection}; kind: one of KINDS; gradients: whether it looks at
+    gradients, and so needs pictures.
     """
 
     choose: Callable[..., Projections]

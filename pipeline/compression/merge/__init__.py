@@ -1,1 +1,1 @@
-"""What merges: labels to smaller tensors and modules."""
+"""Merging: from labels to smaller tensors and modules."""

@@ -1,4 +1,4 @@
-"""torch's attention layer with heads of any width or number: its own holds that they fill the embedding exactly."""
+"""torch's attention layer with heads of any width or number: its own requires that heads fill the embedding exactly."""
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
             for x, w, b in zip(inputs, weights, biases, strict=True)
         )
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal says what attn_mask is, and needs one, as in nn.MultiheadAttention")
+            raise ValueError("is_causal is only a hint on attn_mask: give attn_mask, too, as in nn.MultiheadAttention")
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.reshape(batch, self.num_heads, length, source)
         if key_padding_mask is not None:
@@ -67,5 +67,5 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to scores; where a mask of booleans is true, nobody looks."""
+    """A mask in the form that is added to scores: a boolean mask becomes -inf where it is True, else 0."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask

@@ -25,8 +25,8 @@ def apply(
 ) -> nn.Module:
     """A smaller copy of `model`: an ordinary module whose channel groups went through their projections.
 
-    norm_scale: merge a weight and the norm behind it as the one affine map that they are (see `merge_norms`), rather
-    than each tensor by its own mean.
+    norm_scale: merge a weight and the norm behind it as one affine map (see `merge_norms`), rather than each tensor by
+    its own mean.
     share: the tensors that do not change are the model's own, not copies.
     approximate_repair: running variances follow what merging does to the channels (see `repaired_variances`).
     """
@@ -39,7 +39,7 @@ def apply(
 def new_numbers(
     model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]
 ) -> dict[str, int | float]:
-    """What the Python numbers that follow these groups become, by the path of the attribute.
+    """{path of the attribute: new value} of the Python numbers that follow these groups.
 
     Raises ValueError where groups that share one number keep different fractions of their channels.
     """
@@ -64,7 +64,7 @@ def resized(
     numbers: Mapping[str, int | float] | None = None,
     share: bool = False,
 ) -> nn.Module:
-    """A copy of `model` in which these tensors, by name and of other shapes than before, stand in place of its own.
+    """A copy of `model` with these tensors, by name and of any sizes, in place of its own.
 
     numbers: new values of sizes that modules keep as Python numbers, by the path of the attribute.
     share: the tensors that do not change are the model's own, not copies.
@@ -91,7 +91,7 @@ def resized(
 
 
 def laid_out_as(old: Tensor, new: Tensor) -> Tensor:
-    """`new`, channels-last where `old` is: by the layout of its weight a convolution chooses its kernel."""
+    """`new`, channels-last if `old` is: a convolution chooses its kernel by the layout of its weight."""
     layout = CHANNELS_LAST.get(old.dim())
     if layout is None or old.is_contiguous() or not old.is_contiguous(memory_format=layout):
         return new
@@ -99,7 +99,7 @@ def laid_out_as(old: Tensor, new: Tensor) -> Tensor:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under the names of the state_dict, which may hold more than tensors."""
+    """{name: tensor} of the state_dict, parameters and persistent buffers; it may hold more than tensors."""
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 

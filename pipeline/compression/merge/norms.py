@@ -1,4 +1,4 @@
-"""How merged channels share the norm behind them: one affine map a channel, and variances by the weights."""
+"""How merged channels share the norm behind them: one affine map per channel, and variances from the weights."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,21 +14,21 @@ from pipeline.compression.merge.projection import Projection, merge, weighted_su
 def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New values, (k, ...), of each norm and of the weight before it.
 
-    A weight and its norm are one affine map per channel, y = s w x + t with s = gain / sigma. The cluster mean of these
-    maps is what the smaller layer computes; written with the mean variance, the mean shift and the mean |gain|, so that
-    re-estimated statistics give the outputs the spread that they had before. (The study's code averages weight, gain,
-    shift, mean and variance each by itself, which is another map as soon as the gains differ.)
+    A weight and its norm are one affine map per channel, y = s w x + t with s = gain / sigma. The smaller layer
+    computes the cluster mean of these maps. It is written with the mean variance, the mean shift and the mean |gain|,
+    so that re-estimated statistics give the outputs the spread that they had before. (The study's code averages weight,
+    gain, shift, mean and variance each by itself, which is another map as soon as the gains differ.)
     """
     new: dict[str, Tensor] = {}
     rows = partial(_written_rows, group, tensors)
 
     def take(name: str) -> Tensor | None:
-        """(C,) float64: small beside the weights, and variances span many orders of magnitude."""
+        """(C,) float64: variances span many orders of magnitude, and these vectors are small beside the weights."""
         found = rows(name)
         return None if found is None else found.double()
 
     def means(*vectors: Tensor) -> Sequence[Tensor]:
-        """Of each vector (C,) at once."""
+        """The cluster means of each vector (C,), all at once."""
         return merge(torch.stack(vectors, 1), projection, "mean").T.contiguous().unbind()
 
     def keep_singles(name: str, plain: Tensor, merged: Tensor) -> None:
@@ -56,9 +56,9 @@ def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[st
             continue
         new_gain = m_size * torch.where(m_gain < 0, -1.0, 1.0)
         new_s = new_gain / new_sigma
-        dead = new_gain.abs() < 1e-12  # a norm that puts out its shift alone: any weight will do
+        dead = new_gain.abs() < 1e-12  # the norm puts out its shift alone, so any weight will do
         safe = torch.where(dead, 1.0, new_s)
-        # The mean of s w, divided by the new scale, in one pass over the weight.
+        # The new weight is the mean of s w, divided by the new scale, in one pass over the weight.
         labels = projection.labels.to(s.device)
         of_own = labels.clamp(min=0)
         counts = projection.counts.to(s.device)[of_own]
@@ -71,7 +71,7 @@ def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[st
 
 
 def _written_rows(group: ChannelGroup, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """What a tensor holds of each channel, (C, ...), or None where a channel is not exactly one row of it."""
+    """The row of a tensor that writes each channel, (C, ...); None where a channel is not exactly one row."""
     axis = next((a for a in group.writes if a.tensor == name), None)
     if axis is None or axis.axis != 0 or axis.index.shape[1] != 1:
         return None
@@ -86,12 +86,14 @@ def repaired_variances(
     """New running variances, (k,) by name, of merged channels: Fold-AR, the approximate repair of arXiv:2502.10216.
 
     The mean of N channels of variance 1 and mean correlation E has the variance (1 + (N - 1) E) / N = 1 / beta². A norm
-    that divides by this one in place of the mean variance scales what it puts out by beta, about its shift. E is read
-    off the weights before the norm, or where it has none of its own (a residual stream), off all that write the group:
-    with cosines for correlations 1 / beta² is the squared length of the mean of their rows, each of length 1.
+    that divides by this variance in place of the mean variance scales its output by beta, about its shift. E is read
+    off the weights before the norm, or, where the norm has none of its own (a residual stream), off all weights that
+    write the group: with cosines for correlations 1 / beta² is the squared length of the mean of their rows, each of
+    length 1.
 
-    It is kept between 1 / N and 1, so 1 <= beta <= √N: rows that cancel would have beta without bound (the paper has
-    none), and correlations of weights below 0 are not those of channels on real inputs, which are far from white.
+    1 / beta² is kept between 1 / N and 1, so 1 <= beta <= √N: rows that cancel would have beta without bound (the paper
+    has no bound), and correlations of weights below 0 are not those of channels on real inputs, which are far from
+    white.
     """
     new: dict[str, Tensor] = {}
     rows = partial(_written_rows, group, tensors)
@@ -102,7 +104,7 @@ def repaired_variances(
         if var is None or not writing:
             continue
         unit = F.normalize(torch.cat([w.double().flatten(1) for w in writing], 1), dim=1)
-        if norm.writer and norm.weight and norm_scale:  # what is averaged then is the output of the norm
+        if norm.writer and norm.weight and norm_scale:  # then the outputs of the norm are averaged
             gain = rows(norm.weight)
             unit = unit if gain is None else unit * torch.where(gain < 0, -1.0, 1.0)[:, None]
         counts = projection.counts.to(var.device)

@@ -1,9 +1,9 @@
 """Compression as a projection of channel groups (arXiv:2502.10216, eq. 3-5; "Cut Less, Fold More", section 3).
 
 With M = onehot(labels), (C, k), the projector P = M (MᵀM)⁻¹ Mᵀ is orthogonal. Pruning uses every label once; folding
-gives every channel a label. What writes the channels takes the cluster mean, (MᵀM)⁻¹ Mᵀ W; what reads them takes the
-cluster sum, V M. So V P W = merge(V, sum) @ merge(W, mean), and exact duplicates merge without loss whatever the sizes
-of their clusters. Where pictures are at hand, what reads the channels is solved anew instead (compensate.py).
+gives every channel a label. Writers take the cluster mean, (MᵀM)⁻¹ Mᵀ W; readers take the cluster sum, V M. So
+V P W = merge(V, sum) @ merge(W, mean), and exact duplicates merge without loss whatever the sizes of their clusters.
+Where pictures are at hand, readers are solved anew instead (compensate.py).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from pipeline.compression.choose.cluster import kept_energy
 class Sums:
     """Sums of entries along an axis: those that stay, in their order, and those that are added to one of them.
 
-    stays: (k,) of entries; added: (n,) of entries; to: (n,), the place in `stays` of what each is added to.
+    stays: (k,) entries that stay; added: (n,) entries that are added; to: (n,), the place in `stays` that each of these
+        is added to. All int64.
     """
 
     stays: Tensor
@@ -28,7 +29,7 @@ class Sums:
 
     @classmethod
     def of(cls, into: Tensor) -> "Sums":
-        """into: (size,), the entry that each entry goes into, itself where it stays; -1: dropped."""
+        """into: (size,) int64, the entry that each entry is added to, itself where it stays; -1: dropped."""
         stays = into == torch.arange(len(into))
         added = (~stays & (into >= 0)).nonzero().squeeze(1)
         return cls(stays.nonzero().squeeze(1), added, (stays.cumsum(0) - 1)[into[added]])
@@ -38,7 +39,8 @@ class Sums:
 class Projection:
     """labels: (C,) int64, the new channel of each old one, -1 = dropped.
 
-    Labels are renumbered so that new channels stand in the order of their first members.
+    Labels are renumbered so that new channels stand in the order of their first members. Raises ValueError for labels
+    that keep no channel or leave out a number.
     """
 
     labels: Tensor
@@ -70,12 +72,12 @@ class Projection:
 
     @cached_property
     def into(self) -> Tensor:
-        """Of every channel: the representative of its cluster, -1 = dropped, (C,) int64."""
+        """The representative of every channel's cluster, -1 = dropped, (C,) int64."""
         return torch.where(self.labels >= 0, self.representatives[self.labels], -1)
 
     @cached_property
     def sums(self) -> Sums:
-        """What merging adds up."""
+        """The sums of channels that merging computes."""
         return Sums.of(self.into)
 
     @property
@@ -103,7 +105,7 @@ def merge(tensor: Tensor, projection: Projection, reduce: str, dim: int = 0) -> 
 def weighted_sum(tensor: Tensor, sums: Sums, weights: Tensor | None = None, dim: int = 0) -> Tensor:
     """The sums along `dim`, each entry times its weight.
 
-    weights: (size,), or None for ones. Half precision comes out as float32: it would lose what a large sum adds last.
+    weights: (size,), or None for ones. Half precision comes out as float32, as it would lose the small terms of sums.
     """
     device, wide = tensor.device, wide_dtype(tensor)
 
@@ -113,7 +115,7 @@ def weighted_sum(tensor: Tensor, sums: Sums, weights: Tensor | None = None, dim:
             chosen *= weights.to(device, wide)[entries.to(device)].view(along(dim, tensor))
         return chosen
 
-    # What stays is copied and only the others added: most clusters are single channels.
+    # Entries that stay are copied and only the others are added: most clusters are single channels.
     merged = taken(sums.stays)
     return merged.index_add_(dim, sums.to.to(device), taken(sums.added)) if len(sums.added) else merged
 

@@ -1,4 +1,4 @@
-"""What becomes of the tensors of a network when its channel groups go through their projections."""
+"""The tensors of a network after its channel groups went through their projections."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ def compressed_tensors(
 ) -> dict[str, Tensor]:
     """The tensors that change, by name, in their new shapes. `tensors` is not written to.
 
-    reads: False leaves the inputs of what reads the channels as they are.
+    reads: False leaves the readers' inputs as they are. norm_scale, approximate_repair: see `modules.apply`.
     """
     work = [(g, p) for g, p in zip(groups, projections, strict=True) if not p.is_identity]
     edits: dict[tuple[str, int], list[_Edit]] = defaultdict(list)
@@ -40,8 +40,8 @@ def compressed_tensors(
             edits[axis.tensor, axis.axis].append(_Edit(axis, projection, False, factor=factor))
     edited: dict[str, Tensor] = {}
     merges_of: dict[Any, tuple[Sums, Tensor]] = {}
-    # All that is written before all that is only read: a merged norm sets its weight's rows from the columns as they
-    # were. Of one axis all groups at once: the heads of a layer, and keys beside queries, share a weight.
+    # Written axes go before those that are only read: a merged norm sets its weight's rows from the columns as they
+    # were. All groups of one axis go at once: the heads of a layer, and keys beside queries, share a weight.
     for (name, dim), of_axis in sorted(edits.items(), key=lambda item: not any(e.is_write for e in item[1])):
         edited[name] = _edited(edited.get(name, tensors[name]), dim, of_axis, merges_of)
     return {name: t.contiguous() for name, t in edited.items()}
@@ -50,7 +50,7 @@ def compressed_tensors(
 def merged_inputs(
     inputs: Tensor, reader: str, groups: Iterable[ChannelGroup], projections: Iterable[Projection]
 ) -> Tensor:
-    """Cluster means of what a reader is given, (rows, inputs) -> (rows, inputs left)."""
+    """Cluster means of a reader's inputs, (rows, inputs) -> (rows, inputs left)."""
     pairs = zip(groups, projections, strict=True)
     edits = [_Edit(axis, p, True) for g, p in pairs for axis in g.reads if axis.tensor == reader and not p.is_identity]
     return _edited(inputs, 1, edits, {})
@@ -58,10 +58,10 @@ def merged_inputs(
 
 @dataclass(frozen=True)
 class _Edit:
-    """What becomes of one group's channels along one axis of a tensor.
+    """The change of one group's channels along one axis of a tensor.
 
     values: (k, ...), in place of the cluster means
-    factor: of the cluster sums
+    factor: by which the cluster sums are multiplied
     """
 
     axis: Axis
@@ -72,9 +72,9 @@ class _Edit:
 
 
 def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, tuple[Sums, Tensor]]) -> Tensor:
-    """The tensor with these edits along `dim`, done as one projection of all that stands there.
+    """The tensor with these edits along `dim`, done as one projection of the whole axis.
 
-    known: what `_merge_of` gave, added to: a weight, its bias and the norm behind it merge alike.
+    known: a cache of `_merge_of`: a weight, its bias and the norm behind it merge alike.
     """
     size = tensor.shape[dim]
     first = edits[0]
@@ -98,8 +98,8 @@ def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, t
 
 
 def _merge_of(size: int, edits: Sequence[_Edit]) -> tuple[Sums, Tensor]:
-    """(sums, what each is divided by, or nothing where that is 1) of an axis with these edits."""
-    into = torch.arange(size)  # of each position: the one whose place it shares, -1 where it is dropped
+    """(sums, divisor of each) of an axis with these edits; the divisors are empty where all are 1."""
+    into = torch.arange(size)  # for each position: the position that it is added to, -1 where it is dropped
     divisor = torch.ones(size, dtype=torch.float64)
     for edit in edits:
         where, index = edit.projection.into, edit.axis.index

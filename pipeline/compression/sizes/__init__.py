@@ -1,1 +1,1 @@
-"""What decides sizes: budgets, and the counts that these are held against."""
+"""Sizes: how many channels each group keeps under a budget, and the MACs and parameters that a budget limits."""

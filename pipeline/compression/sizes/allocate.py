@@ -1,10 +1,9 @@
 """How many channels each group keeps, under one budget for the whole network.
 
-What a group can spare is measured: it alone is compressed to some sizes, compensated, and the output of the network on
-the pictures compared with the dense one's. Without pictures, what the method loses of the parameters is a guess at it
-(see parameter_errors). These errors are taken to add up, and sizes are found greedily: of all steps that save anything,
-the one that costs the least error per multiplication (or parameter) saved comes next, until the budget of the uniform
-ratio is reached.
+The error of each group is measured: the group alone is compressed to some sizes and compensated, and the output of the
+network on the pictures is compared with the dense one's. Without pictures, the method's parameter error stands in for
+it (see parameter_errors). Errors are taken to add up, and sizes are found greedily: of all steps that save anything,
+the one with the least error per MAC (or parameter) saved comes next, until the budget of the uniform ratio is reached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +23,8 @@ from pipeline.compression.trace.graph import Example
 BUDGETS = ("macs", "params")
 SPARES = ("output", "parameters")
 MEASURED = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # fractions of the channels at which a group is measured
-LEVELS = [round(1 - i / 20, 2) for i in range(19)]  # and that it may be given: 1.0, 0.95 ... 0.1
-AHEAD = 3  # levels that one step may skip, so that a dear one does not hide a cheap one
+LEVELS = [round(1 - i / 20, 2) for i in range(19)]  # fractions that a group may keep: 1.0, 0.95 ... 0.1
+AHEAD = 3  # levels that one step may go down, so that a costly level does not hide a cheap one below
 
 # The projections of a group at some sizes, each with its relative parameter error
 Choose = Callable[[ChannelGroup, Sequence[int]], Mapping[int, tuple[Projection, float]]]
@@ -45,9 +44,10 @@ def allocated(
 ) -> dict[float, list[int]]:
     """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
 
-    compared: what the model does on pictures, and its outputs there; None: to go by errors of the parameters.
-    rounded: channels of a size that a fraction leaves; exact: MACs or parameters of the network at given sizes, of
-        which `costs` knows the layers that the forward calls.
+    compared: `Seen` of the model on pictures, and its outputs there; None: sizes follow parameter errors.
+    choose: the method, for one group. budget: one of BUDGETS.
+    rounded: (size, fraction) -> channels that stay. exact: sizes -> MACs or parameters of the network; `costs` counts
+        only the layers that the forward calls.
     A group that keeps all its channels in `uniform` keeps them here. Groups of one tie get the same size.
     """
     cost = costs(model, example, groups, budget)
@@ -83,7 +83,7 @@ def allocated(
             if not steps:
                 break
             _, u, place[u] = min(steps)
-        # What the last step took too much goes back where it mends most.
+        # If the last step overshot, give channels back where the error falls most.
         while back := [(loss(u, p - 1), u) for u, p in enumerate(place) if p and moved(u, p - 1) <= limit]:
             place[min(back)[1]] -= 1
         return place
@@ -108,9 +108,9 @@ def output_errors(
     choose: Choose,
     rounded: Callable[[int, float], int],
 ) -> Callable[[int], float]:
-    """The relative squared error of the network's output on the pictures by the size of the groups of one tie.
+    """A function from the size of one tie's groups to the relative squared error of the network's output on pictures.
 
-    dense: the model's outputs on the same pictures. Made monotone, and straight between the sizes that were measured.
+    dense: the model's outputs on the same pictures. The error is monotone, and linear between measured sizes.
     """
     size = groups[tie[0]].size
     sizes = sorted({rounded(size, f) for f in MEASURED})
@@ -128,9 +128,9 @@ def output_errors(
 def parameter_errors(
     model: nn.Module, groups: ChannelGroups, tie: Sequence[int], sizes: Sequence[int], choose: Choose
 ) -> Callable[[int], float]:
-    """What compression gets wrong of the parameters of the groups of one tie, against what it keeps, by their size.
+    """A function from the size of one tie's groups to their parameter error, relative to what is kept.
 
-    That is e / (1 - e) of the squared relative error e, so that no group is emptied, once for each weight that writes
+    This is e / (1 - e) of the squared relative error e, so that no group is emptied, once for each weight that writes
     or reads the group: a residual stream reaches many layers (e alone, each group once, was worse than uniform sizes).
     """
     sizes, tensors = sorted(sizes), named_tensors(model)
@@ -143,7 +143,7 @@ def parameter_errors(
 
 
 def monotone(sizes: Sequence[int], errors: Sequence[float]) -> Callable[[int], float]:
-    """An error by the size, from ascending sizes: never smaller for fewer channels, and straight in between."""
+    """A function from size to error, from ascending sizes: never smaller for fewer channels, linear in between."""
     curve = np.maximum.accumulate(errors[::-1])[::-1]
     return lambda k: float(np.interp(k, sizes, curve))
 

@@ -1,8 +1,9 @@
-"""How large a network is, and what a forward pass of it costs: parameters and multiply-accumulates (MACs).
+"""Size and cost of a network: parameters, and multiply-accumulates (MACs) of one forward pass.
 
-MACs are what torch's counter finds while the network runs on shapes, with nothing computed. Such a run of a small
-network takes as long as a forward pass of some hundred pictures, and networks that differ in widths alone need few of
-them: a linear layer or convolution costs the entries of its weight, times the places at which it is applied.
+MACs come from torch's counter while the network runs on shapes alone (the device "meta"), with nothing computed. Such a
+run of a small network takes as long as a forward pass of some hundred pictures, and networks that differ in widths
+alone need few of them: a linear layer or convolution costs the entries of its weight, times the places at which it is
+applied.
 """
 
 from collections.abc import Mapping
@@ -35,13 +36,13 @@ def parameters(model: nn.Module) -> int:
 def macs(model: nn.Module, example: Example, counted: "Counted | None" = None) -> int:
     """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention).
 
-    Counted on shapes alone, or by a real pass where the forward looks at values.
-    counted: what was found on shapes for networks of this architecture, looked up and added to.
+    They are counted on shapes alone, or by a real pass where the forward looks at values.
+    counted: a cache of MACs of networks of this architecture.
     """
     counted = Counted() if counted is None else counted
     try:
         return counted.macs(model, example)
-    except Exception:  # a forward may do anything; what is wrong with the model itself raises again
+    except Exception:  # a forward may raise anything on shapes; an error of the model itself is raised again here
         return _passed(model, example, None)[0]
 
 
@@ -57,9 +58,9 @@ def places(model: nn.Module, example: Example) -> dict[str, int]:
 class _Widest:
     """The widest network of one architecture, and the formula that it gives for narrower ones.
 
-    rest: its MACs that `places` does not explain: attention, and layers of other kinds.
-    proven: sets of axes, (name, dimension), at each of which a network that was narrower there had the MACs of the
-        formula. Fewer channels never cost more, so no two errors cancel: neither places nor rest depend on these axes.
+    places: see the function `places`. rest: its MACs outside of them: attention, and layers of other kinds.
+    proven: sets of axes, (name, dimension); for each set a network that was narrower there had the MACs of the formula.
+        Fewer channels never cost more, so no two errors cancel: neither places nor rest depend on these axes.
     """
 
     shapes: Shapes
@@ -95,7 +96,7 @@ class Counted:
         self._widest: dict[tuple[Any, ...], _Widest] = {}  # by the shapes of the inputs
 
     def macs(self, model: nn.Module, example: Example) -> int:
-        """As of the function `macs`; raises what a forward on shapes raises."""
+        """As the function `macs`, on shapes alone; raises what a forward on shapes raises."""
         inputs, shapes = _inputs(example), {n: tuple(t.shape) for n, t in named_tensors(model).items()}
         key = (inputs, tuple(shapes.values()))
         if key not in self.found:
@@ -122,7 +123,7 @@ def _products(places: Mapping[str, int], shapes: Shapes) -> int:
 
 
 def _inputs(example: Example) -> tuple[Any, ...]:
-    """The shapes of what a forward pass is given, and those of its arguments that are no tensors."""
+    """The shapes of the tensors that a forward pass is given, and its other arguments as text."""
     args, kwargs = call_arguments(example)
     given = torch.utils._pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
     return tuple(tuple(v.shape) if isinstance(v, Tensor) else repr(v) for v in given)
@@ -159,7 +160,7 @@ def _watched(model: nn.Module) -> dict[str, int]:
             tensor, channels = given[0] if given else None, layer.in_channels
         else:
             tensor, channels = output, layer.out_channels if isinstance(layer, CONVOLUTIONS) else layer.out_features
-        if isinstance(tensor, Tensor):  # else it was called in a way of its own, and counts among the rest
+        if isinstance(tensor, Tensor):  # else the layer was called in an unusual way, and counts among the rest
             found[name] = found.get(name, 0) + tensor.numel() // max(1, channels)
 
     tensors = named_tensors(model)

@@ -1,1 +1,1 @@
-"""What traces: the coupled channel groups of a network, from its graph."""
+"""Tracing: the coupled channel groups of a network, from its graph."""

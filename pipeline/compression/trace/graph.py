@@ -4,14 +4,14 @@ Every parameter axis is given one integer id per position. The network is then r
 activation is an integer tensor of its true shape that says, element by element, which channel it carries (0: none).
 Operations that only move data (view, permute, cat, flatten, ...) are executed as they are on the ids; element-wise
 operations with two operands unite the ids that meet; convolutions and linear layers consume a channel axis and produce
-another. In attention, keys write channels that queries read. What an operation without a rule (rules.py) touches is
-frozen: a network can come out less compressible than it is, never wrong. A final check on duplicated channels
-(verify.py) freezes what the trace cannot see.
+another. In attention, keys write channels that queries read. Channels that an operation without a rule (rules.py)
+touches are frozen: a network can come out less compressible than it is, never wrong. A final check on duplicated
+channels (verify.py) freezes groups whose coupling the trace cannot see.
 
 Where several channels can only go together (an attention head, a group of a grouped convolution), a second run gives
 all of them one id.
 
-After the idea that coupling is a property of the graph, DepGraph (Fang et al. 2023, arXiv:2301.12900).
+Source: DepGraph (Fang et al. 2023, arXiv:2301.12900), where coupling is a property of the graph.
 """
 
 import operator
@@ -35,8 +35,8 @@ from pipeline.tables import UserError, first_line, pick
 
 Example = Tensor | tuple | dict
 
-# What modules of attention call the sizes that they keep as Python numbers, and the power of the group's size that they
-# follow. A number follows only where its value is the size, or a multiple of it (all heads together).
+# Names under which attention modules keep sizes as Python numbers, and the power of the group's size that each follows.
+# A number follows only where its value is the size, or a multiple of it (all heads together).
 ALL_HEADS = dict.fromkeys("attn_dim inner_dim all_head_size split_size dim_attn".split(), 1.0)
 NUMBERS = {
     "width": {
@@ -55,21 +55,22 @@ NUMBERS = {
 def channel_groups(model: nn.Module, example: Example, parts: Sequence[str] = DEFAULT_PARTS) -> ChannelGroups:
     """Trace `model` once on `example` and return its coupled channel groups.
 
-    parts: of PARTS, what to compress: hidden channels between two layers, residual streams (where their norms allow it
+    parts: those of PARTS to compress: hidden channels between two layers, residual streams (where their norms allow it
         exactly), the width of attention heads or whole heads.
-
     example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes
-    matter and a batch of one is enough. The names in the result are those of `model.state_dict()`, so the groups stay
-    valid for every checkpoint of the same architecture. The model is left as it is.
+        matter and a batch of one is enough.
 
-    Raises UserError where torch.export cannot trace the model.
+    The names in the result are those of `model.state_dict()`, so the groups stay valid for every checkpoint of the same
+    architecture. The model is left as it is.
+
+    Raises UserError for unknown or contradicting parts, and where torch.export cannot trace the model.
     """
     for part in parts:
         pick("part", dict.fromkeys(PARTS), part)
     if {"width", "head"} <= set(parts):
         raise UserError("parts can hold 'width' or 'head', not both: compress twice to shrink heads and drop some")
     args, kwargs = call_arguments(example)
-    # A copy: export needs eval mode and must not meet hooks' or buffers' side effects on the live model.
+    # A copy, as export needs eval mode and its pass must not run hooks or change buffers of the live model.
     twin = bare_copy(model).eval()
     try:
         with torch.no_grad(), plain_attention():
@@ -81,13 +82,13 @@ def channel_groups(model: nn.Module, example: Example, parts: Sequence[str] = DE
         ) from error
     try:
         return verified(twin, args, kwargs, _traced(program, twin, parts))
-    finally:  # an exported program is full of cycles, and would keep these until some later garbage collection
+    finally:  # an exported program has reference cycles, which keep these tensors until a later garbage collection
         for tensor in named_tensors(twin).values():
             tensor.data = tensor.new_empty(0)
 
 
 def _traced(program: torch.export.ExportedProgram, twin: nn.Module, parts: Sequence[str]) -> ChannelGroups:
-    """What the graph says, before the check."""
+    """The groups and the frozen channels of the graph, before the check of verify.py."""
     first = Tracer(program, twin)
     first.run()
     instead = first.whole_blocks(parts)
@@ -122,7 +123,7 @@ def _thin(*ids: Tensor) -> list[Tensor]:
 class Tracer:
     """One symbolic run. `env` maps a node to its ids; a parameter or buffer stays a name until an operation uses it.
 
-    instead: (ids,) int64, the id by which each is to go, of a run on whole blocks of channels
+    instead: (ids,) int64, the id that replaces each id, in a second run on whole blocks of channels; None: no change
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Tracer:
         first: dict[int, str] = {}
         for name, tensor in owned.items():
             first.setdefault(id(tensor), name)
-        # What no checkpoint holds, and masks and counters, are constants to us: channels that meet them stay.
+        # Tensors that no checkpoint holds, masks and counters are constants to the trace: channels that meet them stay.
         stored = {name for name, tensor in named_tensors(model).items() if tensor.is_floating_point()}
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.names = {node: first[id(owned[name])] for node, name in names.items() if first[id(owned[name])] in stored}
@@ -150,15 +151,15 @@ class Tracer:
         self.edges: list[np.ndarray] = []
         self.freezes: list[tuple[np.ndarray, str]] = []
         self.norms: list[Norm] = []
-        self.added: list[Tensor] = []  # ids that were added up
-        self.biases: set[str] = set()  # tensors that layers add to what they compute
+        self.added: list[Tensor] = []  # ids that an addition joins
+        self.biases: set[str] = set()  # tensors that are biases of layers
         self.products: list[tuple[Tensor, Tensor, float]] = []  # queries, keys, temperature
         self.is_query, self.component = np.zeros(0, bool), np.zeros(0, np.int64)
-        self.temperature: dict[int, float] = {}  # of components that queries and keys have in common
-        self.tags: list[tuple[Tensor, tuple[str, int, int]]] = []  # ids that are of one kind: a head's, a piece's
-        self.blocks: list[tuple[Tensor, str]] = []  # (blocks, channels) that only go together, what part they are
+        self.temperature: dict[int, float] = {}  # by component, for those of queries and keys
+        self.tags: list[tuple[Tensor, tuple[str, int, int]]] = []  # ids of one kind (of a head, of a piece), the kind
+        self.blocks: list[tuple[Tensor, str]] = []  # ids (blocks, channels) that only go by whole blocks, their part
 
-    # --- ids of parameters
+    # ids of parameters
 
     def axis_ids(self, tensor: str, axis: int, role: str) -> Tensor:
         """One id per position of this axis: (N,)."""
@@ -185,7 +186,7 @@ class Tracer:
             self.freeze(ids, "a tied weight both writes and reads these channels")
         return ids
 
-    # --- relations
+    # relations
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         a, b = _thin(a, b)
@@ -199,7 +200,7 @@ class Tracer:
                 torch.from_numpy(pairs[:, fixed]),
                 "meets the input, a constant or the output of a frozen operation",
             )
-        once = np.unique(pairs[0, ~fixed] * self.count + pairs[1, ~fixed])  # many times faster than of pairs
+        once = np.unique(pairs[0, ~fixed] * self.count + pairs[1, ~fixed])  # np.unique of pairs is many times slower
         self.edges.append(np.stack([once // self.count, once % self.count]))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
@@ -207,11 +208,11 @@ class Tracer:
         self.freezes.append((found[found > 0], reason))
 
     def tag(self, kinds: Sequence[Tensor], by: str) -> None:
-        """Channels of different kinds, one tensor each, are not of one group. by: what tells them apart."""
+        """Keep channels of different kinds, one tensor of ids each, in groups apart. by: what tells the kinds apart."""
         self.tags += [(ids, (by, len(self.tags), i)) for i, ids in enumerate(kinds)]
 
     def heads(self, ids: Tensor) -> None:
-        """What a head has along the last dimension, (..., D): of its own kind, and one block."""
+        """Tag the ids of each head, the last dimension of (..., D), as a kind of its own and as one block."""
         rows = _thin(ids)[0].reshape(-1, ids.shape[-1]).unique(dim=0)
         self.tag(list(rows), "attention")
         self.blocks.append((rows, "head"))
@@ -223,14 +224,14 @@ class Tracer:
         return {tensor for (tensor, _), of in inside.items() if of.any()}
 
     def along(self, ids: Tensor, dim: int) -> Tensor:
-        """The ids along one dimension, (N,), which must mean the same wherever else they stand."""
+        """The ids along one dimension, (N,), united over all others: a position is the same channel everywhere."""
         shape = [1] * ids.dim()
         shape[dim] = ids.shape[dim]
         line = ids[tuple(slice(None) if d == dim % ids.dim() else 0 for d in range(ids.dim()))]
         self.unite(ids, line.view(shape))
         return line
 
-    # --- the run
+    # the run
 
     def run(self) -> None:
         for node in self.graph.nodes:
@@ -303,10 +304,10 @@ class Tracer:
         value = self.env[arg] if isinstance(arg, fx.Node) else None
         return value if isinstance(value, str) else None
 
-    # --- from ids to groups
+    # from ids to groups
 
     def solve(self) -> None:
-        """Say of every id which component it is in, and which ids make queries.
+        """Find the component of every id, and the ids that make queries.
 
         component: (count,) int64; ids of one component are one channel
         """
@@ -324,7 +325,7 @@ class Tracer:
             reads = [own[s : s + self.span_size(key)] for key, (s, role) in self.spans.items() if role == "read"]
             odd = np.isin(queries, np.concatenate([keys, *reads]))
             self.freeze(torch.from_numpy(pairs[:, odd]), "queries are used as something else too")
-            # A query is added up over a cluster, which a product of several parameters is not when each is.
+            # Queries take cluster sums. If a query is a product of parameters, summing each does not sum the product.
             factors = np.zeros(self.count, np.int64)
             for key, (start, _) in self.spans.items():
                 if key[0] not in self.biases:
@@ -343,12 +344,12 @@ class Tracer:
         return self.tensors[tensor].numel() if axis is None else self.tensors[tensor].shape[axis]
 
     def whole_blocks(self, parts: Sequence[str]) -> np.ndarray | None:
-        """The id by which each id goes when the channels of every block are one, (count,); None without blocks."""
+        """(count,): the id that replaces each id when every block becomes one channel; None without blocks."""
         rows = [(rows.numpy(), part) for rows, part in self.blocks if part == "hidden" or part in parts]
         rows = [(r, part) for r, part in rows if r.all() and r.shape[1] > 1]
         if not rows:
             return None
-        # Blocks that share a channel are one. The ids of a channel all go with it.
+        # Blocks that share a channel become one block, and all ids of a channel go with it.
         edges = [np.stack([np.repeat(r[:, :1], r.shape[1] - 1, 1).reshape(-1), r[:, 1:].reshape(-1)]) for r, _ in rows]
         _, one, inverse = np.unique(self.component, return_index=True, return_inverse=True)
         block = _components([inverse[e] for e in edges], len(one))
@@ -428,7 +429,7 @@ class Tracer:
     def _lines(self, freeze: Callable[[Iterable[int], str], None]) -> dict[tuple[str, int, str], np.ndarray]:
         """The component at every position of every parameter axis in use: {(tensor, axis, role): (N,)}.
 
-        Where some positions of an axis make queries and others do not, each has a line, with `count` at the other's.
+        An axis with queries and other positions gets one line for each, with `count` at the positions of the other.
         """
         lines = {}
         queries = np.append(self.is_query, False)
@@ -474,7 +475,7 @@ class Tracer:
         part: str,
     ) -> ChannelGroup:
         first = lines[places[0].tensor, places[0].axis, places[0].role]
-        rank = np.full(self.count + 1, -1)  # of a component: its place in the group, in the order of the first tensor
+        rank = np.full(self.count + 1, -1)  # place of each component in the group, in the order of the first tensor
         in_order = list(dict.fromkeys(first[np.isin(first, members)].tolist()))
         rank[in_order] = np.arange(len(in_order))
         axes: dict[str, list[Axis]] = {"write": [], "read": []}
@@ -511,14 +512,14 @@ class Tracer:
                     continue
                 if power == 1:
                     follows = value >= size and value % size == 0
-                else:  # only beside attention that looks at the width itself; one that divides by this goes on so
+                else:  # follows only where attention divides by the width that it finds, not by this number
                     follows = temperature > 0 and abs(value / size**power - 1) < 1e-6
                 if follows:
                     found.append(Number(f"{path}.{name}" if path else name, power))
         return tuple(found)
 
     def _own(self, norm: Norm) -> Norm:
-        """Without its writer if one of the two is applied twice: then they are not one affine map."""
+        """The norm, without its writer if either is applied more than once: then the two are not one affine map."""
         names = {norm.weight, norm.bias, norm.mean, norm.var, norm.writer, norm.writer_bias}
         return replace(norm, writer=None, writer_bias=None) if names & self.shared else norm
 
@@ -540,7 +541,7 @@ def _components(edges: Sequence[np.ndarray], count: int) -> np.ndarray:
 
 
 def _tied(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """With names of their own, and with ties among those that are cut out of one tensor or share a number."""
+    """The groups with unique names, and with ties among those that are cut out of one tensor or share a number."""
     names = [group.name for group in groups]
     unique = [name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]" for i, name in enumerate(names)]
     shares = [

@@ -1,7 +1,7 @@
-"""What the operations of a torch.export graph do to channels.
+"""Rules: how the operations of a torch.export graph act on channels.
 
 RULES maps the names of operations to functions `rule(tracer, node) -> ids of the node's value`. A rule that meets a
-case it does not know returns NotImplemented, and what the operation touches is frozen.
+case it does not know returns NotImplemented, and the channels that the operation touches are frozen.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pipeline.compression.trace.graph import Tracer
 
 
-# Element-wise in one operand: the output carries the input's channels. Also true of f(0) != 0: a dropped channel is
-# taken out of its readers, not set to zero.
+# Element-wise in one operand: the output carries the input's channels. f(0) may differ from 0, as a dropped channel is
+# taken out of its readers and not set to zero.
 PASS = frozenset(
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish "
     "logsigmoid dropout feature_dropout alpha_dropout clone contiguous alias detach to _to_copy type_as neg negative "
@@ -25,17 +25,17 @@ PASS = frozenset(
 )
 # Element-wise in two operands: channels that meet are one channel.
 MEET = frozenset("add sub rsub subtract mul multiply div divide true_divide maximum minimum".split())
-# Moves elements and computes nothing: executed on the ids themselves.
+# Move elements and compute nothing: executed on the ids themselves.
 MOVE = frozenset(
     "view _unsafe_view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze expand repeat unbind select slice narrow split split_with_sizes chunk roll flip cat concat concatenate "
     "stack pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave mT mH adjoint "
     "reshape_as view_as expand_as".split()
 )
-# Those of MOVE that cut a dimension into pieces, and the place of the dimension among their arguments. Channels of
-# different pieces are of different kinds.
+# Operations of MOVE that cut a dimension into pieces, and the place of the dimension among their arguments. Channels of
+# different pieces are of different kinds: no group holds both.
 CUTS = {"select": 1, "slice": 1, "narrow": 1, "unbind": 1, "split": 2, "split_with_sizes": 2, "chunk": 2}
-# Works on every channel by itself, over the dimensions behind the channel's.
+# Work on every channel by itself, over the dimensions behind the channel's.
 SPATIAL = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
@@ -57,8 +57,8 @@ def op_name(node: fx.Node) -> str:
         return str(node.target)
     namespace, _, name = schema.name.partition("::")
     if namespace != "aten":
-        return schema.name  # mylib::relu is not the relu that we know
-    # relu_ is relu to us: the ids of a value do not depend on where it is stored
+        return schema.name  # mylib::relu is not torch's relu
+    # relu_ counts as relu: the ids of a value do not depend on where it is stored
     return name if name.startswith("_") else name.rstrip("_")
 
 
@@ -81,7 +81,7 @@ def spread(line: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
 
 
 def _pass(t: "Tracer", node: fx.Node) -> Any:
-    if op_name(node) in ("to", "type_as"):  # perhaps the type of another tensor, whose channels are nothing to us
+    if op_name(node) in ("to", "type_as"):  # another tensor may give the type; its channels do not matter
         return t.value(argument(node, 0, "self"))
     operands = t.operands(node)
     return operands[0] if len(operands) == 1 else NotImplemented  # two: e.g. a power or a clamp by another tensor
@@ -119,7 +119,7 @@ def meet(t: "Tracer", x: Tensor, y: Tensor, shape: tuple[int, ...], is_sum: bool
 
 
 def _meet_all(t: "Tracer", node: fx.Node) -> Any:
-    """Element-wise in several operands; a mask, too, must not tell channels apart."""
+    """Element-wise in several operands, of which a mask, too, must be the same for all channels of a group."""
     found, *others = t.operands(node)
     for other in others:
         found = meet(t, found, other, shape_of(node))
@@ -149,7 +149,7 @@ def _move(t: "Tracer", node: fx.Node) -> Any:
 
 
 def _glu(t: "Tracer", node: fx.Node) -> Any:
-    """One half gates the other."""
+    """One half of the channels gates the other."""
     x, dim = t.value(argument(node, 0, "self")), argument(node, 1, "dim", -1)
     value, gate = x.chunk(2, dim)
     if varies(x, dim):
@@ -158,7 +158,7 @@ def _glu(t: "Tracer", node: fx.Node) -> Any:
 
 
 def _index(t: "Tracer", node: fx.Node) -> Any:
-    """Picks rows along dimensions that hold no channels: a table of relative positions."""
+    """Pick rows along dimensions that hold no channels: a table of relative positions."""
     table, picked = t.parameter(argument(node, 0, "self")), argument(node, 1, "indices")
     count = len(picked)
     if any(i is None for i in picked):
@@ -218,7 +218,7 @@ def _weighted(t: "Tracer", node: fx.Node, dim: int, read_axis: int, write_axis: 
 
 
 def _bias(t: "Tracer", node: fx.Node, written: Tensor) -> None:
-    """The bias of a layer, which may be put together of several, and of zeros that write nothing."""
+    """Unite the bias of a layer with its channels. It may be a concatenation, with zeros that write nothing."""
     bias = argument(node, 2, "bias")
     if bias is not None:
         name = t.parameter(bias)
@@ -280,8 +280,8 @@ def _attention(t: "Tracer", node: fx.Node) -> Any:
 def _scores(t: "Tracer", q: Tensor, k: Tensor, shape: tuple[int, ...], temperature: float) -> Any:
     """Products of queries (..., N, D) and keys (..., M, D), summed over D: (..., N, M).
 
-    The score of a head is the sum over D of what queries and keys have there, so that keys write the channels along D
-    and queries read them. No channel of one head is one of another.
+    A score is a sum over D of products of queries and keys, so keys write the channels along D and queries read them.
+    Different heads share no channel.
     """
     if varies(q, -2) or varies(k, -2):
         return NotImplemented
@@ -296,7 +296,7 @@ def _scores(t: "Tracer", q: Tensor, k: Tensor, shape: tuple[int, ...], temperatu
 
 
 def _mix(t: "Tracer", weights: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
-    """Values (..., M, D) added up with weights (..., N, M), which hold no channels or are of one head as the values."""
+    """Sums of values (..., M, D) by weights (..., N, M), which hold no channels, or whole heads as the values do."""
     if any(varies(weights, d) for d in (-1, -2)) or varies(v, -2):
         return NotImplemented
     if varies(v, -1):
@@ -354,7 +354,7 @@ def _batch_norm(t: "Tracer", node: fx.Node) -> Any:
 
 
 def _layer_norm(t: "Tracer", node: fx.Node) -> Any:
-    """Statistics that run over channels freeze these; the gain and shift belong to them."""
+    """Statistics over channels freeze these channels, together with their gain and shift."""
     x = t.value(argument(node, 0, "input"))
     affine = [t.value(given) for given in node.args[2:4] if isinstance(given, fx.Node)]
     if any(varies(x, d) for d in range(-len(argument(node, 1, "normalized_shape")), 0)):
@@ -375,7 +375,7 @@ def _embedding(t: "Tracer", node: fx.Node) -> Any:
 
 
 def _check(t: "Tracer", node: fx.Node) -> Any:
-    """Looks at types and writes nothing; export puts one before every conversion."""
+    """A check of types, which has no value; export puts one before every conversion."""
 
 
 Rule = Callable[["Tracer", fx.Node], Any]

@@ -1,6 +1,6 @@
-"""The proof of a trace: on random weights, what is compressed must compute the same, or it is frozen.
+"""Proof of a trace on random weights: a group that changes the output where it must not is frozen.
 
-Duplicated channels fold without loss, and a channel that nothing reads can go.
+Exact duplicates must fold without loss, and channels that nothing reads must drop without loss.
 """
 
 import re
@@ -18,18 +18,18 @@ from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.merge.projection import Projection
 from pipeline.tables import first_line
 
-# Above this many bytes of weights the check runs in single precision: twice as many would not leave room for a copy.
+# Above this many bytes of weights the check runs in single precision: double precision leaves no room for a copy.
 LARGE = 2**26
 FEW, MANY = 8, 64  # channels
-DRAWS = 14, 3  # with few, and with less than many; otherwise two
+DRAWS = 14, 3  # for groups of at most FEW, and of less than MANY channels; 2 for larger groups
 
 
 def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups) -> ChannelGroups:
     """Keep the groups that compress without loss where they must, freeze the others.
 
-    The check runs on random weights, so that it speaks of the architecture and not of this checkpoint. What it cannot
-    find in the trace it finds here: sizes that a module keeps as Python numbers, and whether attention divides its
-    scores by a constant or by the width that it finds. model: a copy that this function may overwrite.
+    The check runs on random weights, so that it tests the architecture and not this checkpoint. It also finds what the
+    trace cannot: sizes that a module keeps as Python numbers, and whether attention divides its scores by a constant or
+    by the width that it finds. model: a copy that this function may overwrite.
     """
     if not len(traced):
         return traced
@@ -52,7 +52,7 @@ def verified(model: nn.Module, args: tuple, kwargs: dict, traced: ChannelGroups)
         everything = [tie for tie in traced.ties if tie not in uneven]
 
         def sort_out(ties: list[list[int]]) -> None:
-            """Freeze those of these ties that fail, by halving."""
+            """Find the ties that fail by halving, and freeze them."""
             reason = check.failure(groups, ties)
             if reason is None:
                 return
@@ -117,13 +117,13 @@ class _Check:
     def failure(self, groups: Sequence[ChannelGroup], ties: Sequence[Sequence[int]]) -> str | None:
         """Why the groups at these places cannot all be compressed at once, or None.
 
-        Several draws, as a channel order that survives one by chance will hardly survive another, and of successive
-        numbers of channels, as no size that must divide by something is a multiple of it twice. Every second one drops
-        channels too. Of few channels every number is drawn, and more often: two layers that must have as many as each
-        other, though nothing flows between them, should not draw the same by chance.
+        There are several draws, as a wrong channel order may pass one by chance but hardly another. The first two leave
+        successive numbers of channels: where a size must be a multiple of something, one of them fails. Every second
+        draw drops channels too. Groups of at most FEW channels are drawn with every number, and more often: two layers
+        that must keep the same number, though nothing flows between them, should not draw it by chance every time.
         """
         sizes = [groups[tie[0]].size for tie in ties]
-        # In the lower half: the network beside a large one should be small.
+        # Sizes start in the lower half, so that a large network has a small one beside it in memory.
         starts = [self.below(size // 2) for size in sizes]
         orders = [torch.randperm(size - 1, generator=self.generator).tolist() if size <= FEW else [] for size in sizes]
         for draw in range(max(DRAWS[0] if size <= FEW else DRAWS[1] if size < MANY else 2 for size in sizes)):
@@ -143,7 +143,7 @@ class _Check:
             duplicate_(self.model, chosen, projections)
             drop_(self.model, chosen, projections)
             expected = _tensors(self.model(*self.args, **self.kwargs))
-            try:  # no name for the smaller network: two of them do not fit beside a large one
+            try:  # the smaller network gets no name: two of them do not fit in memory beside a large one
                 found = _tensors(apply(self.model, chosen, projections, share=True)(*self.args, **self.kwargs))
             except Exception as error:
                 return f"the smaller network does not run ({first_line(error)})"
@@ -155,7 +155,7 @@ class _Check:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Without the fused inference paths of torch's attention layers: a trace cannot see into them."""
+    """Within, torch's attention layers take no fused inference path: a trace cannot see into it."""
     was = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -165,7 +165,7 @@ def plain_attention() -> Iterator[None]:
 
 
 def _alike(groups: Sequence[ChannelGroup], ties: Iterable[list[int]]) -> list[list[list[int]]]:
-    """The ties whose names differ in numbers alone, together: the same layer of all blocks stands or falls together."""
+    """Lists of ties whose names differ in numbers alone: the same layer of all blocks passes or fails together."""
     found: dict[tuple[str, str], list[list[int]]] = {}
     for tie in ties:
         name = groups[tie[0]].tie or groups[tie[0]].name
@@ -174,7 +174,7 @@ def _alike(groups: Sequence[ChannelGroup], ties: Iterable[list[int]]) -> list[li
 
 
 def _frozen_too(traced: ChannelGroups, reasons: dict[int, str]) -> ChannelGroups:
-    """Move the groups at these places to what is frozen."""
+    """Move the groups at these places to the frozen channels."""
     kept = tuple(group for i, group in enumerate(traced) if i not in reasons)
     frozen: dict[tuple[tuple[str, ...], str], int] = {}
     for i in sorted(reasons):
@@ -184,7 +184,7 @@ def _frozen_too(traced: ChannelGroups, reasons: dict[int, str]) -> ChannelGroups
 
 
 def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterable[Projection]) -> None:
-    """In place: make the channels of every cluster exact copies of its first one, as far as they are written."""
+    """In place: make the channels of every cluster exact copies of its first one, in all that writes them."""
     tensors = named_tensors(model)
     with torch.no_grad():
         for group, projection in zip(groups, projections, strict=True):
@@ -210,7 +210,7 @@ def drop_(model: nn.Module, groups: Iterable[ChannelGroup], projections: Iterabl
 def mixed_labels(size: int, left: int, dropping: bool, generator: torch.Generator) -> Tensor:
     """(size,) int64: `left` clusters of very different sizes; dropping: about a third of the others are -1.
 
-    The first channel may be among the dropped: one that always stays hides channels that stand in another order.
+    The first channel may be dropped, too: if it always stayed, a wrong channel order could pass.
     """
     dropped = torch.randperm(size, generator=generator)[: (size - left + 2) // 3 if dropping else 0]
     stays = torch.ones(size, dtype=torch.bool)
