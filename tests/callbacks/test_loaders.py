@@ -360,7 +360,7 @@ def test_calibration_goes_through_the_hooks_without_augmentation(tmp_path):
 
 
 def test_no_samples_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no 20 training samples to look at; mend repair_data="):
+    with pytest.raises(UserError, match="no 20 training samples to look at; fix repair_data="):
         calibrated(tmp_path, [])
 
 
