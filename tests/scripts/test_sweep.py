@@ -209,7 +209,7 @@ def test_every_preset_is_counted():
         (["optim.l1=-1"], "l1 -1 must not be negative"),
         (["optim.ema=abc"], "optim: ema must be a number, got 'abc'"),
         (["seed=abc"], "seed abc must be a whole number of at least 0"),
-        (["name=a/b"], "name 'a/b' names folders"),
+        (["name=a/b"], "name 'a/b' becomes a folder's name"),
         (["trainer.max_epochs=-1"], r"trainer\.max_epochs -1 must be a whole number of at least 1"),
         (["trainer.accumulate_grad_batches=0"], r"accumulate_grad_batches 0 must be a whole number of at least 1"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
