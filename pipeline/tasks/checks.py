@@ -64,7 +64,7 @@ def _fix(scores: Tensor, labels: Tensor) -> str:
 
 
 def check_range(labels: Tensor, classes: int, ignored: int | None, single: bool) -> None:
-    """UserError for labels outside 0 ... classes - 1. single: one score per label, where whole floats are labels too."""
+    """UserError for labels outside 0 ... classes - 1. single: one score a label, where whole floats are labels too."""
     whole = not labels.is_floating_point() and not labels.is_complex()
     if not whole and not (single and bool((labels == labels.round()).all())):
         raise UserError(
