@@ -1,4 +1,4 @@
-# Everything sets itself up on the first call: needs Python 3.11 or later, make and the package index.
+# The first call of any target sets everything up; it needs Python 3.11 or later, make and the package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready

@@ -1,4 +1,4 @@
-"""How much accuracy the methods leave, of real networks, without data and with 512 unlabelled pictures.
+"""Measures how much accuracy the methods leave real networks, without data and with 512 unlabelled pictures.
 
     python -m scripts.train sweep=accuracy_resnets_cifar10 model=resnet18 data.root=cifar10.npz paths.runs=runs/resnet18
     python -m scripts.train sweep=accuracy_resnets_cifar10 model=preact_resnet18 ... paths.runs=runs/preact_resnet18
@@ -10,7 +10,7 @@
     python -m scripts.compress checkpoint=resnet20-12fca82f.th model=resnet20 $NORMAL $COMMON $SHOWN     # and resnet32
     python -m scripts.report runs/accuracy --out benchmarks/results/accuracy.parquet
 
-    # what foretells, and all methods; of networks trained as above and of resnet20 (with $NORMAL), resnet32
+    # fidelity, which foretells, and all methods; on networks trained as above and on resnet20 (with $NORMAL), resnet32
     python -m scripts.compress checkpoint=.../last.ckpt model=resnet18 model.width=16 name=foretold $COMMON \\
         ratios=[0.1,0.3,0.5,0.7] 'methods=[fold,l1,l2,mix,fold+ar,auto]' stages=[raw] \\
         compression.predict=true paths.runs=runs/foretold
@@ -28,7 +28,7 @@
     python -m scripts.train sweep=tuned_cifar10 shrink.method=random trainer.max_epochs=3 optim.lr=0.1 seed=... ...
     python -m scripts.report runs/tuned --out benchmarks/results/tuned.parquet
 
-    # sizes by what groups can spare
+    # sizes chosen by how many channels each group can spare
     python -m scripts.compress ... 'methods=[mix+synthetic,mix+synthetic+macs,mix+data,mix+data+macs]' \\
         data.test_size=2000 ratios=[0.3,0.5,0.7] stages=[raw] paths.runs=runs/allocation
     python -m scripts.report runs/allocation --out benchmarks/results/allocation.parquet
@@ -77,9 +77,9 @@ def main() -> None:
 
 
 def against_the_study(rows: pl.DataFrame) -> pl.DataFrame:
-    """What was measured, in %, with the dense accuracy, the best of the study's methods, and what is won over it.
+    """The rows in %, with the dense accuracy, the best of the study's methods, and the gain over it.
 
-    won: of what the study's best loses, in %, so that the mean is the mean gain by the mean loss
+    won: gain in % of the mean loss of the study's best, so that its mean is the mean gain divided by the mean loss
     """
     dense = dict(dense_rows(rows).group_by(NETWORK, maintain_order=True).agg(pl.col("acc").first()).iter_rows())
     found = measured(rows).with_columns(dense=100 * pl.col(NETWORK).replace_strict(dense), acc=100 * pl.col("acc"))
@@ -143,7 +143,7 @@ def page(rows: pl.DataFrame) -> list[str]:
 
 
 def recipes(rows: pl.DataFrame) -> list[str]:
-    """What SAM and weight decay do to the networks that sweeps trained."""
+    """How SAM and weight decay change the networks that sweeps trained."""
     rho, decay = (pl.col(f"named.optim.{name}") for name in ("sam.rho", "weight_decay"))
     found = against_the_study(rows).filter(rho.is_not_null())
     found = found.with_columns(
@@ -198,7 +198,7 @@ def counted(models: Iterable[str], cells: Iterable[str]) -> str:
 
 
 def prediction(rows: pl.DataFrame) -> list[str]:
-    """How well fidelity on synthetic pictures foretells, and what is won by choosing the method by it."""
+    """How well fidelity on synthetic pictures foretells, and how much choosing the method by it gains."""
     lines = [
         "## Foretold without data",
         "",
@@ -226,7 +226,7 @@ def prediction(rows: pl.DataFrame) -> list[str]:
 
 
 def tuning(rows: pl.DataFrame) -> list[str]:
-    """After an epoch of training, beside networks of the same size from scratch."""
+    """Accuracies after an epoch of training, beside networks of the same size from scratch."""
     found = dense_rows(rows).with_columns(
         acc=100 * pl.col("acc"),
         ratio=pl.col("shrink.ratio"),
@@ -247,7 +247,7 @@ def tuning(rows: pl.DataFrame) -> list[str]:
 def table(
     found: pl.DataFrame, value: str, signed: bool = True, margin: bool = False, counts: bool = False
 ) -> list[str]:
-    """Methods x ratios, means over the networks. margin: half of a 95% interval; counts: how many there are."""
+    """Methods x ratios, means over the networks. margin: add half of a 95% interval; counts: add how many there are."""
     ratios = sorted(set(found["ratio"]))
     mean = found.group_by("method", "ratio", maintain_order=True).agg(
         pl.col(value).mean().alias("mean"), std=pl.col(value).std(), n=pl.len()
@@ -267,7 +267,7 @@ def table(
 
 
 def sizes(rows: pl.DataFrame) -> list[str]:
-    """Every network of the rows whose methods differ in how sizes are allocated: accuracy and MACs."""
+    """Accuracy and MACs of every network whose methods differ in how they choose the sizes of groups."""
     found = measured(rows).filter(pl.col("stage") == "raw").with_columns(acc=100 * pl.col("acc"))
     ratios = sorted(set(found["ratio"]))
     lines = [

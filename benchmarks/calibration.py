@@ -1,12 +1,12 @@
-"""What it costs to compensate large networks: seconds, and memory over the network's own, by the size of the data.
+"""Measures the cost of compensating large networks: seconds, and memory beyond the network, by the size of the data.
 
     python -m benchmarks.calibration                        # half an hour on one core
-    python -m benchmarks.calibration --code ../before       # the same by another checkout, whose batch is one tensor
+    python -m benchmarks.calibration --code ../before       # the same with another checkout, whose batch is one tensor
 
 Each row is `compress` at ratio 0.5 in a process of its own, with random weights: a ResNet50 on pictures of 224 pixels,
-and a LLaMA of 135 million parameters on texts of 1,024 tokens, of which the FFN alone is made smaller. Channels are
-pruned by their norm, as clustering costs the same whatever the data is. Memory is the resident set at its highest, less
-what was resident with the network and the data before.
+and a LLaMA of 135 million parameters on texts of 1,024 tokens, where only the FFN is made smaller. Channels are pruned
+by their norm, because clustering costs the same whatever the data is. Memory is the resident set at its highest, less
+the resident set with the network and the data before.
 """
 
 import argparse
@@ -54,7 +54,7 @@ NETWORKS = {"resnet50": resnet50, "llama": llama}
 
 
 def measured(name: str, count: int, threads: int, code: str) -> dict[str, Any]:
-    """code: the checkout whose pipeline is measured."""
+    """One row of the table. code: the checkout whose pipeline is measured."""
     sys.path.insert(0, code)
     from pipeline.compression import channel_groups, compress
 

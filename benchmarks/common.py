@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, memory, processes, the machine, and how results are written."""
+"""Shared by the benchmarks: clocks, memory, processes, the machine, and how results are written."""
 
 import ctypes
 import gc
@@ -20,16 +20,16 @@ THREADS = 2
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(wall seconds, what it returns)."""
+    """(wall seconds, result of `work()`)"""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
 
 
 def spent(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """(wall seconds, CPU seconds of all threads, MiB over what was resident before at the peak; what it returns)."""
+    """(wall seconds, CPU seconds of all threads and MiB at the peak above those before; the result of `work()`)"""
     gc.collect()
-    if sys.platform == "linux":  # elsewhere the peak is that of the process so far
+    if sys.platform == "linux":  # elsewhere the peak cannot be reset, and is that of the whole process so far
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     before, busy = peak_mib(), time.process_time()
@@ -38,17 +38,17 @@ def spent(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
 
 
 def peak_mib() -> float:
-    """Highest resident set so far, since `spent` began if it is running."""
+    """Highest resident set so far, in MiB; inside `spent`, since it began."""
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says begins with the peak of the process that started this one
+    if status.exists():  # getrusage would count the peak of the parent process, too
         return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def alone(function: str, *arguments: Any) -> Any:
-    """What benchmarks.<function>, such as "large:measured", returns in a process of its own; all of it JSON.
+    """Result of benchmarks.<function>, such as "large:measured", in a process of its own; all values are JSON.
 
-    Without benchmarks/__init__.py, whose settings let the process keep memory that is free.
+    The process skips benchmarks/__init__.py, whose settings let it keep free memory.
     """
     root = Path(__file__).parent.parent
     child = f"""
@@ -63,7 +63,7 @@ print(json.dumps(pkgutil.resolve_name("benchmarks." + sys.argv[1])(*json.loads(s
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """What the numbers depend on besides the code. packages: whose versions matter, beside torch's."""
+    """The facts that numbers depend on besides the code. packages: those whose versions matter, beside torch."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -89,13 +89,13 @@ def described(where: dict[str, Any], *packages: str) -> str:
 
 
 def write_below(page: Path, mark: str, title: str, lines: list[str]) -> None:
-    """Replace what the page has below the line `mark`, and keep what people wrote above it."""
+    """Replace the part of the page below the line `mark`, and keep the text that people wrote above it."""
     text = page.read_text().split(mark)[0].rstrip() if page.exists() else f"# {title}"
     page.write_text("\n".join([text, "", mark, "", *lines]) + "\n")
 
 
 def write(out: Path, result: dict[str, Any], text: str) -> None:
-    """Show the text, and keep it as OUT.md and what it was made of as OUT.json."""
+    """Print the text, and write it to OUT.md and the result that it was made of to OUT.json."""
     print(text)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(rounded(result), indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Which networks the tracer understands: what it finds in them, what it freezes, and whether what it finds is right.
+"""Measures which networks the tracer understands: the groups it finds, whether they are right, and what it freezes.
 
     python -m benchmarks.coverage                  # every architecture, each in a process of its own
     python -m benchmarks.coverage --only swin      # those with this in their name; the other rows stay as they are
 
-Writes benchmarks/results/coverage.json and, from it, docs/coverage.md. Weights are random: what is measured depends on
-the architecture alone, and nothing is downloaded.
+Writes benchmarks/results/coverage.json and, from it, docs/coverage.md. Weights are random, because the results depend
+on the architecture alone; nothing is downloaded.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.compression.trace.verify import duplicate_, randomise_
 from pipeline.models import build_model
 
-SEED = 20  # other draws than the tracer's own check makes
-EXACT = 1e-4  # what a relative error has to stay under
+SEED = 20  # differs from that of the tracer's own check
+EXACT = 1e-4  # a relative error must stay below this
 RATIO = 0.5
 LIBRARIES = ("torchvision", "timm", "open_clip_torch", "transformers")
 TIMEOUT = 900  # seconds for one architecture
-# Widths of heads and whole heads cannot go at once.
+# The width of heads and whole heads cannot be compressed at once, so there are two traces.
 WITH_WIDTH, WITH_HEADS = (*DEFAULT_PARTS, "width"), (*DEFAULT_PARTS, "head")
 
 
@@ -47,7 +47,7 @@ WITH_WIDTH, WITH_HEADS = (*DEFAULT_PARTS, "width"), (*DEFAULT_PARTS, "head")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network with fresh weights, and what it is called with."""
+    """Builds a network with fresh weights, and its arguments."""
 
     build: Callable[[], nn.Module]
     example: Callable[[], Example]
@@ -58,12 +58,12 @@ def pictures(size: int, count: int = 1) -> Callable[[], Example]:
 
 
 def words(*names: str) -> Callable[[], Example]:
-    """Sixteen tokens under each of these names of arguments."""
+    """Keyword arguments: sixteen tokens under each of these names."""
     return lambda: {name: torch.randint(1, 1000, (1, 16)) for name in names}
 
 
 def ours(name: str, size: int, classes: int = 1000, **options: Any) -> Architecture:
-    """A row of MODELS, with pictures of this size."""
+    """A row of MODELS, with pictures of this size in pixels."""
     return Architecture(lambda: build_model(name, classes, 3, **options), pictures(size))
 
 
@@ -96,7 +96,7 @@ def clip(name: str) -> Architecture:
 
 
 def hugging_face(model: str, example: Callable[[], Example] = words("input_ids"), **sizes: Any) -> Architecture:  # noqa: B008
-    """model: a class of transformers, of the sizes that its config has by default unless they are given."""
+    """A class of transformers with its config's default sizes, unless `sizes` gives others."""
 
     def build() -> nn.Module:
         import transformers
@@ -114,7 +114,7 @@ def conv_norm_act(c: int, out: int, size: int = 1, stride: int = 1) -> nn.Module
 
 
 class SplitStage(nn.Module):
-    """Half of the channels goes through residual blocks, and what came before each block is kept beside it."""
+    """Half of the channels goes through residual blocks; the last layer reads the other half and all maps between."""
 
     def __init__(self, c: int, out: int, blocks: int = 1, residual: bool = True) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class SplitStage(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """max pools of one map side by side, as spatial pyramid pooling does it with three in a row."""
+    """Concatenates a map and max pools of it, as spatial pyramid pooling does with three pools in a row."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Pyramid(nn.Module):
 
 
 class Detector(nn.Module):
-    """A detector in the manner of YOLOv8: a backbone whose maps fan out into a neck that goes up and down again.
+    """A detector like YOLOv8: the maps of a backbone go into a neck that upsamples and then downsamples again.
 
     (B, 3, H, W) -> three maps (B, boxes + classes, ·, ·) of strides 8, 16 and 32
     """
@@ -184,7 +184,7 @@ class Detector(nn.Module):
 
 
 def encoder(norm_first: bool) -> Architecture:
-    """Two of torch's encoder layers between two linear ones."""
+    """Two of torch's encoder layers between two linear layers."""
 
     def build() -> nn.Module:
         options = {"dim_feedforward": 1024, "batch_first": True, "norm_first": norm_first}
@@ -299,9 +299,9 @@ def fold_error(model: nn.Module, example: Example, groups: ChannelGroups, seed: 
 
 
 def prune_error(model: nn.Module, example: Example, groups: ChannelGroups, seed: int) -> tuple[float, float]:
-    """(relative output error of pruning, what pruning changes of the output at all). The model is changed.
+    """(relative output error of pruning, relative change of the output by pruning). The model is changed.
 
-    Beside the smaller network stands the whole one in which all reads of the dropped channels are zero.
+    The error compares the smaller network with the whole one in which all reads of the dropped channels are zero.
     """
     projections = drawn(groups, seed, kept_labels)
     before = outputs(model, example)
@@ -320,7 +320,7 @@ def errors(
 ) -> tuple[float, float, float]:
     """(largest fold error, largest prune error, smallest change by pruning) of several traces on random weights.
 
-    In double precision where the network runs in it. The model is changed.
+    The network runs in double precision where it can. The model is changed.
     """
     model, example = in_double_precision(model, example)
     found = []
@@ -332,7 +332,7 @@ def errors(
 
 
 def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """The model itself, with new weights."""
+    """The same model, with new random weights. The model is changed."""
     randomise_(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -349,7 +349,7 @@ def drawn(groups: ChannelGroups, seed: int, draw: Callable[[int, int, torch.Gene
 
 
 def uneven_labels(size: int, clusters: int, generator: torch.Generator) -> Tensor:
-    """One cluster of most channels, the others of one or two, in no order: (size,) int64."""
+    """(size,) int64 labels in random order: one cluster has most channels, the others have one or two."""
     labels = torch.arange(size).clamp(max=clusters - 1)
     if clusters > 2 and size > clusters:
         labels[-1] = 0
@@ -357,7 +357,7 @@ def uneven_labels(size: int, clusters: int, generator: torch.Generator) -> Tenso
 
 
 def kept_labels(size: int, kept: int, generator: torch.Generator) -> Tensor:
-    """(size,) int64, -1 for all but `kept`."""
+    """(size,) int64 labels that keep `kept` channels; the others are -1."""
     stays = torch.randperm(size, generator=generator) < kept
     return torch.where(stays, stays.cumsum(0) - 1, -1)
 
@@ -374,7 +374,7 @@ def relative_error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float
 
 
 def in_double_precision(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
-    """Both in float64, or in float32 where the network insists on it by itself. The model is changed."""
+    """Both in float64, or in float32 where the network itself casts to it. The model is changed."""
 
     def to(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -392,13 +392,13 @@ def in_double_precision(model: nn.Module, example: Example) -> tuple[nn.Module, 
 
 @dataclass
 class Row:
-    """What is known of one architecture.
+    """The results for one architecture.
 
     groups: {part: [groups, channels]}; reachable: fraction of the parameters that goes when every group keeps one
-    channel, of the default parts and with attention, by width or by heads; frozen: {reason: channels}
+    channel, for the default parts and with attention, by width or by heads; frozen: {reason: channels}
     fold_error, prune_error: relative, the larger one of a trace with widths and of one with heads
-    effect: what pruning changed of the output, relative
-    peak: memory while the network was built, traced and folded, over that of its parameters
+    effect: relative change of the output by pruning
+    peak: memory while the network was built, traced and folded, divided by that of its parameters
     """
 
     architecture: str
@@ -419,7 +419,7 @@ def measured(name: str) -> Row:
     """The row of one architecture, in a process that has done nothing else."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    compress(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(1, 4))  # what tracing has to import
+    compress(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(1, 4))  # imports tracing's libraries
     architecture, row = ARCHITECTURES[name], Row(name)
     model, example = architecture.build().eval(), architecture.example()
     row.parameters = parameters(model)
@@ -491,7 +491,7 @@ def main() -> None:
 
 
 def keep(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     result = rounded(
         {
             "ratio": RATIO,
@@ -506,7 +506,7 @@ def keep(rows: Sequence[Row], args: argparse.Namespace) -> None:
 
 
 def in_own_process(name: str) -> Row:
-    """So that memory is its own, and a failure costs one row."""
+    """The row, measured in its own process: memory is that of one architecture, and a failure costs one row."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.coverage", "--one", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -522,7 +522,7 @@ def in_own_process(name: str) -> Row:
 
 
 def wrong_with(row: Row) -> str:
-    """Why what was found is not to be trusted, or nothing."""
+    """Why the row is not to be trusted; "" where it is."""
     if max(row.fold_error, row.prune_error) >= EXACT:
         return f"folding duplicates changes the output by {row.fold_error:.1e}, pruning by {row.prune_error:.1e}"
     if row.effect < EXACT:
@@ -549,13 +549,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "frozen": lambda r: r.failure or "<br>".join(f"{n:,}: {reason}" for reason, n in inner(r.frozen).items()),
 }
 
-DETAIL = re.compile(r" \(.*\)")  # shapes that do not fit, other in every layer
-# Of every network, and of what was not asked for: nothing that the tracer could not do.
+DETAIL = re.compile(r" \(.*\)")  # shapes that do not fit, which differ from layer to layer
+# Reasons that every network has, or that name parts nobody asked for: none of them is a limit of the tracer.
 OTHERS = re.compile("leaves the network as its output|.* not among the parts to compress")
 
 
 def inner(frozen: Mapping[str, int]) -> dict[str, int]:
-    """What froze inside the network, most first."""
+    """{reason: channels} that froze inside the network, most channels first."""
     return {r: n for r, n in sorted(frozen.items(), key=lambda item: -item[1]) if not OTHERS.fullmatch(r)}
 
 

@@ -24,12 +24,12 @@ from pipeline.models import build_model
 from pipeline.tasks import Classification
 
 RATIOS = (0.1, 0.3, 0.5, 0.7)
-# The normalisation that akamaster's checkpoints were trained with.
+# Normalisation with which akamaster's checkpoints were trained.
 RESNET20_MEAN, RESNET20_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def combinations() -> dict[str, dict]:
-    """Row label -> method and options of `compressions`."""
+    """{row label: method and options of `compressions`}"""
     rows = {
         f"{p}, score={score}": {"method": p, "score": score}
         for p, score in itertools.product(("l1", "l2"), ("first", "group"))
@@ -58,7 +58,7 @@ def networks(args: argparse.Namespace, data: PictureData) -> dict[str, nn.Module
 
 
 class Renormalise(nn.Module):
-    """From the data module's normalisation to that of the ResNet-20 checkpoint."""
+    """Changes the data module's normalisation of pictures to that of the ResNet-20 checkpoint."""
 
     def __init__(self, data: PictureData) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""What it costs to compress a large network: tracing, folding at nine ratios, and memory at the peak of it.
+"""Measures the cost of compressing a large network: tracing, folding at nine ratios, and memory at the peak.
 
     python -m benchmarks.large            # ViT-B/32, half a minute on two quiet cores
 
-In a process of its own that uses the library alone, as the scripts let glibc keep memory that is free. Random weights,
-which fold slower than trained ones: no two rows are alike. Memory is the resident set at its highest, less what Python
-and the libraries take once a tiny network has been compressed; the network itself is in it. The study's code takes
+The process uses the library alone, because the scripts let glibc keep free memory. Weights are random, which fold
+slower than trained ones, because no two rows are alike. Memory is the resident set at its highest, the network
+included, less the memory of Python and the libraries after a tiny network has been compressed. The study's code takes
 474 s for one ratio of a SimpleViT of this size on two cores, its MLPs alone.
 """
 
@@ -26,7 +26,7 @@ PARTS = ("hidden", "residual", "width")
 
 
 def measured(architecture: str) -> dict[str, Any]:
-    """Seconds, and the highest resident set in networks, of each step."""
+    """Seconds of each step, and its highest resident set in multiples of the network's size."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     example = torch.randn(1, 3, 224, 224)
@@ -40,7 +40,7 @@ def measured(architecture: str) -> dict[str, Any]:
     sizes = {}
     for compressed in compressions(net, example, "fold", RATIOS, groups=groups):
         sizes[compressed.report.ratio] = parameters(compressed.model)
-        del compressed  # the next one needs the room
+        del compressed  # frees the memory for the next one
     return {
         "architecture": architecture,
         "parts": PARTS,

@@ -1,11 +1,11 @@
-"""How much faster folded networks run: dense and folded by turns in one process, beside the limit that MACs allow.
+"""Measures how much faster folded networks run: dense and folded take turns in one process, beside the limit of MACs.
 
     python -m benchmarks.latency                                        # all: an hour on two cores
     python -m benchmarks.latency --networks ResNet18 --runtimes eager --batch-sizes 32 --seconds 30
 
-Weights are random, as time does not depend on them. A pair is a pass of the dense network and one of the folded one
-right after it, so that what else the machine does meets both; `times faster` is the median over the pairs of the ratio
-of their times, and its spread the quartiles.
+Weights are random, because time does not depend on them. A pair is a pass of the dense network and one of the folded
+network right after it, so that other load on the machine slows both; `times faster` is the median over the pairs of the
+ratio of their times, and its spread the quartiles.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from pipeline.latency import RUNTIMES, device_of, eager, peak_memory, race
 from pipeline.models import build_model
 
 SEED = 0
-BATCH = 32  # of the pairs that the targets are about
-ROUNDED_RATIO, ROUNDED = 0.3, (1, 8, 16)  # at 0.5 the channels that are left are multiples of 16 by themselves
+BATCH = 32  # batch size of the pairs that the targets are about
+ROUNDED_RATIO, ROUNDED = 0.3, (1, 8, 16)  # not 0.5, where the channels left are multiples of 16 without rounding
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network at full size, its pictures, what is folded, and how much faster it is to be at a ratio of 0.5."""
+    """A network at full size, the side of its pictures, the parts to fold, and the target of times faster at 0.5."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -70,7 +70,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Pairs:
-    """Dense and folded by turns: median seconds of a pass; median and quartiles over the pairs of their ratio."""
+    """Dense and folded in turns: median seconds of a pass of each; median and quartiles of the ratio over the pairs."""
 
     network: str
     runtime: str
@@ -98,7 +98,7 @@ def main() -> None:
         if not case.name.startswith(args.networks):
             continue
         torch.manual_seed(SEED)
-        # Rounding is about kernels, not about batches.
+        # Rounding helps kernels whatever the batch, so one batch size is enough.
         batch_sizes = args.batch_sizes if case.ratio == 0.5 else [BATCH]
         dense, example = case.build().eval(), torch.zeros(1, 3, case.size, case.size)
         groups = channel_groups(dense, example, case.parts)
@@ -136,7 +136,7 @@ def measured(
     batch_sizes: list[int],
     seconds: float,
 ) -> list[Pairs]:
-    """Both networks under one runtime, at each batch size."""
+    """Pairs of both networks under one runtime, for each batch size."""
     binds = [RUNTIMES[runtime](network, example) for network in (dense, folded)]
     found = []
     for batch_size in batch_sizes:
@@ -163,7 +163,7 @@ def line(one: Pairs, network: dict[str, Any]) -> str:
 
 
 def report(networks: dict[str, dict[str, Any]], pairs: list[Pairs], where: str) -> str:
-    """Tables and what they say of the targets, as Markdown."""
+    """Tables, and lines that compare them with the targets, as Markdown."""
     lines = [
         "# How much faster folded networks run",
         f"Random weights, seed {SEED}, n = 1 network each; float32, convolutional networks channels-last; {where}. "

@@ -1,13 +1,13 @@
-"""The narrow sweep beside the study's networks of the same 32 recipes: writes docs/narrow_sweep.md and its pictures.
+"""Compares the narrow sweep with the study's networks of the same 32 recipes; writes docs/narrow_sweep.md and pictures.
 
     python -m scripts.train sweep=narrow_resnet18_sgd_cifar10 data.root=cifar10.npz launcher=joblib
     python -m scripts.train sweep=narrow_resnet18_adam_cifar10 data.root=cifar10.npz launcher=joblib
     python -m scripts.report runs --out benchmarks/results/narrow_sweep.parquet
     python -m benchmarks.narrow_sweep --study study_rows.csv.gz
 
-study_rows: the figures of the study's published logs (osaukh/folding_as_projection, output/), one line each: log,
-checkpoint (its file name says the recipe), ratio, event (BASE, PRUNE, REPAIR), value in %. Without it the page shows
-our side alone.
+A recipe here is the training's: optimizer, learning rate, ... study_rows: the figures of the study's published logs
+(osaukh/folding_as_projection, output/), one line each: log, checkpoint (its file name says the recipe), ratio, event
+(BASE, PRUNE, REPAIR), value in %. Without it the page shows our side alone.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipeline.study import dense_rows, duels, gaps, half_interval, plot_curves
 ROWS = Path("benchmarks/results/narrow_sweep.parquet")
 PAGE = Path("docs/narrow_sweep.md")
 RECIPE = ["optimizer", "lr", "rand_augment", "sam", "l1"]
-LOW = {"sgd": 0.01, "adam": 0.001}  # the smaller learning rate of the two
+LOW = {"sgd": 0.01, "adam": 0.001}  # the smaller of each optimizer's two learning rates
 TITLES = {"sgd": "SGD", "adam": "Adam"}
 EFFECTS = {
     "optimizer": "Adam instead of SGD",
@@ -67,7 +67,7 @@ def ours(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def study(figures: pl.DataFrame) -> pl.DataFrame:
-    """The study's ResNet18 of our recipes: weight decay 5e-4, cosine, momentum 0.9, the same learning rates and rho."""
+    """Rows of the study's ResNet18 with our recipes: weight decay 5e-4, cosine, momentum 0.9, same rates and rho."""
     name = pl.col("checkpoint")
 
     def setting(key: str) -> pl.Expr:
@@ -123,7 +123,7 @@ def outcomes(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def effect(lines: pl.DataFrame, factor: str, outcome: str) -> tuple[float, float]:
-    """Mean change of the outcome between recipes that differ in `factor` alone, and half its 95% interval."""
+    """(mean change of the outcome between recipes that differ in `factor` alone, half of its 95% interval)"""
     rest = [name for name in RECIPE if name != factor]
     on = pl.col(factor) == ("adam" if factor == "optimizer" else True)
     first = {name: pl.col(outcome).filter(which).first() for name, which in (("on", on), ("off", ~on))}

@@ -1,12 +1,12 @@
-"""What Lightning and the compression callback cost beside loops written by hand, both in one run.
+"""Measures what Lightning and the compression callback cost beside loops written by hand, both in one run.
 
     python -m benchmarks.overhead               # six minutes on two busy cores
     python -m benchmarks.overhead --repeats 3   # three epoch ends instead of one
 
-An epoch of Lightning with the callback attached runs after every epoch of a plain loop over the same network and data,
-without the time of the callback's measurement. That is set against the bare forward passes that it needs: right before
-or after (by turns) every evaluation and repair, a plain loop passes the same batches through a copy of the same
-network. Pictures are random: time does not depend on what they show.
+An epoch of Lightning with the callback attached runs after every epoch of a plain loop over the same network and data;
+the time of the callback's measurement is taken out. That time is compared with the bare forward passes that a
+measurement needs: right before or after (in turns) every evaluation and repair, a plain loop passes the same batches
+through a copy of the same network. Pictures are random, because time does not depend on what they show.
 """
 
 import argparse
@@ -46,7 +46,7 @@ METHODS = ["fold", "l1", "l2"]
 RATIOS = [r / 10 for r in range(1, 10)]
 STAGES = ["raw", "repaired"]
 REPAIR_SIZE = 2048
-OVERHEAD, RATIO = 0.05, 1.3  # what the two are to stay under
+OVERHEAD, RATIO = 0.05, 1.3  # targets: Lightning over the plain loop, measurement over its bare passes
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def measured(train: int, val: int, test: int, every: int, repeats: int) -> tuple
 
 
 def random_pictures(*counts: int) -> PictureSet:
-    """counts: of training and validation pictures together, and of test pictures."""
+    """A set of random pictures. counts: of training and validation pictures together, and of test pictures."""
     generator = torch.Generator().manual_seed(SEED)
     parts = [
         Portion(
@@ -141,7 +141,7 @@ def random_pictures(*counts: int) -> PictureSet:
 
 
 class PlainLoop:
-    """Training as one writes it by hand: loss and accuracy of the training pictures, and of the validation pictures."""
+    """Training written by hand: loss and accuracy on the training pictures and on the validation pictures."""
 
     def __init__(self, net: nn.Module, data: PictureData, epochs: int) -> None:
         self.net, self.train, self.val = net, data.train_dataloader(), data.val_dataloader()
@@ -174,7 +174,7 @@ class PlainLoop:
 class SideBySide(Callback):
     """Run an epoch of the plain loop before every epoch of the Trainer; clock both.
 
-    The Trainer's epoch lasts until the next one is announced, so that nothing it does between them is left out.
+    The Trainer's epoch lasts until the start of the next one, so that its work between epochs counts.
     """
 
     def __init__(self, plain: PlainLoop, compression: "TimedCompression") -> None:
@@ -198,16 +198,16 @@ class SideBySide(Callback):
 
 
 class BarePasses:
-    """Seconds of evaluations and repairs, and of bare passes of the same batches through copies of the networks."""
+    """Clocks evaluations and repairs, and bare passes of the same batches through copies of the networks."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.calls = 0
 
     def beside(self, name: str, work: Callable, training: bool, at: int) -> Callable:
-        """`work(model, ...)` with a bare pass before or after it, by turns: what comes second finds caches warm.
+        """`work(model, ...)` with a bare pass before or after it, in turns, because the second finds caches warm.
 
-        at: which of the arguments behind the model are the batches
+        at: index of the batches among the arguments behind the model
         """
 
         def both(model: nn.Module, *given: Any) -> Any:
@@ -223,7 +223,7 @@ class BarePasses:
             spent[f"{name}_s"], result = timed(lambda: work(model, *given))
             if not self.calls % 2:
                 spent[f"bare_{name}_s"], _ = timed(lambda: forward(twin, inputs))
-            # All but the work itself is the benchmark's own.
+            # All time but that of the work itself is the benchmark's own.
             spent["extra_s"] = time.perf_counter() - start - spent[f"{name}_s"]
             for key, seconds in spent.items():
                 self.seconds[key] = self.seconds.get(key, 0.0) + seconds
@@ -239,7 +239,7 @@ def forward(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 class TimedCompression(CompressionCallback):
-    """Clocks its measurements. ends: seconds of each without the bare passes, and of its parts."""
+    """Clocks its measurements. ends: seconds of each measurement, without the bare passes, and of its parts."""
 
     def __init__(self, bare: BarePasses, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -263,7 +263,7 @@ def bare_s(end: dict[str, float]) -> float:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Tables and the lines that sum them up, as Markdown."""
+    """Tables, and lines that sum them up, as Markdown."""
     config, epochs, ends = result["config"], result["epochs"], result["epoch_ends"]
 
     def median(key: str, of: list[dict[str, float]] = ends) -> float:

@@ -2,9 +2,9 @@
 
 python -m benchmarks.report
 
-Makes such a folder in a temporary directory, with rows as RowStore and records as write_record put them there, then
-times what `python -m scripts.report` does before it prints: median of 5. The files have just been written, so they are
-in the system's cache; the start of Python and its imports are not counted.
+Makes such a folder in a temporary directory, with rows of RowStore and records of write_record, then times the work
+that `python -m scripts.report` does before it prints: median of 5. The files have just been written, so they are in the
+system's cache; the start of Python and its imports are not counted.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def whole(runs: Path) -> None:
 
 
 def clocked(what: str, run: Callable[[], Any]) -> None:
-    """The wall clock, its range, and the processor time, which other programs on the machine disturb less."""
+    """Print wall seconds, their range, and processor seconds, which other programs on the machine disturb less."""
     seconds, busy = [], []
     for _ in range(REPEATS):
         used = time.process_time()

@@ -1,12 +1,12 @@
-"""How long folding takes at nine ratios, beside the study's algorithm, scikit-learn and Torch-Pruning, in one run.
+"""Measures how long folding takes at nine ratios, beside the study's algorithm, scikit-learn and Torch-Pruning.
 
     python -m benchmarks.speed                                  # ten minutes on two busy cores of an EPYC
     python -m benchmarks.speed --networks resnet18,simple_vit   # these anew, the others stay in the page
     python -m benchmarks.speed --quick                          # ResNet18 after one epoch, all once; writes nothing
 
-Every side runs in a process of its own on the same network, with the same number of threads, once it has run on a tiny
-network. The baselines are timed for their clustering alone, from feature rows that are there; ours from the weights on.
-Writes docs/speed.md and benchmarks/results/speed.json.
+Every side (ours or a peer) runs in a process of its own on the same network, with the same number of threads, after it
+has run on a tiny network. The baselines are timed for their clustering alone, from finished feature rows; ours from the
+weights on. Writes docs/speed.md and benchmarks/results/speed.json.
 """
 
 import argparse
@@ -41,14 +41,14 @@ from pipeline.tables import pick
 RATIOS = [r / 10 for r in range(1, 10)]
 SEED = 0
 THREADS = 1  # where other jobs share the cores, threads that wait for each other cost the baselines more than ours
-TOLERANCE = 1e-6  # relative: rounding in single precision, not a worse clustering
+TOLERANCE = 1e-6  # relative; a smaller difference is rounding in single precision, not a worse clustering
 RESULTS = Path("benchmarks/results/speed.json")
 PAGE = Path("docs/speed.md")
 MARK = "<!-- written by python -m benchmarks.speed from here on -->"
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch-pruning")
 Labels = dict[int, np.ndarray]  # (C,) for every number of clusters
 
-# What only some processes need is imported there: it takes seconds to import, and there are many of them.
+# Libraries that only some processes need are imported there: that takes seconds, and there are many processes.
 
 
 class Case(NamedTuple):
@@ -58,7 +58,10 @@ class Case(NamedTuple):
 
 
 class Network(NamedTuple):
-    """build: epochs to (model, example); study, kmeans: ratios at which these run; groups: of each shape they see."""
+    """A network to measure on. build: epochs -> (model, example).
+
+    study, kmeans: ratios at which these baselines run; groups: how many groups of each shape they see
+    """
 
     build: Callable[[int], tuple[nn.Module, Tensor]]
     weights: str
@@ -142,10 +145,10 @@ def llama() -> nn.Module:
 
 
 def structured(build: Callable[[], nn.Module], example: Tensor) -> Callable[[int], tuple[nn.Module, Tensor]]:
-    """What builds the network with every weight W (outputs, inputs) low-rank plus noise, of the spread that it had.
+    """A builder of the network with every weight W (outputs, inputs) low-rank plus noise, of the spread that it had.
 
-    W ~ U V / sqrt(r) + N / 2 with U, V, N normal and r an eighth of W's smaller side: rows of independent draws are all
-    equally far from each other, so that one clustering is as good as another, which trained ones are not.
+    W ~ U V / sqrt(r) + N / 2 with U, V, N normal and r an eighth of W's smaller side. Rows of independent draws would
+    all be equally far from each other, and one clustering as good as another; trained rows are not like that.
     """
 
     def built(epochs: int) -> tuple[nn.Module, Tensor]:
@@ -190,7 +193,7 @@ NETWORKS = {
 
 
 def group_weights(case: Case) -> Iterator[GroupWeights]:
-    """What `compressions` describes the channels by, at its defaults; one at a time, each with its Gram matrix."""
+    """The weights by which `compressions` describes channels by default, a group at a time, with its Gram matrix."""
     tensors = {name: t.detach() for name, t in case.model.state_dict().items()}
     return (GroupWeights(group, tensors) for group in case.groups)
 
@@ -209,28 +212,28 @@ def gram_matrices(case: Case) -> None:
 
 
 def gram_matrices_gpu(case: Case) -> None:
-    """The same sums where torch multiplies on a GPU, from weights that are there (from the second time on)."""
+    """The same sums on a GPU; from the second time on the weights are there already."""
     case.model.cuda()
     for weights in group_weights(case):
         sum(b @ b.T / b.square().sum() for b in weights.blocks()).cpu()
 
 
 def clusters(case: Case) -> None:
-    """From weights to labels: with the Gram matrices."""
+    """From weights to labels, Gram matrices included."""
     deque((METHODS["fold"](w, sizes(w)) for w in group_weights(case)), maxlen=0)
 
 
 def nine_networks(case: Case, method: str) -> dict[str, Any]:
-    """All that `compressions` does: choice, smaller networks, errors, parameters, MACs."""
+    """All of `compressions`: choice, smaller networks, errors, parameters, MACs."""
     made = compressions(case.model, case.example, method, RATIOS, groups=case.groups)
-    # By `map`, which lets go of each before the next is made: two of a large network may not fit.
+    # `map` frees each network before the next is made: two large ones may not fit into memory.
     return {"parameters": list(map(lambda smaller: smaller.report.params_after, made))}
 
 
 def torch_pruning(case: Case) -> dict[str, Any]:
-    """Nine networks by its magnitude importance (l1, first layer of a group), each from a copy and a graph of its own.
+    """Nine networks by its magnitude importance (l1, first layer of a group), each from its own copy and graph.
 
-    It may prune the layers that write our groups, so that both sides make networks of the same sizes.
+    It may prune only the layers that write our groups, so that both sides make networks of the same sizes.
     """
     import torch_pruning as tp
 
@@ -272,7 +275,7 @@ SIDES: dict[str, Callable[[Case], dict[str, Any] | None]] = {
 
 
 def study(features: np.ndarray, sizes: Sequence[int]) -> Labels:
-    """The study's algorithm, anew for every size: rotate by a full PCA, then k-means from one start."""
+    """The study's algorithm, run for every size: rotate by a full PCA, then k-means from one start."""
     return {k: kmeans(PCA(n_components=min(features.shape)).fit_transform(features), [k])[k] for k in sizes}
 
 
@@ -281,13 +284,13 @@ def kmeans(features: np.ndarray, sizes: Sequence[int]) -> Labels:
 
 
 def ward(features: np.ndarray, sizes: Sequence[int]) -> Labels:
-    """scikit-learn's tree, that of AgglomerativeClustering(linkage="ward"), once; and our cuts of it, as its own
-    take one size only."""
+    """scikit-learn's tree of AgglomerativeClustering(linkage="ward"), built once, with our cuts of it, because its own
+    give one size only."""
     return dict(cuts(ward_tree(features)[0], sizes))
 
 
 BASELINES = {"study": study, "kmeans": kmeans, "ward": ward}
-AT_ONCE = {"ward"}  # all sizes from one call
+AT_ONCE = {"ward"}  # baselines that give all sizes from one call
 
 
 # --- in processes of their own
@@ -311,7 +314,7 @@ def measured(network: Network, epochs: int, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/case.pt"
         torch.save(tuple(case), path)
-        # Load comes and goes on a shared machine: short sides of ours and long ones of others by turns.
+        # Load comes and goes on a shared machine, so short sides of ours and long ones of others take turns.
         turns = [*SIDES][:2], ["study"], [*SIDES][2:4], ["kmeans"], [*SIDES][4:], ["ward"]
         for name in (name for turn in turns for name in turn):
             print(f"{time.strftime('%X')} {record['parameters']:,} parameters: {name}", flush=True)
@@ -324,19 +327,19 @@ def measured(network: Network, epochs: int, repeats: int) -> dict[str, Any]:
 
 
 def product_gflops() -> float:
-    """What a product of two large matrices in single precision reaches on this machine now."""
+    """GFLOP/s that a product of two large matrices in single precision reaches on this machine now."""
     matrix = np.ones((2048, 2048), np.float32)
     return 2 * 2048**3 / min(spent(lambda: matrix @ matrix)[0]["cpu_s"] for _ in range(5)) / 1e9
 
 
 def limit_threads() -> None:
     torch.set_num_threads(THREADS)
-    threadpool_limits(THREADS)  # of NumPy, SciPy and scikit-learn, for good
+    threadpool_limits(THREADS)  # for NumPy, SciPy and scikit-learn, until the process ends
 
 
 def set_up(path: str) -> Case:
     limit_threads()
-    warnings.simplefilter("ignore")  # the peers warn of their own doings
+    warnings.simplefilter("ignore")  # the peers' warnings are about their own code
     return Case(*torch.load(path, weights_only=False))
 
 
@@ -349,7 +352,7 @@ def side(name: str, path: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def cells(name: str, path: str, ratios: list[float], per_shape: int) -> list[dict[str, Any]]:
-    """One record per call of the baseline, with the relative parameter errors of either side at its ratios."""
+    """One record per call of the baseline, with the relative parameter errors of both sides at its ratios."""
     case, found, seen = set_up(path), [], Counter()
     BASELINES[name](np.random.default_rng(SEED).normal(size=(16, 8)).astype(np.float32), [4])
     for weights in group_weights(case):
@@ -407,8 +410,8 @@ def of_side(record: dict[str, Any], side: str, what: str = "cpu_s") -> float:
 
 
 def nine(record: dict[str, Any], baseline: str, what: str = "cpu_s") -> float:
-    """Seconds of all groups at nine ratios. A group that was not measured counts as the mean of those of its shape, a
-    ratio as the next higher one that was: that leaves fewer clusters and takes less."""
+    """Seconds of all groups at nine ratios. A group that was not measured counts as the mean of its shape, and a ratio
+    as the next higher one that was measured, which takes less time, because it leaves fewer clusters."""
     total = 0.0
     for shape in record["shapes"]:
         groups: dict[str, dict[float, float]] = {}

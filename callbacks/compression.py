@@ -2,9 +2,9 @@
 
     Trainer(callbacks=[CompressionCallback(methods=["fold", "l2"], ratios=[0.3, 0.5])])
 
-works with any LightningModule that holds its network in an attribute, and measures what a Task can measure: of itself,
-classification of every kind. Training is bit for bit what it is without the callback: only copies are compressed, and
-the random state, the modes, the optimizer, the metrics and the global step are left as they are.
+works with any LightningModule that holds its network in an attribute, and measures what a Task can measure: without
+task=, classification of every kind. Training is bit for bit what it is without the callback: only copies are
+compressed, and the random state, the modes, the optimizer, the metrics and the global step are left as they are.
 """
 
 import math
@@ -35,23 +35,23 @@ from pipeline.tasks import METRICS, Task
 class CompressionCallback(NetworkCallback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
-    methods: spellings of recipes: a name in METHODS or MASKS, with "+synthetic", "+data", ... behind what is calibrated
+    methods: spellings of recipes: a name in METHODS or MASKS, "+synthetic" or "+data" behind it for a calibrated one
         (see `pipeline.compression.recipe`), or {label: {"method": name, options of a recipe and of the method}}
     ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
     stages: what comes behind each compression, on copies: "raw" (nothing), "repaired" (BatchNorm statistics),
         "norm_tuned" (then norm parameters; sees labels), "tuned" (all weights; sees labels), or a chain of stages,
-        "repair > tune(epochs=3)"; of the names, those that a network has nothing for give no rows
+        "repair > tune(epochs=3)"; a named stage that the network has nothing for gives no rows
     round_to: leave multiples of so many channels (8 or 16 are faster on some hardware)
-    parts: what is compressed: "hidden" channels, "residual" streams, and of attention the "width" of heads or whole
-        ones ("head"); a method's own options may say other parts
-    predict: foretell, on synthetic pictures, what every network is worth: the `fidelity` of its rows (see predict.py)
+    parts: what is compressed: "hidden" channels, "residual" streams, the "width" of attention heads, or whole heads
+        ("head"); a method's own options may name other parts
+    predict: foretell on synthetic pictures how well every network will do: the `fidelity` of its rows (see predict.py)
     network: attribute of the LightningModule that holds the network, dots allowed
     task: what a batch is and what is measured on it; None: classification of the kind that the first batch shows
     eval_data: Dataset, loader or batches to measure on; None: what the Trainer validates on, as it validates
     repair_data: Dataset, loader or batches of training samples without augmentation, for repair and tuning; None: the
         data module's `repair_data`
-    repair_size: how many of them, drawn by `seed`; batch_size: of Datasets, None: 256
+    repair_size: how many of these samples, drawn by `seed`; batch_size: for Datasets; None: 256
     rows: Parquet file for the rows (None: only in memory, see `rows`); context: values of the Row fields cell, model,
         data, seed
     save_to: folder for every compressed network (None: none is saved); architecture: what builds the network at full
@@ -59,11 +59,11 @@ class CompressionCallback(NetworkCallback):
         the file
 
     Logs `compress/{method}/r{ratio}/acc_{stage}`, `compress/dense/acc`, `foldability/{method}_{stage}` (area under the
-    accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning); of another task, with
-    the name of its headline in place of "acc". A test run (`trainer.test`) measures on the test set in the same way,
-    under `compress_test/` and `foldability_test/`; further validation loaders are `compress_val1/` and so on.
-    What fails becomes a failed row and a NaN; training goes on. Beside a Lightning WeightAveraging callback (EMA) it is
-    the averaged network that is measured.
+    accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning); another task's headline
+    metric takes the place of "acc". A test run (`trainer.test`) measures on the test set in the same way, under
+    `compress_test/` and `foldability_test/`; further validation loaders log under `compress_val1/` and so on.
+    A measurement that fails becomes a failed row and a NaN; training goes on. Beside a Lightning WeightAveraging
+    callback (EMA) the averaged network is measured.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class CompressionCallback(NetworkCallback):
     # --- when
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse at the start what cannot work at the end of the first epoch."""
+        """Refuse at the start any setting that would fail at the end of the first epoch."""
         self.store.truncate(trainer.current_epoch)
         if self.every_n_epochs:
             self.settle(trainer, pl_module, "val")
@@ -177,8 +177,8 @@ class CompressionCallback(NetworkCallback):
     def _measured_net(self, trainer: Trainer, pl_module: LightningModule, split: str) -> nn.Module:
         """The network whose accuracy counts: during training with WeightAveraging (EMA, SWA) the averaged one.
 
-        It is what Lightning validates and saves; the live weights are swapped back before epochs end. By a test run
-        Lightning has copied the average into the module, or the module was loaded from the checkpoint under test.
+        Lightning validates and saves the averaged network, and swaps the live weights back before epochs end. Before a
+        test run Lightning has copied the average into the module, or the module was loaded from the tested checkpoint.
         """
         for averaging in trainer.callbacks if split == "val" else ():
             if isinstance(averaging, WeightAveraging) and averaging._average_model is not None:
@@ -202,7 +202,7 @@ class CompressionCallback(NetworkCallback):
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The numbers that an epoch logs, by their names: the headline of every row, areas, and gaps."""
+    """{name: number} that an epoch logs: the headline metric of every row, the areas, and the gaps."""
     logged: dict[str, float] = {}
     for split in dict.fromkeys(row.split for row in rows):
         suffix = "" if split == "val" else f"_{re.sub('/', '', split)}"

@@ -1,4 +1,4 @@
-"""The user's own batches, as Lightning's validation hands them to a step, without a trace of their being looked at."""
+"""The user's own batches, as Lightning's validation hands them to a step; reading them leaves no trace."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,9 +34,9 @@ STAGES = {"val": RunningStage.VALIDATING, "test": RunningStage.TESTING}
 
 
 class Batches:
-    """One loader's batches on the device, fetched anew, and alike, at every pass.
+    """One loader's batches on the device: every pass fetches them anew and gets the same.
 
-    limit: the first so many; None: all
+    limit: give only so many batches; None: all
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class Batches:
         return self._moved(self.loader)
 
     def first(self) -> Batch:
-        """The first batch, fetched in this process: others would fetch whole batches ahead.
+        """The first batch, fetched in this process: worker processes would fetch further batches ahead.
 
-        Where processes share out a loader it is that of the whole, the same on all.
+        Where processes share out a loader, this is the first batch of the whole loader, the same on every process.
         """
         here = {"num_workers": 0, "prefetch_factor": None, "timeout": 0}
         head = twin(self.head, **here) if isinstance(self.head, DataLoader) else self.head
         for batch in self._moved(head):
             return batch
-        raise UserError("there are no batches to look at; mend the sampler or the limit of the validation data")
+        raise UserError("there are no batches to look at; fix the sampler or the limit of the validation data")
 
     def _moved(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         with untouched(loader):
@@ -79,13 +79,13 @@ def evaluation_batches(
     eval_data: Data | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Batches]:
-    """{"val": of the first loader, "val/1": of the second, ...}, or "test": this process's share of what is looked at.
+    """This process's share of the evaluation batches: {"val": first loader, "val/1": second loader, ...}, or "test".
 
-    eval_data: Dataset, loader or batches to look at instead of what the Trainer validates on
-    batch_size: of a Dataset; None: 256
+    eval_data: Dataset, loader or batches to evaluate on in place of the Trainer's own loaders
+    batch_size: for a Dataset; None: 256
 
-    Every sample counts once: Lightning's DistributedSampler repeats some to fill up. Every process must call this
-    alike. Raises UserError where there is nothing.
+    Every sample counts once, though Lightning's DistributedSampler repeats some to fill up. Every process must call
+    this alike. Raises UserError where there are no loaders.
     """
     loop = loop_of(trainer, split)
     if eval_data is not None:
@@ -108,11 +108,12 @@ def calibration_batches(
 ) -> Batches:
     """About `size` training samples on the device, in whole batches of equal size, the same on every process.
 
-    data: a Dataset, or a loader that has an order: samples drawn by `seed`, of a loader from what its own sampler may
-        give. Other loaders give their first batches, until there are so many
+    data: a Dataset, or a loader whose samples have indices: `seed` draws the samples, a loader's from those that its
+        own sampler may give. Any other loader gives its first batches, until there are `size` samples
     batch_size: None: 256
 
-    Transfer hooks see a validation, so that augmentation of training is off. Every process must call this alike.
+    Transfer hooks are told that this is validation, so that they do not augment. Every process must call this alike.
+    Raises UserError where there are no samples.
     """
     loader = as_loader(data, batch_size)
     loader = twin(loader) if isinstance(loader, DataLoader) else loader
@@ -124,7 +125,7 @@ def calibration_batches(
             found = order = first_batches(loader, size)
             found = trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
     if not order:
-        raise UserError(f"there are no {size} training samples to look at; mend repair_data= or repair_size=")
+        raise UserError(f"there are no {size} training samples to look at; fix repair_data= or repair_size=")
     return Batches(found, mover_of(trainer, pl_module, RunningStage.VALIDATING, 0))
 
 
@@ -138,9 +139,9 @@ def loop_of(trainer: Trainer, split: str) -> _EvaluationLoop:
 
 
 def loaders_of(trainer: Trainer, loop: _EvaluationLoop) -> list[Any]:
-    """The loaders of Lightning's loop, in order: as it made them ready, or on several processes as they were given.
+    """The loaders of Lightning's loop, in order: as Lightning prepared them, or, on several processes, as given.
 
-    A loop that has not run, or that is switched off (limit_val_batches=0), has a source nevertheless.
+    A loop that has not run, or that is switched off (limit_val_batches=0), still knows where its loaders come from.
     """
     combined = loop._combined_loader
     if combined is None or trainer.world_size > 1:
@@ -158,7 +159,7 @@ def loaders_of(trainer: Trainer, loop: _EvaluationLoop) -> list[Any]:
 
 
 def limits_of(trainer: Trainer, loop: _EvaluationLoop, split: str, loaders: Sequence[Any]) -> list[int | None]:
-    """How many batches Lightning looks at. A limit of 0 switches its validation off, not ours."""
+    """How many batches of each loader Lightning uses. A limit of 0 switches off Lightning's validation, not ours."""
     said = trainer.limit_test_batches if split == "test" else trainer.limit_val_batches
     if said == 0 or (isinstance(said, float) and said == 1):  # 1.0 is all, 1 is one batch
         return [None] * len(loaders)
@@ -176,7 +177,7 @@ def as_loader(data: Data, batch_size: int | None = None) -> Iterable[Batch]:
     of_samples = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | tuple)
     if isinstance(data, DataLoader) or not (isinstance(data, Dataset) or of_samples):
         return data
-    generator = torch.Generator()  # of its own, because iterating a loader draws from the global one
+    generator = torch.Generator()  # the loader's own, because iterating would else draw from the global one
     return DataLoader(data, batch_size or 256, collate_fn=getattr(data, "collate", None), generator=generator)
 
 
@@ -184,15 +185,15 @@ def as_loader(data: Data, batch_size: int | None = None) -> Iterable[Batch]:
 
 
 def samplers_are_replaced(trainer: Trainer) -> bool:
-    """Does Lightning share out the samples? Else (use_distributed_sampler=False) the user has done it."""
+    """Does Lightning share out the samples over processes? If not (use_distributed_sampler=False), the user does."""
     return trainer._accelerator_connector.use_distributed_sampler
 
 
 def share(trainer: Trainer, loader: Any, shared_by_user: bool) -> tuple[Any, Any]:
     """(this process's part of a loader, a loader whose first batch is the same on every process)
 
-    Every world_size-th batch of the order that the first process drew. A loader that has no order, or that its user
-    shares out, is taken as Lightning takes it.
+    The part is every world_size-th batch of the order that the first process drew. A loader without indices, or one
+    that the user shares out, is taken as Lightning takes it.
     """
     processes = trainer.world_size
     if not isinstance(loader, DataLoader):
@@ -209,7 +210,7 @@ def share(trainer: Trainer, loader: Any, shared_by_user: bool) -> tuple[Any, Any
 
 
 def order_of(loader: DataLoader) -> Any:
-    """The sampler that is used: beside a batch sampler of its own, a loader has another one that is not."""
+    """The sampler that the loader uses: one with its own batch sampler also has a `sampler`, which is ignored."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
@@ -219,7 +220,7 @@ def in_order(loader: DataLoader, order: Sequence[Any]) -> DataLoader:
 
 
 def without_padding(loader: DataLoader) -> DataLoader:
-    """A DistributedSampler gives a process every n-th sample; what is more than these fills up."""
+    """The loader without repeated samples: DistributedSampler gives every n-th sample, and repeats some to fill up."""
     sampler = order_of(loader)
     if type(loader.batch_sampler) is not BatchSampler:
         return loader
@@ -233,7 +234,7 @@ def without_padding(loader: DataLoader) -> DataLoader:
 def twin(loader: DataLoader, **changed: Any) -> DataLoader:
     """A loader of the same class, dataset, sampler, collate function and workers, with other values of attributes.
 
-    Workers live for a pass: those that persist carry random state on, which the user's own validation would meet.
+    Its workers live for one pass: persistent workers would carry their random state into the user's own validation.
     """
     made = copy.copy(loader)
     made.__dict__.update({"persistent_workers": False, "_iterator": None, **changed})  # a loader refuses setattr
@@ -244,7 +245,7 @@ def twin(loader: DataLoader, **changed: Any) -> DataLoader:
 
 
 def drawable(loader: DataLoader) -> bool:
-    """Has the loader single samples that can be drawn by index?"""
+    """Can single samples of the loader be drawn by index?"""
     return not isinstance(loader.dataset, IterableDataset) and loader._auto_collation
 
 
@@ -258,7 +259,7 @@ def drawn_order(loader: DataLoader, size: int, seed: int, batch_size: int) -> li
 
 
 def given_by_sampler(loader: DataLoader) -> Sequence[Any]:
-    """Every index that the loader may give, in an order that does not depend on chance where that can be."""
+    """Every index that the loader may give, in an order that does not depend on chance where that is possible."""
     if type(loader.batch_sampler) is not BatchSampler:
         return unique(index for batch in loader.batch_sampler for index in batch)
     sampler = order_of(loader)
@@ -273,7 +274,7 @@ def unique(indices: Iterable[Any]) -> list[Any]:
 
 
 def first_batches(loader: Iterable[Batch], size: int) -> list[Batch]:
-    """Until there are `size` samples; batches of another size than the first would count for more, or less."""
+    """The first batches, until there are `size` samples; all as large as the first, so that samples count alike."""
     found: list[Batch] = []
     with untouched(loader):
         for batch in loader:
@@ -290,7 +291,7 @@ def first_batches(loader: Iterable[Batch], size: int) -> list[Batch]:
 def mover_of(
     trainer: Trainer, pl_module: LightningModule, stage: RunningStage, dataloader_idx: int
 ) -> Callable[[Batch], Batch]:
-    """Does with a batch as Lightning's evaluation loop before a step, hooks of module and data module included."""
+    """A function that prepares a batch as Lightning's evaluation loop does, with hooks of module and data module."""
 
     def move(batch: Batch) -> Batch:
         with as_if(trainer, pl_module, stage):
@@ -303,7 +304,7 @@ def mover_of(
 
 @contextmanager
 def as_if(trainer: Trainer, pl_module: LightningModule, stage: RunningStage) -> Iterator[None]:
-    """Trainer and module are in this stage inside: hooks that augment ask them whether they are training."""
+    """Inside, Trainer and module are in this stage: hooks that augment ask them whether this is training."""
     before = trainer.state.stage
     with evaluating(pl_module):
         trainer.state.stage = stage
@@ -315,7 +316,7 @@ def as_if(trainer: Trainer, pl_module: LightningModule, stage: RunningStage) -> 
 
 @contextmanager
 def untouched(loader: Any) -> Iterator[None]:
-    """Generators of the loader and its samplers, which a training loader may share, get their state back."""
+    """Gives the generators of the loader and its samplers their state back: a training loader may share them."""
     found = {id(g): (g, g.get_state()) for g in generators(loader)}
     try:
         yield
@@ -325,7 +326,7 @@ def untouched(loader: Any) -> Iterator[None]:
 
 
 def generators(loader: Any) -> Iterator[torch.Generator]:
-    """Those of a loader, its sampler and batch sampler, and of samplers inside these."""
+    """The generators of a loader, of its sampler and batch sampler, and of samplers inside these."""
     seen: set[int] = set()
     todo = [loader]
     while todo:

@@ -1,4 +1,4 @@
-"""What callbacks that compress have in common: the network of a module, and the data to compress and measure it by."""
+"""The base of callbacks that compress: finds a module's network and the data to compress and measure it on."""
 
 import operator
 import weakref
@@ -24,13 +24,13 @@ from pipeline.tasks import Classification, Example, Task
 class NetworkCallback(Callback):
     """A callback that compresses `pl_module.<network>`.
 
-    chains: what is done to it
+    chains: recipes, ratios and stages to apply to it
     task: what a batch is and what is measured on it; None: classification of the kind that the first batch shows
     network: attribute of the LightningModule that holds the network, dots allowed
     eval_data: Dataset, loader or batches to measure on; None: what the Trainer validates on
     repair_data: Dataset, loader or batches of training samples without augmentation; None: the data module's
         `repair_data`
-    repair_size: how many of them, drawn by the seed of the chains; batch_size: None: the loader's own
+    repair_size: how many of these samples, drawn by the seed of the chains; batch_size: for Datasets; None: 256
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class NetworkCallback(Callback):
         self._net(pl_module)
 
     def settle(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        """Refuse, before anything is measured, what cannot be: batches, outputs, networks without channels."""
+        """Settle the task. UserError, before anything is measured, for unfit batches, outputs and networks."""
         self._repair_set(trainer)
         live = self._net(pl_module)
         if self._traced() is not live:  # another network may have another graph behind the same shapes
@@ -75,13 +75,13 @@ class NetworkCallback(Callback):
         self._settled[split] = task, example, tuple(batches)
 
     def settled(self, split: str) -> tuple[Task, Example, tuple[str, ...]]:
-        """The task, what the network is called with (a batch of one), and the splits that there are."""
+        """(task, arguments of the network as a batch of one, names of the splits), as `settle` found them."""
         return self._settled[split]
 
     def batches(self, trainer: Trainer, pl_module: LightningModule, split: str) -> dict[str, Batches]:
-        """This process's share of what the Trainer validates (or tests) on, a loader an entry.
+        """This process's share of the validation (or test) batches, one entry for each loader.
 
-        Processes agree on their shares here, so all must come here before anything can fail on one of them.
+        Processes agree on their shares here, so all must call this before anything can fail on one of them.
         """
         given = self.eval_data if split == "val" else None
         return evaluation_batches(trainer, pl_module, split, given, self.batch_size)
@@ -94,7 +94,7 @@ class NetworkCallback(Callback):
         return calibration_batches(trainer, pl_module, data, self.repair_size, self.chains.seed, self.batch_size)
 
     def supplies(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module, split: str) -> Supplies:
-        """What the chains of this network draw on."""
+        """The supplies of this network's chains: example, task, training samples, seed, traces."""
         task, example, _ = self.settled(split)
         training = list(self.calibration(trainer, pl_module))
         forward = trainer.precision_plugin.forward_context

@@ -1,4 +1,4 @@
-"""What an exact resume needs beside Lightning's checkpoint: the random state of an epoch, and a file that is whole."""
+"""An exact resume needs more than Lightning's checkpoint: the random state of an epoch, and a file that is whole."""
 
 import os
 import random
@@ -21,8 +21,8 @@ class EpochSeed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed, self._drawn = seed, 0
 
-    # The first epoch's iterator, which draws, is made long before the epoch is announced: when a schedule asks for
-    # the number of steps. So its seed is set here, and again when a checkpoint says that it is another epoch.
+    # Lightning makes the first epoch's iterator, which draws, before on_train_epoch_start: as soon as a schedule asks
+    # for the number of steps. So the seed is set here, and again when a checkpoint says that training is further on.
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.draw(trainer, 0)
@@ -44,9 +44,9 @@ class EpochSeed(Callback):
 
 
 def latest_checkpoint(folder: str | Path) -> ModelCheckpoint:
-    """Keeps `folder`/last.ckpt of the newest epoch, written after everything that the epoch measures.
+    """A callback that keeps `folder`/last.ckpt of the newest epoch, written after all that the epoch measures.
 
-    Not save_last=True with save_top_k=0, which writes only when training has ended.
+    It does not use save_last=True with save_top_k=0, which writes only when training has ended.
     """
     return ModelCheckpoint(
         folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
@@ -54,9 +54,10 @@ def latest_checkpoint(folder: str | Path) -> ModelCheckpoint:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old checkpoint and replaces it: there is always a whole one, whenever the process is killed.
+    """Writes the new checkpoint beside the old one and then replaces it, so a killed process leaves a whole one.
 
-    Lightning's own writer goes through the system's temporary folder, and a move between file systems is a copy.
+    Lightning's own writer goes through the system's temporary folder, and a move between file systems is a copy, which
+    a kill can cut short.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

@@ -34,8 +34,8 @@ from pipeline.stages import State, compressed
 from pipeline.tables import UserError
 from pipeline.tasks import Task
 
-TUNE = "tune"  # what a network went through that was trained on
-TUNED = "tuned"  # the stage of a network that was trained on after it was made smaller
+TUNE = "tune"  # name of the step, in a network's history, for the epochs of training after a compression
+TUNED = "tuned"  # stage, in a saved file, of a network that was trained on after it was made smaller
 
 
 class Shrink(NetworkCallback):
@@ -45,19 +45,19 @@ class Shrink(NetworkCallback):
     ratio: fraction of every group's channels (or of the weights) that is gone in the end, 0 < r < 1
     after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
         control of the same size from scratch (methods "l1", "random")
-    steps: after step i of n, the fraction (1 - ratio)^(i/n) of the channels is left: each takes as large a part of
-        what it finds; 1: one shot
+    steps: after step i of n, the fraction (1 - ratio)^(i/n) of the channels is left, so every step removes the same
+        fraction of the channels that it finds; 1: one shot
     every_n_epochs: epochs of tuning between two steps
-    round_to, parts, network, task, eval_data, repair_data, repair_size, batch_size, seed: as of CompressionCallback
+    round_to, parts, network, task, eval_data, repair_data, repair_size, batch_size, seed: as in CompressionCallback
     save_to: file for the final network (see `pipeline.compressed.load`), None: it is in the checkpoints alone;
-        architecture: what builds it at full size
+        architecture: what builds it at full size, as in CompressionCallback
 
-    Kept channels keep their optimizer state (momentum, ...); of merged ones it is merged as their weights are. Logs
-    `shrink/ratio`, `shrink/params` and `shrink/macs` at each step. A run that is resumed has the sizes of its
-    checkpoint (see Classification.on_load_checkpoint, which a module of your own needs, too).
+    Kept channels keep their optimizer state (momentum, ...); the state of merged channels is merged as their weights
+    are. Logs `shrink/ratio`, `shrink/params` and `shrink/macs` at each step. A run that is resumed has the sizes of its
+    checkpoint (see `pipeline.training.Training.on_load_checkpoint`, which a module of your own needs, too).
 
-    Raises UserError for steps that training does not reach, and beside WeightAveraging (EMA), whose average has the
-    old shapes.
+    Raises UserError for steps that training does not reach, under strategies that fork or spawn processes, for a
+    network of torch.compile, and beside WeightAveraging (EMA), whose average has the old shapes.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Shrink(NetworkCallback):
         if epochs is not None and 0 <= epochs <= last:
             raise UserError(
                 f"shrink: the last of {len(self.ratios)} steps comes after {last} epochs, and training has {epochs}; "
-                "give it more epochs, or the steps fewer"
+                "train for more epochs, or lower steps, after or every_n_epochs"
             )
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise UserError("shrink: forked or spawned processes cannot give back a network of another size; use 'ddp'")
@@ -105,7 +105,7 @@ class Shrink(NetworkCallback):
             raise UserError("shrink: a network of torch.compile was compiled for its old shapes; train it as it is")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse at the start what cannot work at the epoch of a step."""
+        """Refuse at the start any setting that would fail at the epoch of a step."""
         self._hold(self._net(pl_module))
         self.settle(trainer, pl_module, "val")
 
@@ -149,11 +149,11 @@ class Shrink(NetworkCallback):
             save_compressed(net, self.save_to, about, architecture=self.architecture)
 
     def _steps(self, net: nn.Module) -> tuple[Step, ...]:
-        """What the network went through in this training."""
+        """The steps that the network went through in this training."""
         return history(net)[self._began :]
 
     def _remember_tuning_(self, net: nn.Module, epoch: int) -> None:
-        """The epochs since the last step are a stage of the network: one, also where training ended and went on."""
+        """Add the epochs since the last step to the network's history, as one step, also where training was resumed."""
         steps = [before for before in self.ratios if before < epoch]
         if not self._steps(net) or not steps:
             return
@@ -168,7 +168,7 @@ class Shrink(NetworkCallback):
         checkpoint["numbers"], checkpoint["chain"] = numbers(steps), told(steps)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "chain" in checkpoint:  # not in those of before
+        if "chain" in checkpoint:  # older checkpoints have none
             went_through_(self._net(pl_module), steps_of(checkpoint["chain"]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Shrink(NetworkCallback):
     # --- the network
 
     def _hold(self, net: nn.Module) -> None:
-        """What is masked now stays zero. Of a weight that is, the zeros say which."""
+        """Remember which weights a mask has set to zero, so that training keeps them zero."""
         tensors = named_tensors(net)
         names = {name for step in self._steps(net) for name in step.about.get("layers", ())}
         self._masked = [(tensors[name].data, tensors[name].detach() != 0) for name in sorted(names)]
@@ -188,7 +188,7 @@ class Shrink(NetworkCallback):
     def _put(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module) -> None:
         owner, _, name = self.network.rpartition(".")
         setattr(pl_module.get_submodule(owner), name, net)
-        if isinstance(trainer.strategy, DDPStrategy):  # whose buckets hold the old parameters
+        if isinstance(trainer.strategy, DDPStrategy):  # DDP's gradient buckets hold the old parameters
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
 
@@ -213,9 +213,9 @@ def follow_(
     """In place: the optimizer holds the parameters of `new` instead of those of `old`, and their state.
 
     State of a parameter's shape (momentum, second moments) goes through the projections as the parameter did: exactly
-    for kept channels; of merged ones it is the mean where they are written and the sum where they are read, which
-    makes the steps of Adam there smaller, not larger. State of another shape (factored moments) is dropped with all
-    that is known of its parameter, which starts anew; single numbers (step counts) stay.
+    for kept channels; for merged ones, as the mean where they are written and the sum where they are read, which makes
+    the steps of Adam there smaller, not larger. A parameter with state of another shape (factored moments) loses all
+    its state and starts anew; single numbers (step counts) stay.
     """
     tensors = {name: t.detach() for name, t in named_tensors(old).items()}
     names = {id(p): name for name, p in old.named_parameters()}
@@ -240,7 +240,7 @@ def follow_(
 
 
 def full_sizes(steps: Iterable[Step]) -> dict[str, int]:
-    """{group: channels} before the first of these steps that compressed it."""
+    """{group name: channels that the group had before the first of these steps that compressed it}"""
     found: dict[str, int] = {}
     for step in steps:
         for name, group in step.about.get("groups", {}).items():

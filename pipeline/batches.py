@@ -1,4 +1,4 @@
-"""Batches for several passes, for a trace, and which samples to calibrate on. Nothing here knows what is in a batch."""
+"""Batches for several passes, one sample for a trace, the choice of calibration samples: for batches of any kind."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ KEPT = 2**31  # bytes of the machine's memory that batches may take
 
 
 def sample(size: int, count: int, seed: int, batch_size: int = 256) -> list[int]:
-    """Which `count` of `size` training samples to repair with, in whole batches: each batch counts the same."""
+    """Indices of about `count` of `size` training samples to repair with, in whole batches, which count alike."""
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
     batch_size = min(batch_size, len(drawn))
     return drawn[: len(drawn) // batch_size * batch_size].tolist() if batch_size else []
@@ -23,12 +23,12 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def samples(batch: Any) -> int:
-    """How many samples are in a batch: the length of its first tensor that has one."""
+    """How many samples a batch holds: the length of its first tensor that has a dimension."""
     return next((len(tensor) for tensor in tensors(batch) if tensor.dim()), 1)
 
 
 def first_sample(inputs: Any) -> Any:
-    """A batch of one: the first sample of every tensor that has as many as the batch. Copies, which hold no batch."""
+    """A batch of one: the first sample of every tensor that is as long as the batch, copied to let the batch go."""
     size = samples(inputs)
 
     def cut(leaf: Any) -> Any:
@@ -39,14 +39,14 @@ def first_sample(inputs: Any) -> Any:
 
 
 def room(device: torch.device) -> int:
-    """Bytes that batches may take there: half of what a GPU has free, for a network needs the rest."""
+    """Bytes that batches may take on the device: half of a GPU's free memory, for a network needs the rest."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else KEPT
 
 
 class Passes:
-    """Batches for any number of passes: kept where they lie if they fit there, else fetched anew at each pass.
+    """Batches for any number of passes: kept on their device if they fit there, else fetched anew at each pass.
 
-    The first pass finds out, so that nothing needs a length: ImageNet's 50,000 test pictures are 30 GB.
+    The first pass finds out whether they fit, so loaders need no length: ImageNet's 50,000 test pictures are 30 GB.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:

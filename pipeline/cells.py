@@ -23,14 +23,15 @@ class Busy(UserError):
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the cell for this process. The system lets go when the process dies, however it dies; raises Busy.
+    """Hold the cell for this process. The system releases it when the process dies, however it dies.
 
-    On a shared file system this needs one with working flock (NFS 4, Lustre mounted with flock).
+    Raises Busy where another process holds the cell. A shared file system needs a working flock (NFS 4, Lustre mounted
+    with flock).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=1)  # `is_held` of another process may have it for an instant
+        lock.acquire(timeout=1)  # another process may hold it for an instant, in `is_held`
     except Timeout:
         raise Busy(f"{folder.name} is being run by another process; wait for it or choose other paths.runs") from None
     try:
@@ -48,14 +49,14 @@ def is_held(folder: Path) -> bool:
         lock.acquire(blocking=False)
     except Timeout:
         return True
-    except OSError:  # someone else's file, that we may not even try: believe the record
+    except OSError:  # another user's file, which may not be locked: believe the record
         return True
     lock.release()
     return False
 
 
 def write_record(folder: Path, config: Mapping[str, Any], state: str, reason: str = "", seconds: float = 0.0) -> None:
-    """Say how far the cell is: replaced whole, so that a kill never leaves half of it.
+    """Write how far the cell is. The file is replaced whole, so that a kill never leaves half of it.
 
     state: "running" (which reads as "broken" once nobody holds the cell), "done" or "failed"; seconds: of work so far
     """
@@ -84,7 +85,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}: the names of the command line. Lists become text."""
+    """{"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}, the names that the command line uses. Lists become text."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -106,7 +107,7 @@ def cells(runs: Path) -> list[Path]:
 
 
 def settings(runs: Path) -> pl.DataFrame:
-    """One line per cell: cell, state, reason, seconds, and a column for every setting of any ("optim.lr")."""
+    """One line per cell: cell, state, reason, seconds, and a column for every setting of any cell ("optim.lr")."""
     return as_table(filter(None, map(line, cells(runs))))
 
 
@@ -126,7 +127,7 @@ def line(folder: Path) -> dict[str, Any] | None:
 
 
 def as_table(lines: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
-    """The lines of cells below one another; a setting that a cell does not have is null."""
+    """The lines of cells as one table; a setting that a cell does not have is null."""
     lines = list(lines)
     names = dict.fromkeys(["cell", "state", "reason", "seconds", *(name for one in lines for name in one)])
     return pl.DataFrame([_column(name, [one.get(name) for one in lines]) for name in names])

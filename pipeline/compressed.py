@@ -30,7 +30,7 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def load_as(path: str | Path, name: str, model: nn.Module) -> nn.Module:
     """The compressed network as a checkpoint of `model`, which `build_model` made under this name at full size.
 
-    Raises UserError as `load_compressed` does, and for a file that says that it is another model.
+    Raises UserError as `load_compressed` does, and for a file that names another model.
     """
     architecture = dict(read_manifest(path)["architecture"])
     saved = architecture.pop("name", name)

@@ -13,10 +13,10 @@ from pipeline.tasks import Task
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, batches: Iterable[Any], check: bool = False) -> Tensor | None:
-    """(task.size,) float64 sums over batches that lie on the model's device, on the CPU; None for no batches.
+    """(task.size,) float64 sums on the CPU, over batches that lie on the model's device; None for no batches.
 
-    check: ask the task of every batch whether it can be measured (of one network is enough: UserError where not). The
-    model keeps its mode.
+    check: let the task check every batch, once for one network is enough; UserError for a batch that it cannot measure.
+    The model keeps its mode.
     """
     sums: Tensor | None = None
     with evaluating(model):
@@ -37,7 +37,7 @@ def metrics_of(model: nn.Module, task: Task, batches: Iterable[Any]) -> dict[str
 
 @torch.no_grad()
 def settle(model: nn.Module, task: Task, batch: Any) -> Task:
-    """The task that measures batches such as this one. UserError where none does."""
+    """The task, settled on this batch: it measures all batches like it. UserError where it cannot."""
     with evaluating(model):
         return task.settled(outputs(model, task, batch), batch)
 
@@ -49,7 +49,7 @@ def outputs(model: nn.Module, task: Task, batch: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own mode back, also one that was frozen."""
+    """Inside, the model is in eval mode; afterwards every module has its own mode back, also one that was frozen."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Networks as files that run without this project: ONNX and programs of torch.export, each checked as it is written."""
+"""Writes networks to files that run without this project: ONNX and programs of torch.export, each checked."""
 
 import logging
 import os
@@ -19,22 +19,22 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tables import UserError, one_line
 
-TRACED = 2  # a tracer would take a batch of one for a constant
+TRACED = 2  # batch size for tracing: a tracer would take a batch of one for a constant
 CHECKED = (1, TRACED, 5)  # batch sizes on which a file must agree with the network
 # Largest relative difference of outputs that rounding explains, by their number format.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-ONE_FILE = 2**31 - 2**20  # bytes that a protobuf can hold: weights beyond that go into a second file, NAME.data
+ONE_FILE = 2**31 - 2**20  # bytes that a protobuf can hold; larger weights go into a second file, NAME.data
 
 
 def export_onnx(model: nn.Module, example: Example, path: str | Path) -> float:
     """Write `model` in eval mode as ONNX for batches of any size, and check it with ONNX Runtime on the CPU.
 
-    example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments); the first
-        dimension of every tensor that is as long as that of the first tensor is the batch.
+    example: the model's arguments (a tensor, a tuple of arguments or a dict of keyword arguments). The batch is the
+        first dimension of the first tensor, and of every other tensor whose first dimension is as long.
     Returns the largest relative difference found between its outputs and the model's, ‖found - expected‖ / ‖expected‖.
 
-    Raises UserError without ONNX's libraries, for a model that cannot be exported and for a file that differs from it;
-    no file is left then.
+    Raises UserError, and leaves no file, without ONNX's libraries, for a model that cannot be exported, and for a file
+    that differs from the model.
     """
     need_onnx()
     network = bare_copy(model).cpu().eval()
@@ -54,7 +54,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> float:
 def export_program(model: nn.Module, example: Example, path: str | Path) -> float:
     """Write `model` in eval mode as a program of torch.export for batches of any size (`torch.export.load(path)`).
 
-    example, what is returned and what is raised: as in `export_onnx`, the check with the program as it was read back.
+    example, result and errors are those of `export_onnx`; the program is read back and checked.
     """
     network = bare_copy(model).cpu().eval()
 
@@ -73,7 +73,7 @@ def export_program(model: nn.Module, example: Example, path: str | Path) -> floa
 
 
 def need_onnx() -> None:
-    """Raise UserError where a library is missing that ONNX takes."""
+    """Raise UserError where a library that ONNX needs is missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(name) is None:
             raise UserError(f"ONNX needs {name}: pip install 'foldability[onnx]'")
@@ -81,26 +81,26 @@ def need_onnx() -> None:
 
 def onnx_session(path: Path) -> Any:
     """An onnxruntime.InferenceSession on the CPU, with as many threads as torch has."""
-    import onnxruntime  # optional, and takes a moment
+    import onnxruntime  # optional, and slow to import
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors, which are raised as well
+    options.log_severity_level = 3  # errors only
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def onnx_inputs(session: Any, example: Example) -> dict[str, Any]:
-    """The tensors of `example` as NumPy arrays under the names that a session has for them, in the same order."""
+    """{the session's name for it: NumPy array} of every tensor of `example`, in the same order."""
     names = [given.name for given in session.get_inputs()]
     tensors = [leaf for leaf in tree_leaves(call_arguments(example)) if isinstance(leaf, Tensor)]
     return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def batch_of(example: Example, size: int, seed: int = 0) -> Example:
-    """`example` as a batch of `size`: its rows again and again, those of real numbers with noise as large as they are.
+    """`example` as a batch of `size`: its rows are repeated, and floating-point ones get noise of their own magnitude.
 
-    So an example of zeros becomes random numbers, and one of tokens stays within its vocabulary. Every tensor is its
-    own memory.
+    An example of zeros becomes random numbers, and one of tokens stays within its vocabulary. Every tensor has its own
+    memory.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = _rows(example)
@@ -121,7 +121,7 @@ def batch_of(example: Example, size: int, seed: int = 0) -> Example:
 
 
 def _rows(example: Example) -> int:
-    """Length of the batch: of the first tensor that has a dimension."""
+    """Length of the batch: that of the first tensor that has a dimension."""
     for leaf in tree_leaves(call_arguments(example)):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
@@ -133,7 +133,7 @@ def _is_batched(value: Any, rows: int) -> bool:
 
 
 def _program(network: nn.Module, example: Example) -> torch.export.ExportedProgram:
-    """Traced on a small batch of its own memory: a slice would take the whole that it was cut from into the file."""
+    """The network traced on a small batch of its own memory: a slice would bring its whole tensor into the file."""
     args, kwargs = call_arguments(batch_of(tree_map(_on_cpu, example), TRACED))
     batch, shapes = torch.export.Dim("batch", min=1), torch.export.ShapesCollection()
     for given, tensor in zip(tree_leaves(call_arguments(example)), tree_leaves((args, kwargs)), strict=True):
@@ -164,10 +164,10 @@ def _written(
             differences = [_difference(network, run, batch_of(tree_map(_on_cpu, example), n), n) for n in CHECKED]
         except UserError as error:
             raise UserError(f"{kind} as {form}: {error}") from error
-        except Exception as error:  # exporters raise whatever their insides do
+        except Exception as error:  # exporters raise errors of any type
             why = one_line(error)[:200]
             raise UserError(f"{kind} cannot be written as {form} for batches of any size: {why}") from error
-        for file in Path(folder).iterdir():  # with ONE_FILE exceeded there are two
+        for file in Path(folder).iterdir():  # two files where ONE_FILE is exceeded
             os.replace(file, path.parent / file.name)
     return max(differences)
 
@@ -200,11 +200,11 @@ def _outputs(network: Callable[..., Any], inputs: Example) -> list[Tensor]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters say about their own insides: what matters of it is in the error that they raise."""
+    """Inside, exporters' warnings and logs are silent: where something matters, they raise an error that says so."""
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they found
+        logging.disable(logging.CRITICAL)  # because handlers of torch's loggers hold the stderr from before
         try:
             yield
         finally:

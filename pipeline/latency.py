@@ -1,4 +1,4 @@
-"""How fast a network runs here and what it takes: by batch size and runtime, measured on a copy in eval mode."""
+"""Measures time and memory of a network on this machine, by batch size and runtime, on a copy in eval mode."""
 
 import json
 import math
@@ -30,12 +30,12 @@ LEAST, MOST = 5, 1000  # timed passes
 class Profile:
     """One network under one runtime at one batch size; times in seconds, sizes in bytes.
 
-    median, low, high: of the time of one pass and its quartiles, over `repeats` passes
-    memory: at the peak of a pass (see `peak_memory`); None where the runtime does not let us see it
-    params, macs: of the network, macs for one sample; size: of its weights and buffers, which are its safetensors file
-        but for the header
+    median, low, high: median and quartiles of the time of one pass, over `repeats` passes
+    memory: at the peak of a pass (see `peak_memory`); None where the runtime hides it
+    params, macs: of the network, macs for one sample; size: of its weights and buffers, which is that of its
+        safetensors file without the header
     speedup: how many times as fast as the network that it was timed beside: the median over pairs of passes that follow
-        each other, so that what else the machine does meets both; NaN where there was none
+        each other, so that other load on the machine slows both; NaN where it was timed alone
     reason: why there are no times (NaN), if there are none
     """
 
@@ -62,10 +62,10 @@ def eager(network: nn.Module, example: Example) -> Callable[[Example], Run]:
 
 
 def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
-    """torch.compile, for each batch size anew; what it compiled before in this process is forgotten.
+    """torch.compile, for each batch size anew; all that it compiled before in this process is forgotten.
 
-    Else the networks of one class count as recompilations of one forward, and after some of them it gives up and runs
-    the next one eagerly.
+    Otherwise torch counts the networks of one class as recompilations of one forward, and after some of them it gives
+    up and runs the next one eagerly.
     """
     torch.compiler.reset()
     return eager(torch.compile(network, dynamic=False), example)
@@ -106,7 +106,7 @@ def profile(
 ) -> list[Profile]:
     """One Profile for each runtime and batch size, in this order.
 
-    example: what the model is called with, on its device; larger batches are made of it (see `export.batch_of`).
+    example: the model's arguments, on its device; larger batches are made of it (see `export.batch_of`).
     seconds: for the timed passes of one Profile, of which there are at least LEAST however long they take.
     beside: a network to take turns with, such as the uncompressed one.
 
@@ -146,9 +146,9 @@ def profile(
 
 @torch.no_grad()
 def race(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list[float]]:
-    """Seconds of each pass of each run. They take turns, so that what else the machine does meets all of them alike.
+    """Seconds of each pass of each run. The runs take turns, so that other load on the machine slows all of them alike.
 
-    seconds: for all together, after a pass of each to warm up (and compile), and at least LEAST passes of each.
+    seconds: for all runs together, after one pass of each to warm up (and compile); at least LEAST passes of each.
     """
     for run in runs:
         with quiet():
@@ -169,8 +169,8 @@ def race(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list
 def peak_memory(run: Run, device: torch.device) -> int:
     """Bytes that a forward pass holds at its peak beside weights and inputs: activations, outputs, scratch.
 
-    Of what torch's own allocators hand out: exact and the same every time, unlike the memory of the process; what a
-    library (oneDNN, cuDNN) takes by itself is not in it.
+    Only memory from torch's own allocators counts: this is exact and the same every time, unlike the memory of the
+    process, but it misses what a library (oneDNN, cuDNN) takes by itself.
     """
     if device.type == "cuda":
         wait(device)
@@ -179,7 +179,7 @@ def peak_memory(run: Run, device: torch.device) -> int:
         run()
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library greets on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library prints a greeting on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +191,7 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told; a CPU has when it returns."""
+    """Wait until the device has finished its work; a CPU has finished when a call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""W&B, so that it never asks for a key and never costs a run."""
+"""W&B loggers that never ask for a key and whose failures never end a run."""
 
 import os
 import warnings
@@ -15,11 +15,11 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
 class GuardedWandbLogger(WandbLogger):
-    """A WandbLogger whose failures (server gone, disk full) are one warning: the run's folder holds its rows."""
+    """A WandbLogger whose failures (server gone, disk full) become one warning: the run's folder has the rows, too."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and W&B warns that it is no more
+        self._wandb_init.pop("anonymous", None)  # Lightning always passes this option on, and W&B warns that it is gone
 
     def _guarded(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
@@ -51,7 +51,7 @@ def wandb_logger(
 ) -> WandbLogger | None:
     """A logger into `folder`. mode: online, offline, disabled, or auto: online for those logged in, else offline.
 
-    The run's id is its name, so that a resumed run goes on where it was.
+    The W&B run's id is the run's name, so that a resumed run goes on where it was.
     """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
@@ -59,7 +59,7 @@ def wandb_logger(
         return None
     settings = wandb.Settings(silent=True, console="off", mode=mode, init_timeout=30)
     make = {"name": name, "save_dir": folder, "config": dict(config), "settings": settings}
-    if "WANDB_SWEEP_ID" not in os.environ:  # an agent of a W&B sweep gives its runs their id and project itself
+    if "WANDB_SWEEP_ID" not in os.environ:  # an agent of a W&B sweep sets id and project of its runs itself
         make |= {"project": project, "id": name, "group": group, "resume": "allow"}
     logger = GuardedWandbLogger(**make)
     try:

@@ -1,4 +1,4 @@
-"""What compression leaves of one network: chains become rows.
+"""Measures what compression leaves of one network: chains become rows.
 
 `chains(methods, ratios, stages)` is short for a tree of chains: every method at every ratio, and behind each of these
 networks every stage, on a copy of its own. `measure` runs them on one network and gives a row for every network made.
@@ -38,7 +38,7 @@ from pipeline.tasks.task import Batch, Task
 
 
 class Entry(NamedTuple):
-    """What one row is about; of the uncompressed network: DENSE, 0.0, "raw"."""
+    """The network that one row is about; the uncompressed one is (DENSE, 0.0, "raw")."""
 
     method: str
     ratio: float
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
     @property
     def file(self) -> str:
-        """What the network of this entry is called on disk."""
+        """File name for the network of this entry."""
         return re.sub(r"[^\w.+=,()\[\]-]+", "_", f"{self.method}-r{self.ratio:g}-{self.stage}") + ".safetensors"
 
 
@@ -57,8 +57,8 @@ class Entry(NamedTuple):
 class Chains:
     """Every recipe at every ratio, and behind each of these networks every stage.
 
-    recipes: by the label that a row calls them; stages: names of TAILS, or chains spelled out.
-    seed: of methods that draw. predict: foretell on synthetic pictures what every network is worth (see predict.py).
+    recipes: {label in the rows: recipe}. stages: names of TAILS, or chains spelled out. seed: for methods that draw.
+    predict: foretell on synthetic pictures how well every network will do (see predict.py).
     """
 
     recipes: Mapping[str, Recipe]
@@ -69,11 +69,11 @@ class Chains:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Do the chains need training samples, and with their labels? Of stages.NEEDS."""
+        """Those of stages.NEEDS that the chains draw on: training samples, and their labels."""
         return frozenset().union(*map(needs, self.recipes.values()), *map(needed, self.stages))
 
     def entries(self, net: nn.Module) -> list[Entry]:
-        """What is measured, in the order of the rows; stages that the network has nothing for are left out."""
+        """The entries to measure, in the order of the rows; stages that the network has nothing for are left out."""
         stages = [stage for stage in self.stages if fitting(stage, net) is not None]
         smaller = [Entry(label, ratio, stage) for label in self.recipes for ratio in self.ratios for stage in stages]
         return [Entry(DENSE, 0.0, "raw"), *smaller]
@@ -93,9 +93,9 @@ def chains(
     methods: spellings of recipes ("fold", "mix+data", "l1+grail"), or {label: {"method": name, options of a recipe}}
     ratios: fractions of channels to remove (masks: of weights), 0 <= r < 1
     stages: names of TAILS, or chains behind a compression ("repair > tune_norms(lr=0.01)")
-    round_to, parts: of recipes that do not say others; masks know neither
+    round_to, parts: for recipes that do not set their own; masks take neither
 
-    Raises UserError for what is in no table, and for what contradicts itself.
+    Raises UserError for names that are in no table and for options that contradict each other.
     """
     for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
         if isinstance(values, str | float | int):
@@ -114,7 +114,7 @@ def chains(
 
 
 class Once:
-    """Warnings that are said once. who: whom they name."""
+    """Warnings that are given once each. who: the speaker that begins each of them."""
 
     def __init__(self, who: str = "compression") -> None:
         self.who, self._said = who, set[str]()
@@ -126,7 +126,7 @@ class Once:
 
     @contextmanager
     def instead(self, text: str) -> Iterator[None]:
-        """An exception becomes a warning."""
+        """Inside, an exception becomes a warning that begins with `text`."""
         try:
             yield
         except Exception as error:
@@ -136,7 +136,7 @@ class Once:
 class Inputs(NamedTuple):
     """Data on the network's device.
 
-    example: what the network is called with, a batch of one. batches: what to evaluate on, by split.
+    example: the network's arguments, a batch of one. batches: to evaluate on, by split.
     training: labelled training samples without augmentation, for stages and calibration.
     """
 
@@ -147,13 +147,13 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Host:
-    """Where a measurement happens: what a callback and a script have in common.
+    """The surroundings of a measurement, which a callback and a script both fill in.
 
-    task: settled, see Task. inputs: gets the data; what goes wrong there costs rows.
+    task: settled, see Task. inputs: gets the data; an exception in it costs rows, not the run.
     splits: those that `inputs` will have. traces: of the architecture, kept from one network to the next.
-    forward: context of every forward pass (autocast). bar: options of tqdm, shown when given.
+    forward: context of every forward pass (autocast). bar: options of tqdm; None: no progress bar.
     total: adds up (rows, sums) over processes, called once; every process must measure alike.
-    done: told of every network that was measured.
+    done: called with every network that was measured.
     """
 
     task: Task
@@ -170,14 +170,14 @@ class Host:
 
 @dataclass
 class Found:
-    """What is known of an entry: values of its row, and this process's sums by split, if it was measured."""
+    """The result of an entry: values of its row, and this process's sums by split; totals are None where it failed."""
 
     values: dict[str, Any]
     totals: Mapping[str, Tensor | None] | None = None
 
 
 def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> None:
-    """Find the channel groups of this network now. UserError where there is nothing to compress; masks need none."""
+    """Find the channel groups of this network now; masks need none. UserError where there is nothing to compress."""
     for recipe in chains.recipes.values():
         if recipe.kind != "mask":
             groups = traces.of(net, example, recipe.scope.parts)
@@ -186,15 +186,15 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
 
 
 def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, Any]) -> list[Row]:
-    """The rows of this network, which stays as it is; what fails becomes failed rows.
+    """The rows of this network, which stays as it is; an entry that fails becomes a failed row.
 
     context: values of the other fields of Row.
     """
-    # What is measured is settled before anything can fail, so that all processes add up the same entries.
+    # The list of entries is settled before anything can fail, so that all processes add up the same entries.
     entries = chains.entries(live)
     found: dict[Entry, Found] = {}
     with or_fail(found, entries, "measurement", host.once):
-        given = host.inputs()  # first, for processes may have to agree on it
+        given = host.inputs()  # before anything can fail: processes may have to agree on it
         net = bare_copy(live).eval().to(host.device)
         supplies = Supplies(net, given.example, host.task, given.training, chains.seed, host.traces, host.forward)
         measure_dense(supplies, given, host, entries, found)
@@ -205,7 +205,7 @@ def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, A
 def measure_dense(
     supplies: Supplies, given: Inputs, host: Host, entries: Sequence[Entry], found: dict[Entry, Found]
 ) -> None:
-    """The row of the uncompressed network. The task looks at every batch of it: what it refuses fails all entries."""
+    """The row of the uncompressed network. The task checks every batch here; one that it refuses fails all entries."""
     values: dict[str, Any] = {"error": 0.0, "params": parameters(supplies.dense)}
     with or_fail(found, entries[:1], str(entries[0]), host.once, values):
         values["macs"] = macs(supplies.dense, supplies.example, supplies.traces.counted)
@@ -256,7 +256,7 @@ def measure_entry(
 
 
 def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Module], float | None]:
-    """What foretells the worth of smaller networks (see predict.py); None where nobody asked, or it cannot be."""
+    """A function that foretells a smaller network's fidelity (see predict.py), or gives None where it cannot."""
     if chains.predict:
         with once.instead("fidelity cannot be foretold"):
             return judge(supplies.dense, supplies.pictures("synthetic", None), supplies.task.answers)
@@ -264,14 +264,14 @@ def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Modu
 
 
 def numbers(state: State) -> dict[str, Any]:
-    """What a row says of a compression, whatever comes behind it."""
+    """The values of a row that a compression decides, whatever stages come behind it."""
     report = state.report
     assert report is not None
     return {"error": report.error, "params": report.params_after, "macs": report.macs_after, "seconds": state.seconds}
 
 
 def clocked(states: Iterator[State]) -> Iterator[State]:
-    """The same states, each with the seconds that it took to make."""
+    """The same states, each with the seconds that it took to make it."""
     start = time.perf_counter()
     for state in states:
         yield State(state.model, state.report, state.before, time.perf_counter() - start)
@@ -279,7 +279,7 @@ def clocked(states: Iterator[State]) -> Iterator[State]:
 
 
 def evaluated(model: nn.Module, given: Inputs, host: Host, values: Mapping[str, Any], check: bool = False) -> Found:
-    """check: let the task look at every batch, see `evaluate`."""
+    """Evaluate the model on every split. check: let the task check every batch, see `evaluate`."""
     start = time.perf_counter()
     with host.forward():
         check_finite(named_tensors(model))
@@ -295,7 +295,7 @@ def or_fail(
     once: Once,
     values: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
-    """An exception makes those of these entries fail that are not measured yet."""
+    """Inside, an exception fails those of these entries that are not measured yet, and becomes a warning."""
     try:
         yield
     except Exception as error:
@@ -305,7 +305,7 @@ def or_fail(
 
 
 def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Entry, dict[str, str]]:
-    """What every entry is about, in the typed columns of its row."""
+    """{entry: the typed columns of its row that say what it is about: kind, chain, calibration, ...}"""
     before = [str(step) for step in history(live)]
     found = {}
     for entry in entries:
@@ -326,7 +326,7 @@ def as_rows(
     facts: Mapping[Entry, Mapping[str, str]],
     context: Mapping[str, Any],
 ) -> list[Row]:
-    """Add up the shares of all processes, and make the rows, those of the first split first."""
+    """Add up the shares of all processes and make the rows, the first split first."""
     missing = torch.full((host.task.size,), math.nan, dtype=torch.float64)
     nothing = torch.zeros(host.task.size, dtype=torch.float64)
 
@@ -347,7 +347,7 @@ def as_rows(
 
 
 def as_row(task: Task, total: Tensor, values: Mapping[str, Any]) -> Row:
-    """The first sum is how many samples were seen; NaN: the entry failed on some process."""
+    """total: (task.size,); its first sum counts the samples, and NaN says that the entry failed on some process."""
     if total[0] > 0:
         return Row(**values, n=task.count(total), **task.values(total))
     reason = values.get("reason") or "failed on another process, or there was nothing to measure on"

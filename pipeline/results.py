@@ -25,32 +25,32 @@ from pipeline.tasks import METRICS, Metric
 
 DENSE = "dense"
 BATCH = 250  # files parsed at a time
-ROWS = "rows.parquet"  # of a cell, in its folder
-SPEED = "speed.parquet"  # beside it: size and speed of its networks
+ROWS = "rows.parquet"  # a cell's rows, in its folder
+SPEED = "speed.parquet"  # beside the rows: size and speed of the cell's networks
 
 
 @dataclass(frozen=True)
 class Row:
     """One measurement of one compressed (or, for method "dense", uncompressed) network.
 
-    cell: the run it belongs to; seed: of the run; epoch: finished epochs; step: optimizer steps by then
+    cell: the run that it belongs to; seed: of the run; epoch: finished epochs; step: optimizer steps by then
     method: as named by the user; ratio: fraction of channels removed (of weights, by masks), 0 <= r < 1
-    stage: what came behind the compression, as named by the user: raw (nothing), repaired (BatchNorm statistics follow
-        on unlabelled training samples), norm_tuned (then norm parameters trained with labels), ...
+    stage: what came behind the compression, as named by the user: raw (nothing), repaired (BatchNorm statistics
+        re-estimated on unlabelled training samples), norm_tuned (then norm parameters trained with labels), ...
     split, n: which samples the metrics were measured on, and how many
-    acc: accuracy, loss: mean loss in nats, miou, exact: the metrics of `pipeline.tasks.METRICS`; those of the task
+    acc: accuracy, loss: mean loss in nats, miou, exact: see `pipeline.tasks.METRICS`; None where the task has others
     error: mean relative parameter error of the channel groups or masked weights
-    params: parameters that are left; macs: multiply-accumulates per sample, of masked networks as though none were
-        zero; seconds: to compress, repair and evaluate
-    fidelity: foretold on synthetic pictures, as compressed: how alike it answers as the dense network, 0 ... 1 (see
-        compression.predict); None: not asked for
+    params: parameters that are left; macs: multiply-accumulates per sample, where a masked weight counts as any other;
+        seconds: to compress, repair and evaluate
+    fidelity: foretold on synthetic pictures, before later stages: how alike the compressed and the dense network
+        answer, 0 ... 1 (see compression.calibrate.predict); None: not asked for
     status: ok or failed; reason: why it failed; version: of this code
     task, metric: what was measured, and which of the metrics is the headline
     kind: what became of channels: fold, prune, mix, mask, auto; dense: nothing
-    calibration: none, synthetic or data: what the recipe looked at; sizes: uniform, or the budget; scope: the parts or
-        units that were compressed
+    calibration: none, synthetic or data: the samples that the recipe looked at; sizes: uniform, or the budget; scope:
+        the parts or units that were compressed
     statistics: what BatchNorm statistics were re-estimated on: none, weights, synthetic or data
-    chain: all that the network went through, spelled out (see pipeline.stages.chain)
+    chain: every stage that the network went through, spelled out (see pipeline.stages.chain)
     """
 
     cell: str
@@ -109,11 +109,11 @@ class RowStore:
         self.rows = read(self.path) if self.path is not None and self.path.exists() else table([])
 
     def truncate(self, epoch: int) -> None:
-        """Forget rows of later epochs than `epoch`: a run that resumes there measures them again."""
+        """Forget rows of epochs later than `epoch`: a run that resumes there measures them again."""
         self.rows = self.rows.filter(pl.col("epoch") <= epoch)
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Append rows; one that is there already (same KEY) is replaced."""
+        """Append rows; a row with the same KEY is replaced."""
         self.rows = pl.concat([self.rows, table(rows)]).unique(KEY, keep="last", maintain_order=True)
 
     def write(self) -> None:
@@ -130,17 +130,17 @@ class RowStore:
 
 
 def read(*paths: str | Path) -> pl.DataFrame:
-    """All rows of these files as one table. A file that is absent or damaged raises."""
+    """All rows of these files as one table. Raises OSError for an absent file, PolarsError for a damaged one."""
     return with_facts(_parsed([Path(path).read_bytes() for path in paths], list(SCHEMA))) if paths else table([])
 
 
 def read_present(
     paths: Iterable[str | Path], columns: Sequence[str] = tuple(SCHEMA), warn: Callable[[str], None] = warnings.warn
 ) -> pl.DataFrame:
-    """These columns of the files there are; `warn` is told of every file that is damaged, and the others are read.
+    """These columns of the files that exist; `warn` is told of every damaged file, and the others are read.
 
-    Each file is read whole before it is parsed, so one that is replaced meanwhile is seen as it was or as it is. Files
-    are parsed by the hundred (their footers are what costs) on a thread of their own, while `paths` goes on.
+    Each file is read whole before it is parsed, so one that is replaced meanwhile gives its old or its new content. A
+    thread of its own parses BATCH files at a time, because their footers cost most, while `paths` goes on.
     """
     paths, futures = iter(paths), []
     with ThreadPoolExecutor(1) as parser:
@@ -157,7 +157,7 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except FileNotFoundError:  # nothing was measured yet
+    except FileNotFoundError:  # the cell has measured nothing yet
         return None
     except OSError as error:
         warn(f"{path} cannot be read ({first_line(error)})")
@@ -173,7 +173,7 @@ def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
 def _parsed_whole(
     blobs: dict[str | Path, bytes], columns: list[str], warn: Callable[[str], None]
 ) -> list[pl.DataFrame]:
-    """The files of `blobs` together; where that fails, one by one without those that are damaged."""
+    """The files of `blobs` parsed together; where that fails, one by one, without the damaged ones."""
     if not blobs:
         return []
     try:
@@ -186,9 +186,9 @@ def _parsed_whole(
 
 
 def read_speeds(paths: Iterable[str | Path], warn: Callable[[str], None] = warnings.warn) -> pl.DataFrame:
-    """The lines of these files that are there: cell, model, data, method, ratio, device, threads, and a Profile's.
+    """The lines of those files that exist: cell, model, data, method, ratio, device, threads, and fields of Profile.
 
-    `warn` is told of every file that is damaged.
+    `warn` is told of every damaged file.
     """
     tables = []
     for path in paths:
@@ -200,20 +200,20 @@ def read_speeds(paths: Iterable[str | Path], warn: Callable[[str], None] = warni
     return pl.concat(tables, how="diagonal_relaxed") if tables else pl.DataFrame()
 
 
-# What files said of rows before these columns were there.
+# Values for rows of older files, which lack these columns.
 BEFORE = {"task": "classification", "metric": "acc"}
 FACTS = ("kind", "calibration", "sizes", "scope", "statistics", *BEFORE)
 
 
 def read_joined(path: str | Path) -> pl.DataFrame:
-    """Rows with the settings of their cells, as `scripts.report --out` writes them, also of an older version."""
+    """Rows with the settings of their cells, as this or an older version of `scripts.report --out` wrote them."""
     rows = pl.read_parquet(path)
     missing = [pl.lit(None, dtype).alias(name) for name, dtype in SCHEMA.items() if name not in rows.columns]
     return with_facts(rows.with_columns(missing))
 
 
 def with_facts(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows, those of older files with the columns that these did not have, read once out of their labels."""
+    """The rows, where those of older files get the columns that these files lacked, read out of their labels."""
     keys, facts = ["method", "stage"], [name for name in FACTS if name in rows.columns]
     if not {"kind", *keys} <= set(rows.columns) or not rows["kind"].null_count():
         return rows
@@ -225,7 +225,7 @@ def with_facts(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def facts_of_label(label: str, stage: str) -> dict[str, str | None]:
-    """What a label of before says; one that is no spelling ("fold-writers") says its kind by how it begins."""
+    """FACTS of an older file's label; one that is no spelling ("fold-writers") tells its kind by how it begins."""
     if label == DENSE:
         return {**dict.fromkeys(FACTS), "kind": DENSE, **BEFORE}
     try:
@@ -238,7 +238,7 @@ def facts_of_label(label: str, stage: str) -> dict[str, str | None]:
 
 
 def headline(rows: pl.DataFrame) -> Metric:
-    """The metric that these rows are about. UserError where they are about several."""
+    """The headline metric of these rows. UserError where they have several."""
     found = rows["metric"].drop_nulls().unique().sort().to_list() if "metric" in rows.columns else []
     if len(found) > 1:
         raise UserError(f"these rows measure {' and '.join(found)}; show them apart, with --where")
@@ -246,12 +246,12 @@ def headline(rows: pl.DataFrame) -> Metric:
 
 
 def valued(rows: pl.DataFrame) -> pl.Expr:
-    """The headline of each row."""
+    """The value of the headline metric in each row."""
     return pl.col(headline(rows).name)
 
 
 def measured(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of compressed networks that have a value of their headline: what failed and what is NaN is left out."""
+    """The rows of compressed networks that have a value of their headline: failed rows and NaN are left out."""
     value = valued(rows)
     there = value.is_not_null() & value.is_not_nan()
     return rows.filter((pl.col("status") == "ok") & (pl.col("method") != DENSE) & there)
@@ -260,8 +260,8 @@ def measured(rows: pl.DataFrame) -> pl.DataFrame:
 def means(rows: pl.DataFrame) -> pl.DataFrame:
     """One line per (stage, method, ratio): value, the mean of the headline over what else differs, and n of it.
 
-    By stage, the first as in TAILS, then methods as they come in `rows`, then ratio. See `measured` for what is left
-    out.
+    Sorted by stage (those of TAILS first), then methods as they come in `rows`, then ratio. `measured` says which rows
+    are left out.
     """
     keys = ["stage", "method"]
     mean = (
@@ -276,8 +276,8 @@ def means(rows: pl.DataFrame) -> pl.DataFrame:
 def side(rows: pl.DataFrame) -> pl.Expr:
     """Which side of the folding gap a row is on: "fold", "prune", or null.
 
-    Null for what leaves another network at the same ratio or saw more: masks, auto, calibrated recipes, sizes under a
-    budget, statistics guessed from the weights, and another scope than that of the first row that compares.
+    Null for recipes that leave another network at the same ratio or saw more: masks, auto, calibrated recipes, sizes
+    under a budget, statistics guessed from the weights, and any scope but that of the first row that compares.
     """
     compares = (
         pl.col("kind").is_in(["fold", "mix", "prune"])
@@ -295,9 +295,9 @@ def side(rows: pl.DataFrame) -> pl.Expr:
 def foldability(dense: float, curve: Mapping[float, float], metric: Metric = METRICS["acc"]) -> float:
     """Area under the curve {ratio: value of the metric}, divided by its range of ratios.
 
-    The curve starts at ratio 0 with the dense value and runs to the largest ratio measured (trapezoids), so it is the
-    mean value of a network that is made smaller by anything up to that ratio. Of a metric that is compared on a log
-    axis it is the mean logarithm.
+    The curve starts at ratio 0 with the dense value and runs to the largest ratio measured (trapezoids), so the result
+    is the mean value of a network that is made smaller by anything up to that ratio. A metric that is compared on a log
+    axis gives the mean logarithm.
     """
     points = sorted({0.0: dense, **curve}.items())
     if metric.log:

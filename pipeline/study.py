@@ -22,12 +22,12 @@ TITLES = {
 }
 HEADLINE_STAGES = ("repaired", "raw", "norm_tuned", "tuned")  # the first of them that a cell has is its headline
 HEADLINE_RATIO = 0.5
-SURE = 0.02  # gaps of less are within the noise of some thousand pictures
+SURE = 0.02  # a smaller gap is within the noise of some thousand pictures
 PER_CELL = ["cell", "stage", "ratio"]
 
 
 def last_measurement(rows: pl.DataFrame) -> pl.DataFrame:
-    """Of each cell the rows of the test set if there are any, else those of validation, at the last epoch measured."""
+    """The rows of each cell's last measured epoch: those of the test set if there are any, else of validation."""
     epochs = [pl.col("epoch").filter(pl.col("split") == split).max().alias(split) for split in ("test", "val")]
     last = rows.group_by("cell").agg(epochs)
     last = last.select(
@@ -39,7 +39,7 @@ def last_measurement(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def curves(rows: pl.DataFrame) -> dict[tuple[str, str], pl.DataFrame]:
-    """(stage, method) -> its lines of `means`, by stage, then in the order of the rows."""
+    """{(stage, method): its lines of `means`}, by stage, then in the order of the rows."""
     return means(rows).partition_by("stage", "method", as_dict=True, maintain_order=True)
 
 
@@ -56,10 +56,9 @@ def dense_value(rows: pl.DataFrame) -> float | None:
 
 
 def duels(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per cell, stage and ratio: fold and prune, the best value of each side, and gap, by how much fold leads.
+    """One line per cell, stage and ratio: fold and prune, the best headline of each side, and gap, fold's lead.
 
-    Values are those of the headline; null where there is none of a side (see results.side). Give it the last
-    measurement.
+    A side without rows is null (see results.side). Pass the rows of `last_measurement`.
     """
     return _duels(rows, valued(rows))
 
@@ -77,7 +76,7 @@ def _duels(rows: pl.DataFrame, value: pl.Expr, higher_is_better: bool | None = N
 
 
 def gaps(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per stage and ratio: n cells that have both kinds, the mean gap over them, its margin, and wins.
+    """One line per stage and ratio: n cells that have both sides, the mean gap over them, its margin, and wins.
 
     gap: by how much the best folding leads the best pruning; margin: half of its 95% interval (Student's t over cells),
     null when n < 3; wins: fraction of the cells in which folding is strictly better
@@ -95,11 +94,12 @@ def half_interval(std: float, n: int) -> float:
 
 
 class Foretold(NamedTuple):
-    """How well `fidelity`, which sees no data, ranks raw results: Spearman's correlations, and over how many of them.
+    """How well `fidelity`, which sees no data, ranks raw results: Spearman's correlations, and how many went in.
 
-    value: of fidelity with the headline, over all networks, methods and ratios; gap: of the best folding's fidelity
-    less the best pruning's with the gap of their headlines, over networks and ratios
-    sign: in what fraction of the gaps of more than SURE points either way it names the winner
+    value: correlation of fidelity with the headline, over the n raw rows (networks, methods and ratios)
+    gap: correlation of the gap in fidelity (best folding less best pruning) with the gap in the headline, over `gaps`
+        pairs of network and ratio
+    sign: fraction, of the `sure` gaps larger than SURE either way, in which fidelity names the winner
     """
 
     value: float
@@ -111,7 +111,7 @@ class Foretold(NamedTuple):
 
 
 def foretold(rows: pl.DataFrame) -> Foretold | None:
-    """Of the last measurement; None where fewer than three results have a fidelity."""
+    """Foretold over the rows of `last_measurement`; None where fewer than three results have a fidelity."""
     known = pl.col("fidelity").is_not_null() & pl.col("fidelity").is_not_nan()
     found = measured(rows).filter(known & (pl.col("stage") == "raw"))
     if len(found) < 3:
@@ -135,14 +135,15 @@ def foretold(rows: pl.DataFrame) -> Foretold | None:
 
 
 def headlines(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per cell: split and epoch of its last measurement, dense value, and a duel: stage, ratio, fold, ...
+    """One line per cell: split and epoch of its last measurement, dense value, and one line of `duels`.
 
-    The duel is that of the repaired stage (else raw) at the ratio that was measured nearest 0.5. Null where unknown.
+    The duel is that of the first of HEADLINE_STAGES that the cell has, at its ratio nearest to HEADLINE_RATIO. Null
+    where unknown.
     """
     last = last_measurement(rows)
     ranks = {stage: i for i, stage in enumerate(HEADLINE_STAGES)}
     rank = pl.col("stage").replace_strict(ranks, default=len(ranks), return_dtype=pl.Int64)
-    # rounded: 0.4 and 0.6 are equally near, whatever their last bits
+    # Rounded, so that 0.4 and 0.6 are equally near, whatever their last bits.
     nearness = (pl.col("ratio") - HEADLINE_RATIO).abs().round(9)
     duel = duels(last).sort(rank, nearness, "ratio").unique("cell", keep="first", maintain_order=True)
     dense = dense_rows(last).group_by("cell").agg(dense=valued(rows).mean())
@@ -151,7 +152,7 @@ def headlines(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
-    """ratio -> fraction of the parameters that stay, mean over what was measured."""
+    """{ratio: fraction of the parameters that stay, mean over the measured rows}"""
     dense = rows.filter(pl.col("method") == DENSE).group_by("cell").agg(dense=pl.col("params").max())
     kept = measured(rows).join(dense, on="cell").with_columns(kept=pl.col("params") / pl.col("dense"))
     kept = kept.group_by("ratio").agg(pl.col("kept").drop_nans().mean())
@@ -161,7 +162,7 @@ def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
 def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
     """Methods x ratios, mean headline, the best method of each stage and ratio in bold; failed ones are marked.
 
-    duel: below each stage, the gap of folding to pruning over the cells (`gaps`), in points
+    duel: add below each stage the gap of folding to pruning over the cells (`gaps`), in points
     """
     metric = headline(rows)
     ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
@@ -190,7 +191,7 @@ def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
 
 
 def _values(lines: dict[str, pl.DataFrame], ratios: list[float], cells: int, metric: Metric) -> dict[str, list[str]]:
-    """Label -> its values as text; a method that fewer than all cells have says of how many the mean is."""
+    """{label: its values as text}; the label of a method that some cells lack says how many the mean is over."""
     by_ratio = {method: dict(line.select("ratio", "value").iter_rows()) for method, line in lines.items()}
     pick_best = max if metric.higher_is_better else min
     best = {r: pick_best((line[r] for line in by_ratio.values() if r in line), default=None) for r in ratios}
@@ -219,7 +220,7 @@ DUEL_LINES = {
 
 
 def terminal() -> Console:
-    """Where tables are printed. A pipe has no width of its own, and eleven columns do not fit into 80."""
+    """The console for tables. A pipe has no width of its own, and eleven columns do not fit into 80 characters."""
     return Console(highlight=False, width=None if Console().is_terminal else 120)
 
 
@@ -228,7 +229,7 @@ def print_table(rows: pl.DataFrame, title: str, duel: bool = False) -> None:
     console = terminal()
     console.print(
         title, style="bold", markup=False, soft_wrap=True
-    )  # of a table's own title, narrow tables make pieces
+    )  # not the table's own title, which a narrow table breaks into pieces
     console.print(result_table(rows, duel))
     failed = rows.filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
@@ -255,7 +256,7 @@ def speed_table(speeds: pl.DataFrame) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for runtime, size in columns:
         table.add_column(f"{runtime}, batch {size}", justify="right")
-    largest = next((c for c in sorted(columns, key=lambda c: -c[1]) if c[0] != "onnx"), None)  # which hides its memory
+    largest = next((c for c in sorted(columns, key=lambda c: -c[1]) if c[0] != "onnx"), None)  # onnx hides its memory
     if largest:
         table.add_column(f"memory, batch {largest[1]}", justify="right")
     by_network = lines.partition_by("ratio", "method", "params", as_dict=True, maintain_order=True)
@@ -286,7 +287,7 @@ def timed(line: dict[str, Any] | None) -> str:
 
 
 def print_speeds(speeds: pl.DataFrame) -> None:
-    """A table for every model and kind of device, and a line for each reason why something has no times."""
+    """A table for every model and kind of device, and a line for each reason why times are missing."""
     if speeds.is_empty():
         return
     console = terminal()
@@ -306,7 +307,7 @@ def print_speeds(speeds: pl.DataFrame) -> None:
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
     """The headline over the ratio, one colour per method; one panel per stage, sharing the axes.
 
-    Dotted: the uncompressed networks, of those that have rows of the stage (without BatchNorm nothing is repaired).
+    Dotted: the uncompressed networks of the cells that have rows of the stage (without BatchNorm nothing is repaired).
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 

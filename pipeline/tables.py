@@ -9,25 +9,25 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message is one line that names the thing, the value and the fix.
+    """An error that the user can fix: the message is one line that names the thing, the value and the fix.
 
     Scripts print it without a traceback; the compression callback stores it as the reason of a failed row.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: its type where it says nothing."""
+    """The first line of an error's message, or its type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, with its type where the text alone would not say what happened."""
+    """An error's message in one line, behind its type where the message alone would not say what happened."""
     text = first_line(error)
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def pick(kind: str, table: Mapping[str, T], name: str) -> T:
-    """The entry of `table` called `name`, or a UserError that lists the names there are."""
+    """The entry of `table` called `name`. UserError, with the known names, where there is none."""
     if name not in table:
         near = difflib.get_close_matches(str(name), table, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -36,7 +36,7 @@ def pick(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 def check_options(what: str, function: Callable[..., Any], options: Iterable[str], given: int = 0) -> None:
-    """UserError for the first option that the function does not take behind so many arguments given by position."""
+    """UserError for the first option that the function does not take. given: how many arguments go by position."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
@@ -47,9 +47,9 @@ def check_options(what: str, function: Callable[..., Any], options: Iterable[str
 
 
 def call(what: str, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """`function(*args, **options)`, refusing options that its signature does not have (the signature is the schema).
+    """`function(*args, **options)`; the signature is the schema, so an option that it does not have is a UserError.
 
-    Words where it wants numbers, and values that it refuses itself, become a UserError too.
+    Words in place of numbers, and values that the function itself refuses, become a UserError, too.
     """
     check_options(what, function, options, len(args))
     for p in inspect.signature(function).parameters.values():
@@ -64,7 +64,7 @@ def call(what: str, function: Callable[..., T], /, *args: Any, **options: Any) -
 
 
 def _is_number(annotation: Any) -> bool:
-    """Does an annotation admit numbers and no words?"""
+    """Does an annotation admit numbers and no text?"""
     if isinstance(annotation, str):
         return {part.strip() for part in annotation.split("|")} <= {"int", "float", "bool", "None", "Tensor"}
     kinds = get_args(annotation) or (annotation,)

@@ -1,4 +1,4 @@
-"""The LightningModule: any network and any task, with the loss of training and the metrics of the task."""
+"""The LightningModule: trains any network on any task, and logs the metrics of the task."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64  # 
 class Sums(Metric):
     """(size,) sums over all batches of an epoch and all processes, and the number that `read` makes of them.
 
-    Its own, because torchmetrics' MeanMetric either waits for the device, to look for NaN, or forgets the weights.
+    torchmetrics' MeanMetric is not used, because it either waits for the device, to look for NaN, or forgets weights.
     """
 
     full_state_update = False
@@ -47,19 +47,19 @@ def metric_of(task: Task, metric: str, totals: Tensor) -> float:
 
 
 def mean(totals: Tensor) -> float:
-    """totals: (2,) of n samples and n times their mean"""
+    """The mean of n samples. totals: (2,), n and the sum over the samples"""
     return float(totals[1] / totals[0])
 
 
 class Training(LightningModule):
     """Trains `net` by the loss of a task. Logs {train,val,test}/{metric} for every metric of it.
 
-    train/loss is what is trained on, smoothed labels included, before penalties.
+    train/loss is the loss that is trained on, smoothed labels included, before penalties.
 
-    task: one whose metrics are known, such as Classification("multiclass"); labels may be mixed in training
-        alone, so nothing is settled on the first batch
+    task: one whose metrics are known, such as Classification("multiclass"). It is not settled on the first batch,
+        because labels may be mixed in training alone
     optim: {"name", "lr", options of the optimizer}; schedule: {"name", options}; see pipeline.optim.
-    label_smoothing: of the training loss alone
+    label_smoothing: for the training loss alone, 0 <= s <= 1
     l1, l2: add l1 * sum|w| + l2 / 2 * sum w^2 over all parameters to the training loss (not to the one that is logged);
         SGD's weight_decay is l2 outside of the loss, which SAM's ascent does not see
     sam: {"rho" (0: none), "adaptive", "bn_second_pass": "freeze" BatchNorm's running statistics in SAM's second pass
@@ -103,14 +103,14 @@ class Training(LightningModule):
         return Ascent(rho, adaptive) if rho else None
 
     def logged(self, split: str) -> list[str]:
-        """Metrics that are the task's own sums: in training not the loss, which is the one that is trained on."""
+        """Metrics that come from the task's sums: in training all but the loss, which is logged as it is trained on."""
         return [name for name in self.task.metrics if (split, name) != ("train", "loss")]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.net(*args, **kwargs)
 
     def on_fit_start(self) -> None:
-        """Refuse where SAM would be silently off or wrong."""
+        """UserError for strategies and precisions under which SAM would be silently off or wrong."""
         if self.ascent is None:
             return
         strategy = type(self.trainer.strategy)
@@ -124,7 +124,7 @@ class Training(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.ascent is None:
             return self.objective(batch)
-        # Both passes draw the same dropout: it is one loss, looked at in two places.
+        # Both passes draw the same dropout, because SAM compares one loss at two points.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             loss = self.objective(batch)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -170,7 +170,7 @@ class Training(LightningModule):
 
     @torch.no_grad()
     def measure(self, output: Any, batch: Any, split: str, loss: Tensor | None = None) -> None:
-        """Add a batch to what the epoch logs. loss: () of training, to log beside it"""
+        """Add a batch to the sums that the epoch logs. loss: () the training loss, logged beside them"""
         totals = self.task.totals(output, batch)
         if loss is not None:
             self.train_loss.update(torch.stack([totals[0], totals[0] * loss]))

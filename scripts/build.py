@@ -1,4 +1,4 @@
-"""From a resolved config to the objects that it names. Config objects stop here: parts get plain arguments."""
+"""Builds the objects that a resolved config names. Config objects stop here: parts get plain arguments."""
 
 import hashlib
 import json
@@ -51,18 +51,18 @@ def resolved(config: DictConfig) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuse what the parts would find out too late, or would not say in one line."""
+    """UserError for values that the parts would refuse too late, or not in one line."""
     values = flat(config)
     for key, least in {"seed": 0, "trainer.max_epochs": 1, "trainer.accumulate_grad_batches": 1}.items():
         value = values.get(key, least)
         if not isinstance(value, int) or value < least:
             raise UserError(f"{key} {value} must be a whole number of at least {least}")
     if not re.fullmatch(r"[\w.-]+", str(config["name"])):
-        raise UserError(f"name {config['name']!r} names folders; use letters, digits, '.', '_' and '-'")
+        raise UserError(f"name {config['name']!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
     pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
 
 
-# Where and how a cell runs and what it shows: no part of what it is.
+# Settings that say where a cell runs and what it shows. They do not change its results, so its name leaves them out.
 WHERE = (
     "paths wandb device named data.root data.workers data.download data.cache trainer.accelerator "
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
@@ -70,17 +70,17 @@ WHERE = (
 
 
 def cell_of(config: Config) -> str:
-    """Name of the run: a hash of what is run, not of where its files lie and its logs go."""
+    """Name of the run, with a hash of every setting that changes its results: those of WHERE do not."""
     what = {key: value for key, value in flat(config).items() if not under(key, WHERE)}
     source = DATASETS.get(config["data"]["name"])
     if source and source.root_names_data:
         what["data.root"] = Path(config["data"]["root"]).name
     if config["checkpoint"] is not None:
         what["checkpoint"] = file_hash(config["checkpoint"])
-    if config.get("shrink", {}).get("method") is None:  # what is off is no part of a cell
+    if config.get("shrink", {}).get("method") is None:  # settings of a part that is off change nothing
         what = {key: value for key, value in what.items() if not under(key, ["shrink"])}
     architecture = Path(str(config["model"].get("architecture", "")))
-    if architecture.name and architecture.is_dir():  # of Hugging Face, wherever it lies
+    if architecture.name and architecture.is_dir():  # a folder of Hugging Face is the same wherever it lies
         what["model.architecture"] = architecture.name
     # 1 and 1.0 are the same learning rate
     what = {key: float(value) if isinstance(value, int) else value for key, value in what.items()}
@@ -89,7 +89,7 @@ def cell_of(config: Config) -> str:
 
 
 def file_hash(path: str) -> str:
-    """Of what is in the file, or in the weights of a folder: a checkpoint is what it holds, wherever it lies."""
+    """SHA-256 of a checkpoint's content: of the file, or of the weight files of a folder, wherever they lie."""
     try:
         digests = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
     except OSError as error:
@@ -97,7 +97,7 @@ def file_hash(path: str) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-@lru_cache(16)  # a cell asks several times, and a large file takes a second
+@lru_cache(16)  # one cell needs it several times, and hashing a large file takes a second
 def _digest(file: Path, size: int, changed: int) -> str:
     return source_of(file)["sha256"]
 
@@ -116,10 +116,10 @@ def build_data(config: Config) -> PictureData:
 
 
 def data_options(config: Config) -> Config:
-    """Arguments of `load_data`: pictures are made ready as the library of the model says where data. leaves it open.
+    """Arguments of `load_data`. Settings that data. leaves open come from the model's library (timm, ...).
 
-    Not where data.preprocessing names another model for that. Sizes and crops only of a set that is cropped: of others
-    the pictures have one size, which is then that of the network.
+    data.preprocessing names another model, and then its library decides. Size and crop are set only for data that is
+    cropped: other pictures have one size, which is then the network's.
     """
     options = {**config["data"], "seed": config["seed"]}
     known = None if options.get("preprocessing") else input_config(**config["model"])
@@ -132,7 +132,7 @@ def data_options(config: Config) -> Config:
 
 
 def load_data(usual: list[list[float]] | None, **options: Any) -> PictureData:
-    """usual: mean and std of the channels to normalise by unless options say others; None: those of the set."""
+    """The data, ready to use. usual: mean and std to normalise by unless options set others; None: those of the set."""
     data = call("data", PictureData, **options)
     if usual is not None:
         data.source = normalised_by(data.source, *usual)
@@ -142,7 +142,7 @@ def load_data(usual: list[list[float]] | None, **options: Any) -> PictureData:
 
 
 def normalised_by(source: DataSource, mean: list[float], std: list[float]) -> DataSource:
-    """The same pictures with these as what is usual for them, if they have as many channels."""
+    """The same source, whose pictures are normalised by this mean and std if they have as many channels."""
 
     @wraps(source.load)
     def load(**options: Any) -> PictureSet:
@@ -153,20 +153,20 @@ def normalised_by(source: DataSource, mean: list[float], std: list[float]) -> Da
 
 
 def without_weights(model: Config) -> Config:
-    """The same architecture for weights from elsewhere: nothing is downloaded, and no head is made of words."""
+    """The same architecture for weights of a file: nothing is downloaded, and no head is made of class names."""
     linear = {"head": "linear"} if model.get("head") == "zero_shot" else {}
     return {**model, **({"pretrained": None} if "pretrained" in model else {}), **linear}
 
 
 def architecture_of(config: Config, data: PictureData) -> Config:
-    """What `pipeline.compressed.load` builds a network of this config from."""
+    """The architecture from which `pipeline.compressed.load` builds a network of this config."""
     return {**without_weights(config["model"]), "classes": data.num_classes, "channels": data.channels}
 
 
 def build_net(config: Config, data: PictureData, tell: bool = False) -> nn.Module:
     """The network, with the weights of the checkpoint where one is given: a compressed one is as small as its file.
 
-    tell: say what of the file is not in it.
+    tell: print which tensors of the file are left out.
     """
     path = config["checkpoint"]
     model = config["model"] if path is None else without_weights(config["model"])
@@ -198,7 +198,7 @@ def build_task(config: Config, data: PictureData) -> Training:
         restarts=restarts,
         **loss,
     )
-    build_optimizer(net.parameters(), **task.optim)  # once to see whether it can be made, before anything is started
+    build_optimizer(net.parameters(), **task.optim)  # a trial, so that wrong options are refused before training starts
     return task
 
 
@@ -217,7 +217,7 @@ def build_compression(config: Config, cell: str, folder: Path, data: PictureData
 
 
 def check_validation(config: Config, data: PictureData) -> None:
-    """Refuse to look, during training, at validation samples that there are none of."""
+    """UserError where training would measure on validation samples and there are none."""
     if len(data.val_data) or not (config["compression"]["every_n_epochs"] or config["shrink"]["method"]):
         return
     raise UserError(
@@ -227,7 +227,7 @@ def check_validation(config: Config, data: PictureData) -> None:
 
 
 def shrink_steps(config: Config) -> dict[int, float]:
-    """The ratio after each step of making the network itself smaller, by the epochs before it."""
+    """{epochs before a step of `shrink`: ratio after it}; {} where shrink is off"""
     options = config["shrink"]
     if options["method"] is None:
         return {}
@@ -252,7 +252,7 @@ def build_shrink(config: Config, folder: Path, data: PictureData) -> list[Callba
 
 
 def row_context(config: Config, cell: str) -> dict[str, Any]:
-    """The fields of a Row that the config says."""
+    """The fields of a Row that the config decides."""
     model = config["model"]
     name = model.get("architecture", model["name"])
     name = Path(name).name if Path(name).is_dir() else name
@@ -267,7 +267,7 @@ def build_trainer(
     shrink: Sequence[Callback] = (),
     quiet: bool = False,
 ) -> Trainer:
-    """quiet: no progress bars, which many cells at once would write over each other's."""
+    """The Trainer of a run. quiet: no progress bars, because those of many cells would overwrite each other."""
     options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
     taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(options)
     if taken:
@@ -284,7 +284,7 @@ def build_trainer(
         callbacks.append(CompressionProgressBar(list(compression.chains.recipes), middle))
     wandb = config["wandb"]
     loggers = [
-        CSVLogger(folder, name="metrics"),  # version_0, and one more for each time that it was resumed
+        CSVLogger(folder, name="metrics"),  # a folder version_<n> for every start, resumed ones too
         wandb_logger(folder, wandb["project"], cell, config, wandb["mode"], group=config["name"]),
     ]
     try:

@@ -1,4 +1,4 @@
-"""One cell, whoever runs it: skipped when done, held while it runs, recorded however it ends."""
+"""Runs one cell: skips it when it is done, holds it while it runs, and records how it ends."""
 
 import os
 import sys
@@ -24,12 +24,12 @@ from pipeline.tables import UserError, one_line
 from scripts.build import Config, cell_of, check, resolved
 from scripts.sweep import write_job
 
-# Builds, from the config and the cell's folder, everything that a config can get wrong; returns what is left to do.
+# (config, the cell's folder, sweeping) -> the work to do. Building everything first refuses a wrong config early.
 Begin = Callable[[Config, Path, bool], Callable[[], Any]]
 
 
 def launch(config: DictConfig, run: Callable[..., Any]) -> None:
-    """`run(config, sweeping)` as Hydra's job: of a sweep, where a failure stops nobody, or alone."""
+    """`run(config, sweeping)` as Hydra's job: alone, or one of a sweep, where a failure does not stop the others."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return in_sweep(config, run)
     try:
@@ -39,7 +39,7 @@ def launch(config: DictConfig, run: Callable[..., Any]) -> None:
 
 
 def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
-    """A cell that fails must not stop the others: its record and the sweep's job file say why."""
+    """Run a cell of a sweep. A cell that fails does not stop the others: its record and its job file say why."""
     os.chdir(HydraConfig.get().runtime.cwd)  # workers of a cluster start elsewhere
     try:
         plain = resolved(config)
@@ -47,15 +47,15 @@ def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
         write_job(folder.name, skipped=is_done(read_record(folder)))
         run(plain, sweeping=True)
     except Busy:
-        pass  # of another sweep, which sees to it
+        pass  # another sweep runs this cell and will record it
     except Exception as error:
         write_job("", reason=one_line(error))
 
 
 def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = False) -> Path:
-    """Do what the config says unless it is done, and show it; returns the cell's folder.
+    """Run the cell of this config unless it is done, and show the result; returns the cell's folder.
 
-    files: what the cell's folder holds beside rows, curves and config
+    files: names of the files that the cell's folder holds beside rows, curves and config, for the last line shown
     sweeping: one cell of many: shows nothing, and a failure is recorded even if nothing was started
     """
     check(config)
@@ -70,7 +70,7 @@ def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = Fal
     first = rank_zero_only.rank == 0
     try:
         work = begin(config, folder, sweeping)
-        # Whatever the config can get wrong has been refused by now.
+        # From here on the config is known to be right, so the cell may be recorded as running.
         with held(folder) if first else nullcontext():
             write_record(folder, config, "running", seconds=time.perf_counter() - start)
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -97,7 +97,7 @@ def is_done(record: Mapping[str, Any] | None) -> bool:
 
 
 def show(folder: Path, files: str) -> None:
-    """The last measurement on the terminal and as a picture, and where everything is. files: what else is there."""
+    """Show the last measurement on the terminal and as a picture, and where the files are. files: as for `run_cell`."""
     rows = last_measurement(read(folder / ROWS))
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
     samples, dense, metric = f"{n:,} {split} samples", dense_value(rows), headline(rows)
@@ -109,7 +109,7 @@ def show(folder: Path, files: str) -> None:
     what = f"\nDense {metric.title}" if tuned is None else f"Its {metric.title}"
     finely = replace(metric, digits=metric.digits + 1)
     print(f"{what} {'could not be measured' if dense is None else finely.text(dense)} on {samples}.")
-    when = f", epoch {epoch}" if epoch else ""  # of a checkpoint from elsewhere it is unknown
+    when = f", epoch {epoch}" if epoch else ""  # 0: a checkpoint whose epoch is unknown
     print_table(rows, f"{metric.heading} that compression leaves, {split} samples{when}")
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {samples}")
     print_speeds(read_speeds([folder / SPEED]))

@@ -77,18 +77,18 @@ def main(config: DictConfig) -> None:
 
 
 def completed(config: DictConfig) -> DictConfig:
-    """A folder of Hugging Face is both: weights and what architecture they are of."""
+    """The config, where a checkpoint folder of Hugging Face is also the architecture if none is set."""
     if OmegaConf.is_missing(config.model, "architecture") and config.checkpoint is not None:
         config.model.architecture = config.checkpoint
     return config
 
 
 def run(config: Config, sweeping: bool = False) -> Path:
-    """Compress and measure one checkpoint as the config says; returns the folder with everything that came of it."""
+    """Compress and measure one checkpoint as the config says; returns the folder of its results."""
     quiet()
     checkpoint = config["checkpoint"]
     if checkpoint is not None:
-        # What is known of its training: columns of the report.
+        # Settings that it was trained with; they become columns of the report.
         named = settings_of_run(checkpoint) | settings_in(checkpoint)
         config = {**config, "named": named, "model": without_weights(config["model"])}
     elif not config["model"].get("pretrained"):
@@ -100,14 +100,14 @@ def run(config: Config, sweeping: bool = False) -> Path:
 
 
 def settings_of_run(checkpoint: str) -> Config:
-    """How the training run trained, in whose folder a checkpoint lies: its optimizer, augmentation, seed, ..."""
+    """Settings (optimizer, augmentation, seed, ...) of the training run in whose folder the checkpoint lies."""
     try:
         record = read_record(Path(checkpoint).parent)
     except UserError as error:
         warnings.warn(f"how {checkpoint} was trained is not known: {error}", RuntimeWarning, stacklevel=2)
         return {}
     told = record["config"] if record else {}
-    if (told.get("shrink") or {}).get("method") is None:  # what is off says nothing
+    if (told.get("shrink") or {}).get("method") is None:  # settings of a part that is off change nothing
         told = without(told, "shrink")
     if told.get("checkpoint"):
         told = {**told, "checkpoint": Path(told["checkpoint"]).name}
@@ -115,7 +115,7 @@ def settings_of_run(checkpoint: str) -> Config:
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
-    """Load everything; returns the measurement. What cannot be loaded, of many, becomes a failed row."""
+    """Load everything; returns the measurement. In a sweep, a checkpoint that cannot be loaded becomes a failed row."""
     context = row_context(config, folder.name) | {"epoch": 0, "step": 0, "split": "test", "version": code_version()}
     try:
         return ready(config, folder, sweeping, context)
@@ -139,7 +139,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     task = settle(net, Classification(), next(iter(data.test_dataloader())))
     keep = wanted(config["compression"]["save"], tree.entries(net), sweeping)
     if exports and not keep:
-        raise UserError("export= writes the networks that are kept, and none are; add save=true")
+        raise UserError("export= writes the networks that are kept, and none are kept; add save=true")
     if not sweeping:
         print(told(pictures_of(data), len(data.test_data)), flush=True)
     example = data.example.to(device)
@@ -192,7 +192,7 @@ class Moved:
 
 
 class Speeds:
-    """Size and speed of one network of each size: what methods leave at one ratio has the same shapes."""
+    """Size and speed of one network of each size: different methods at one ratio often leave the same shapes."""
 
     def __init__(self, dense: nn.Module, options: Config, example: Tensor, context: Config) -> None:
         self.dense, self.options, self.example, self.lines = dense, options, example, []
@@ -215,7 +215,7 @@ class Speeds:
 def timing_options(
     runtimes: Sequence[str] | None, batch_sizes: Sequence[int], seconds: float, sweeping: bool
 ) -> dict[str, Any]:
-    """Arguments of `profile`, checked before anything starts. runtimes: None: eager, in a sweep none."""
+    """Arguments of `profile`, checked before anything starts. runtimes: None: eager, and in a sweep none."""
     if runtimes is None:
         runtimes = [] if sweeping else ["eager"]
     for name, values in {"runtimes": runtimes, "batch_sizes": batch_sizes}.items():
@@ -240,9 +240,9 @@ def exporters(names: Sequence[str]) -> list[tuple[str, Callable[..., float]]]:
 
 
 def wanted(save: bool | None, plan: Sequence[Entry], sweeping: bool) -> set[Entry]:
-    """Which networks are kept: all, none, or for None of a single checkpoint the first method's in their last stage.
+    """The networks to keep. save: True: all; False: none; None: the first method's in the last stage, in a sweep none.
 
-    Not the best of the table: the test pictures choose nothing.
+    The best network of the table is not chosen, because that would let the test pictures choose.
     """
     smaller = [entry for entry in plan if entry.method != DENSE]
     if save is None:
@@ -252,7 +252,7 @@ def wanted(save: bool | None, plan: Sequence[Entry], sweeping: bool) -> set[Entr
 
 
 def chosen_device(name: str) -> torch.device:
-    """auto: a GPU where there is one. Workers of joblib, which are numbered and see all GPUs, take them in turn."""
+    """The device. auto: a GPU where there is one; joblib's workers, which are numbered and see all GPUs, take turns."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -265,19 +265,19 @@ def chosen_device(name: str) -> torch.device:
 
 
 def source(config: Config) -> dict[str, str]:
-    """What a compressed file says of where it comes from."""
+    """Name and hash of the checkpoint, which a compressed file names as its source."""
     path = config["checkpoint"]
     return {} if path is None else {"file": Path(path).name, "sha256": file_hash(path)}
 
 
 def pictures_of(data: PictureData) -> dict[str, Any]:
-    """What to know to use a network elsewhere: how pictures are made ready, and what its outputs mean."""
+    """How pictures are made ready and what the outputs mean, for use of the network elsewhere."""
     test = data.test_data
     return {"size": data.size, "mean": list(test.mean), "std": list(test.std), "classes": list(data.classes)}
 
 
 def told(pictures: Config, count: int) -> str:
-    """How pictures are made ready: a network that was trained on others is just less accurate, and nothing says why."""
+    """A line that says how pictures are made ready: wrong preparation only lowers the accuracy, without any error."""
     mean, std = (", ".join(f"{value:.3g}" for value in pictures[key]) for key in ("mean", "std"))
     classes, size = len(pictures["classes"]), pictures["size"]
     return (
@@ -299,15 +299,15 @@ def data_of(options: str) -> PictureData:
 
 @lru_cache(1)
 def chains_of(what: str) -> tuple[Chains, Traces]:
-    """With what is traced, once for all checkpoints of one architecture."""
+    """The chains and their traces, once for all checkpoints of one architecture."""
     config = json.loads(what)
     options = without(config["compression"], "save", "repair_size", "every_n_epochs")
     return call("compression", chains, **options, seed=config["seed"]), Traces()
 
 
 def expanded(arguments: list[str]) -> list[str]:
-    """The command line as Hydra takes it: `checkpoints=PATTERN` as the sweep over all that the pattern finds, file
-    names quoted, short names in full."""
+    """The command line for Hydra: `checkpoints=PATTERN` becomes a sweep over the files that the pattern finds, file
+    names are quoted, and short names become full ones."""
     found: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -324,12 +324,12 @@ def expanded(arguments: list[str]) -> list[str]:
 
 
 def is_checkpoint(path: str) -> bool:
-    """A file, whatever is in it, or a folder with weights."""
+    """Is it a file, of any content, or a folder with weights?"""
     return os.path.isfile(path) or any(os.path.isfile(os.path.join(path, name)) for name in IN_FOLDER)
 
 
 def quoted(path: str) -> str:
-    """Names such as "lr=0.1,wd=0.pt" mean something else to Hydra."""
+    """The path in quotes: Hydra would else read a name such as "lr=0.1,wd=0.pt" as settings."""
     return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -340,7 +340,7 @@ def start(arguments: list[str]) -> Any:
 
 
 if __name__ == "__main__":
-    # By its own name, so that a cluster's workers can import what they are told to run.
+    # Imported by its module's name, so that a cluster's workers can import the function, too.
     from scripts.compress import start
 
     start(sys.argv[1:])

@@ -37,14 +37,14 @@ from pipeline.study import (
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import METRICS, Metric
 
-# What the tables are made of: reading the other columns takes as long again.
+# Columns that the tables need. Reading the other columns, too, would take twice as long.
 COLUMNS = [
     *"cell epoch method ratio stage split status reason params fidelity kind calibration".split(),
     *"sizes scope statistics metric".split(),
     *METRICS,
 ]
-RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell, beside its settings
-UNSHOWN = ("paths.", "wandb.")  # where files and logs go: no settings of what is run
+RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell's record; its other columns are settings
+UNSHOWN = ("paths.", "wandb.")  # settings that only say where files and logs go
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
     ".csv": pl.DataFrame.write_csv,
     ".parquet": pl.DataFrame.write_parquet,
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print the tables, write the files."""
+    """Print the tables and write the files."""
     if args.out is not None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
     sweep = load(args.runs, tuple(SCHEMA) if args.out else COLUMNS).where(args.where)
@@ -88,7 +88,7 @@ def report(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Sweep:
-    """cells: one line per cell, as of `pipeline.cells.settings`; rows: what they measured."""
+    """The cells of a sweep. cells: one line per cell, as `pipeline.cells.settings` gives; rows: their measurements."""
 
     cells: pl.DataFrame
     rows: pl.DataFrame
@@ -98,9 +98,9 @@ class Sweep:
         return [name for name in self.cells.columns if name not in RECORD_COLUMNS and not name.startswith(UNSHOWN)]
 
     def setting(self, name: str) -> str:
-        """The full name of a setting; its last parts are enough where they name one only ("lr", "optim").
+        """The full name of a setting; its last parts are enough where only one setting ends so ("lr", "optim").
 
-        Of checkpoints, what they were trained with ("named.") comes before what they were measured with.
+        A setting that a checkpoint was trained with ("named.") comes before one that it was measured with.
         """
         found = [full for full in self.settings if name == full] or [
             full
@@ -110,7 +110,7 @@ class Sweep:
         if len(found) > 1:
             found = [full for full in found if full.startswith("named.")] or found
         if len(found) > 1:
-            raise UserError(f"setting {name!r} could be any of: {', '.join(found)}")
+            raise UserError(f"setting {name!r} could be any of: {', '.join(found)}; give more of its name")
         return found[0] if found else pick("setting", {full: full for full in self.settings}, name)
 
     def where(self, conditions: Sequence[str]) -> "Sweep":
@@ -139,7 +139,7 @@ def load(runs: Path, columns: Sequence[str] = COLUMNS) -> Sweep:
     lines: list[dict[str, Any]] = []
 
     def files() -> Iterator[Path]:
-        # The record first: what reads as done has all its rows by then.
+        # The record is read before the rows: a cell whose record says "done" has all its rows by then.
         for folder in folders:
             if (found := line(folder)) is not None:
                 lines.append(found)
@@ -177,7 +177,7 @@ def shown(value: Any) -> str:
 
 
 def short(names: Sequence[str]) -> dict[str, str]:
-    """Full name -> its last parts, as few as tell it from the others; the name of a part is called like the part.
+    """{full name: its last parts, as few as tell it from the others}; a last part "name" is left out.
 
     optim.lr -> lr, optim.name -> optim, optim.schedule.name -> schedule
     """
@@ -188,7 +188,7 @@ def short(names: Sequence[str]) -> dict[str, str]:
 
 
 def print_cells(sweep: Sweep) -> None:
-    """One line per cell, then why cells failed, then how many are in which state."""
+    """Print one line per cell, then why cells failed, then how many cells are in each state."""
     differing = sweep.differing()
     lines = sweep.cells.join(headlines(sweep.rows), on="cell", how="left", maintain_order="left")
     state = pl.col("state").replace_strict({s: i for i, s in enumerate(STATES)}, default=len(STATES))
@@ -204,7 +204,7 @@ def print_cells(sweep: Sweep) -> None:
 
 
 def cells_table(lines: pl.DataFrame, differing: Sequence[str], metric: Metric) -> tuple[str, Table]:
-    """Title and table: what is the same for all cells (name, which pictures, stage, ratio) is in the title."""
+    """(title, table); values that all cells share (name, which pictures, stage, ratio) are in the title."""
     context = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}
     alike = [name for name in context if lines[name].drop_nulls().n_unique() == 1]
     prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # of <name>-<hash>
@@ -232,7 +232,7 @@ def cells_table(lines: pl.DataFrame, differing: Sequence[str], metric: Metric) -
 
 
 def split(cells: pl.DataFrame, by: Sequence[str]) -> list[tuple[str, pl.DataFrame]]:
-    """(label, cells) for every combination of the settings `by`; all cells without."""
+    """(label, cells) for every combination of the settings `by`; one pair with all cells where `by` is empty."""
     if not by:
         return [("", cells)]
     labels = short(by)
@@ -244,7 +244,7 @@ def split(cells: pl.DataFrame, by: Sequence[str]) -> list[tuple[str, pl.DataFram
 
 
 def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
-    """The mean table of these cells, if there is anything to show."""
+    """Print the mean table of these cells, or that there are no rows."""
     print()
     if rows.is_empty():
         return print(f"no cell {f'with {label} ' if label else ''}that is done has rows yet")
@@ -265,7 +265,7 @@ def picture(label: str, rows: pl.DataFrame, path: Path) -> None:
 
 
 def plot_path(path: Path, label: str) -> Path:
-    """curves.png, or of a split curves-optim=sgd.png"""
+    """curves.png, or for one group of --by, curves-optim=sgd.png"""
     return path.with_stem(path.stem + re.sub(r"[^\w.=+-]+", "_", f"-{label}")) if label else path
 
 
@@ -277,9 +277,9 @@ def means_title(label: str, rows: pl.DataFrame) -> str:
 
 
 def joined(sweep: Sweep) -> pl.DataFrame:
-    """All rows, each with its cell's record and settings; of two columns of one name the cell's is "cell.<name>".
+    """All rows, each with its cell's record and settings; a setting named like a field of Row becomes "cell.<name>".
 
-    Without the folders of this machine, so that the file can be passed on.
+    Folders of this machine are left out, so that the file can be passed on.
     """
     cells = sweep.cells.drop([name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root"))])
     if "checkpoint" in cells.columns:

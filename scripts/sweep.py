@@ -1,6 +1,6 @@
-"""What the process that launches a sweep shows: a live line, every cell that ends, the failed ones with their reason.
+"""Shows the progress of a sweep in the process that launches it: a live line, and every cell that ends or fails.
 
-It reads the files of the cells, so it is the same whoever runs them: this process, joblib, Ray or SLURM.
+It reads the files of the cells, so it works the same whether this process, joblib, Ray or SLURM runs them.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ SILENCE = 60.0  # seconds between two lines where no terminal can rewrite one
 
 
 def check_launcher(arguments: list[str]) -> None:
-    """Say how to get a launcher whose plugin is not installed, before Hydra looks for it."""
+    """Exit with the command that installs a missing launcher, before Hydra looks for its plugin."""
     for argument in arguments:
         name = argument.removeprefix("launcher=")
         plugin = LAUNCHERS.get(name)
@@ -55,14 +55,14 @@ class Progress(Callback):
         self._thread: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # launchers send it to their workers, where it has nothing to do
+        return {}  # launchers send the callback to their workers, where it has nothing to do
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.folder, self.runs = Path(config.hydra.sweep.dir).absolute(), Path(config.paths.runs).absolute()
         self.total, self.swept = grid(config)
         self.ended: dict[str, dict[str, Any]] = {}
         self._drawn, self._width = 0.0, 0
-        # joblib replaces workers that have grown, as those do that keep pictures in memory; nothing is lost
+        # joblib replaces workers whose memory has grown, as pictures in memory make it grow; nothing is lost by that.
         warnings.filterwarnings("ignore", ".*worker stopped while some jobs.*")
         print(f"{self.total} cells; their folders are in {self.runs}", flush=True)
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -73,7 +73,7 @@ class Progress(Callback):
         if self._thread is not None:
             self._thread.join()
         jobs = self._look()
-        # Not by cell: ten empty files are one cell, and ten files to look for.
+        # By job, not by cell: ten checkpoints with the same content are one cell, and the user has ten files to find.
         failed = [(job["cell"] or f"job {n}", job["reason"]) for n, job in jobs.items() if job["state"] == "failed"]
         self._say(f"{line(jobs, self.total)}.  python -m scripts.report {self.runs}")
         for cell, reason in failed:
@@ -94,7 +94,7 @@ class Progress(Callback):
                 self._drawn = time.monotonic()
 
     def _look(self) -> dict[str, dict[str, Any]]:
-        """Job number -> cell, state, reason, seconds, overrides; says it when one has ended."""
+        """{job number: cell, state, reason, seconds, overrides}; prints a line for every job that has ended."""
         jobs = dict(self.ended)
         for path in sorted(self.folder.glob(f"*/{JOB}"), key=lambda path: int(path.parent.name)):
             number = path.parent.name
@@ -117,7 +117,7 @@ class Progress(Callback):
         return jobs
 
     def _say(self, text: str) -> None:
-        """A line that stays, in place of the live one."""
+        """Print a line that stays, in place of the live one."""
         print(f"\r{text:<{self._width}}" if self._width else text, flush=True)
         self._width = 0
 

@@ -39,9 +39,9 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: Config, sweeping: bool = False) -> Path:
-    """Train and measure as the config says; returns the folder with everything that came of it.
+    """Train and measure as the config says; returns the folder of the results.
 
-    A cell that is done is shown and not run again; one that was cut off goes on from its last epoch.
+    A cell that is done is shown and not run again; a cell that was cut off goes on from its last epoch.
     """
     quiet()
     return run_cell(config, begin, f", metrics/ and {CHECKPOINT}", sweeping)
@@ -64,8 +64,8 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
                 counts = f"{len(data.train_data):,} pictures to train on, {len(data.val_data):,} to validate"
                 print(f"{folder.name}: {counts}" + (", going on from the last epoch" if checkpoint else ""))
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-            # From the file, which with EMA holds the averaged weights, also where there was no epoch left to train.
-            # Not by ckpt_path: Lightning's averaging would put the live weights back.
+            # The test is of the weights in the file, which with EMA are the averaged ones, also where no epoch was left
+            # to train. ckpt_path= cannot load them, because Lightning's averaging would put the live weights back.
             task.load_state_dict(load(folder / CHECKPOINT)["state_dict"])
             trainer.test(task, data, verbose=False)
         finally:
@@ -75,7 +75,7 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
 
 
 def resumable(checkpoint: Path) -> Path | None:
-    """The checkpoint if there is a whole one."""
+    """The checkpoint if it is whole; None where it is absent or damaged."""
     if not checkpoint.exists():
         return None
     try:
@@ -93,19 +93,19 @@ def load(checkpoint: Path) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Only what a user can act on."""
+    """Silence logs and warnings that a user cannot act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # not where in the code
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the place in the code
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*number of training batches.*log.*")
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
-    warnings.filterwarnings("ignore", "Corrupt EXIF data")  # what a camera wrote; the pixels are whole
+    warnings.filterwarnings("ignore", "Corrupt EXIF data")  # a camera's mistake; the pixels are whole
 
 
 if __name__ == "__main__":
-    # By its own name, so that a cluster's workers can import what they are told to run.
+    # Imported by its module's name, so that a cluster's workers can import the function, too.
     from scripts.train import main
 
     check_launcher(sys.argv)

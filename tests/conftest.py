@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def cifar():
-    """A small CIFAR-10 as the four arrays of its npz form, sorted by class as a picture folder is read."""
+    """A small CIFAR-10 as the four arrays of its npz form, sorted by class, as reading a picture folder gives them."""
     rng = np.random.default_rng(0)
     arrays = {}
     for name, per_class in (("train", 5), ("test", 2)):
@@ -55,7 +55,7 @@ def cifar_folder(cifar, tmp_path):
 
 @pytest.fixture
 def cifar_pickles(cifar, tmp_path, monkeypatch):
-    """torchvision's layout; the checksums that torchvision knows are replaced by those of the made files."""
+    """torchvision's layout; torchvision's checksums are replaced by those of the made files."""
     root = tmp_path / "pickles"
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
@@ -78,7 +78,7 @@ def cifar_pickles(cifar, tmp_path, monkeypatch):
 
 
 class Old:
-    """Unpickles as numpy dtypes of 2009 do, with a flag that is no bool: a warning since NumPy 2.4."""
+    """Unpickles as numpy dtypes of 2009 do, with a flag that is no bool, for which NumPy since 2.4 warns."""
 
     def __reduce__(self):
         return np.dtype, ("u1", 1, 1)

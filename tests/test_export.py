@@ -1,4 +1,4 @@
-"""Exported networks: the file alone computes what the network does, for every batch; what differs is never written."""
+"""Exported networks: the file alone gives the network's outputs for every batch; one that differs is never written."""
 
 import importlib.util
 
@@ -81,7 +81,7 @@ def test_several_inputs_by_name_in_any_order(export, run, name, tmp_path):
 
 
 class Looked(nn.Linear):
-    """Takes a table, which is no batch, of as many rows as the batch that is traced."""
+    """Takes a table that is no batch, but has as many rows as the batch that is traced."""
 
     def forward(self, x, table):
         return super().forward(x) @ table.T

@@ -1,4 +1,4 @@
-"""Measured speed and memory: what is counted exactly is exact, and what fails says why."""
+"""Measured speed and memory: exact counts are exact, and a failure says why."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What a measurement keeps and shares: traces by what is compressed, pictures where they fit."""
+"""A measurement keeps and shares traces, by the parts to compress, and pictures where they fit."""
 
 from functools import partial
 
@@ -65,7 +65,7 @@ def test_methods_with_parts_of_their_own_share_a_trace_of_the_same_parts(monkeyp
 
 
 def test_fewer_heads_and_narrower_ones_are_traced_apart():
-    """Their tensors have the same shapes, but channels of one are not those of the other."""
+    """Fewer heads and narrower heads give the same shapes, but their channels are other ones."""
     example, traces = PICTURES.tensors[0][:1], Traces()
     fewer, narrower = (compress(vit(), example, "l1", 0.5, parts=[part]).model for part in ("head", "width"))
     assert [t.shape for t in fewer.parameters()] == [t.shape for t in narrower.parameters()]
@@ -89,7 +89,7 @@ def test_unknown_parts_are_refused_at_once(methods, parts, message):
 
 
 def test_pictures_are_kept_where_they_fit_and_streamed_where_not(monkeypatch):
-    """The numbers are the same; that what is kept is fetched once is tested with Passes."""
+    """The numbers are the same either way. A test of Passes shows that kept batches are fetched once."""
     net, size = build_model("resnet20", 4, 3), sum(t.numel() * t.element_size() for t in EVERYTHING)
     both = []
     for room in (size, size - 1):
@@ -100,7 +100,7 @@ def test_pictures_are_kept_where_they_fit_and_streamed_where_not(monkeypatch):
 
 
 def test_a_label_says_how_a_method_is_compensated(monkeypatch):
-    """Synthetic pictures are made once a network; unlabelled ones are the training samples of repair."""
+    """Synthetic pictures are made once for each network; unlabelled ones are the training samples of repair."""
     made = []
     monkeypatch.setattr(
         pipeline.stages.stage, "synthesize", lambda net, example, seed: made.append(seed) or PICTURES.tensors[0]
@@ -149,7 +149,7 @@ def test_labels_that_make_no_sense_are_refused_at_once(methods, message):
 
 
 def test_masks_and_units_are_measured_beside_methods_of_channels():
-    """Shared parts and round_to are not for masks; their ratio is no other method's, so no gap counts them."""
+    """Shared parts and round_to do not apply to masks. Their ratio counts weights, so no gap counts them."""
     methods = {"l1": {}, "fold": {}, "lamp": {}, "pattern": {"method": "n_m", "m": 8}, "l1+filters": {}}
     tree = chains(methods, [0.5], ["raw", "repaired", "norm_tuned"], round_to=2, parts=["hidden"])
     net = build_model("resnet18", 4, 3, width=4)
@@ -193,7 +193,7 @@ def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
 
 
 def test_repair_leaves_what_nothing_was_removed_of_as_it_was(monkeypatch):
-    """Whatever the pictures are like; and a method's own way of merging is that of its reference."""
+    """This holds for any pictures; the reference statistics are merged in the method's own way."""
     net = build_model("resnet20", 4, 3)
     training = [(3 * PICTURES.tensors[0] + 1, PICTURES.tensors[1])]
     methods = {"mix": {"method": "mix"}, "lamp": {"method": "lamp"}, "apart": {"method": "fold", "norm_scale": False}}
@@ -250,7 +250,7 @@ def test_a_stage_that_fails_costs_its_rows_alone(monkeypatch):
 
 
 def test_a_batch_that_cannot_be_measured_fails_every_row():
-    """Also a later one: no number stands beside it."""
+    """A later batch, too, fails every row, so that no number stands beside it."""
     batches = [EVERYTHING, (PICTURES.tensors[0], PICTURES.tensors[1] + 1)]
     with pytest.warns(RuntimeWarning, match="label"):
         rows = rows_of(chains(["l1"], [0.5], ["raw"]), build_model("resnet20", 4, 3), batches=batches)

@@ -24,7 +24,7 @@ from pipeline.tables import UserError
 
 
 def table(rows: list[Row]) -> pl.DataFrame:
-    """With what their labels say, as of a file of before."""
+    """The rows as a table of an older file, whose facts come from the labels."""
     return with_facts(results.table(rows))
 
 
@@ -64,7 +64,7 @@ def test_the_last_measurement_is_of_each_cell():
 
 
 def test_rows_of_before_are_given_what_their_labels_say():
-    """Once, where they are read; a label that is no spelling says its kind by how it begins."""
+    """Reading fills the columns in; a label that is no spelling tells its kind by how it begins."""
     kinds = {
         "fold": "fold", "fold-writers": "fold", "mix+data": "mix", "l1": "prune", "unfold": "prune", "random": "prune",
         "random_fold": "fold", "random_mask": "mask", "n_m-8": "mask", "lamp": "mask", "auto": "auto", DENSE: "dense",
@@ -198,7 +198,7 @@ def test_a_panel_starts_from_the_networks_that_have_its_stage(tmp_path, monkeypa
 
 
 def test_masks_are_shown_and_not_compared():
-    """Half of the weights is not half of the channels."""
+    """A mask's ratio counts weights, and half of the weights is not half of the channels."""
     rows = [row(method=DENSE, ratio=0.0, acc=0.9), *cell("a", 0.6, 0.5, 0.4), row(method="lamp", acc=0.8, params=50)]
     assert duels(table(rows)).select("fold", "prune").rows() == [(0.6, 0.5)]
     lines = shown(result_table(table(rows)))

@@ -29,7 +29,7 @@ TASKS = {
 
 
 class Record(Callback):
-    """What training has been told, batch by batch."""
+    """Keeps the loss and the size of every training batch."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[float, int]] = []

@@ -14,10 +14,10 @@ from pipeline.tables import UserError, pick
 class PerPicture(v2.Compose):
     """Steps that map a batch (B, C, H, W) uint8 to such a batch, drawing for every picture on its own.
 
-    torchvision's random transforms draw once per call, so on a batch tensor all pictures would get the same crop,
-    while a loop over pictures costs 7 ms (crop, flip) to 30 ms (and rotation) per 128 CIFAR pictures on one core,
-    more than a training step on a GPU. The steps below draw a vector instead: 1 ms and 3 ms. Tests compare them with
-    torchvision's. Any other transform goes through `each`, at the price of that loop (TrivialAugment: 22 ms).
+    torchvision's random transforms draw once per call, so on a batch tensor all pictures would get the same crop. A
+    loop over pictures costs 7 ms (crop, flip) to 30 ms (and rotation) per 128 CIFAR pictures on one core, more than a
+    training step on a GPU. The steps below draw a vector instead: 1 ms and 3 ms. Tests compare them with torchvision's.
+    Any other transform goes through `each`, at the price of that loop (TrivialAugment: 22 ms).
     """
 
 
@@ -85,7 +85,7 @@ def one_operation(pictures: Tensor, policy: v2.RandAugment) -> Tensor:
     return result
 
 
-# name -> (picture size in pixels -> what it does to a batch). Padding is the usual 4 pixels for 32, and scales.
+# name -> (picture size in pixels -> function of a batch). Padding is 4 pixels for pictures of 32, and scales with size.
 AUGMENTATIONS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
     "crop": lambda size: partial(crop, padding=size // 8),
     "flip": lambda size: flip,  # not for pictures whose mirror image means something else, such as digits
@@ -102,7 +102,7 @@ def augmentation(steps: Sequence[str], size: int) -> PerPicture | None:
 
 
 def check_steps(steps: Sequence[str]) -> None:
-    """Refuse what is no list of different rows of AUGMENTATIONS."""
+    """UserError unless `steps` is a list of different rows of AUGMENTATIONS."""
     if isinstance(steps, str) or not isinstance(steps, Sequence):
         raise UserError(f"augment must be a list of steps, such as [crop, flip] or [] for none, got {steps!r}")
     for position, step in enumerate(steps):
@@ -112,7 +112,7 @@ def check_steps(steps: Sequence[str]) -> None:
 
 
 def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
-    """MixUp (arXiv:1710.09412), CutMix (arXiv:1905.04899), or for each batch one of the two; None for neither.
+    """MixUp (arXiv:1710.09412), CutMix (arXiv:1905.04899), or for each batch one of both at random; None for neither.
 
     Maps (B, C, H, W) float pictures and (B,) int64 labels to pictures and (B, classes) float32 probabilities.
     mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the weight in the mixture, 0: off
@@ -123,6 +123,6 @@ def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
 
 
 def check_alpha(name: str, alpha: float) -> None:
-    """Refuse what is no useful alpha of a Beta distribution: by 100 every weight is near one half."""
+    """UserError unless `alpha` is useful in a Beta distribution: at 100 every weight is near one half."""
     if not 0 <= alpha <= 100:
         raise UserError(f"{name} {alpha} must be in 0 <= alpha <= 100: 0 for none, usually 0.2 to 1")

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 pictures, 32x32 RGB, in any of the three forms people keep it in."""
+"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 pictures, 32x32 RGB, in any of three common forms."""
 
 import warnings
 import zipfile
@@ -83,7 +83,7 @@ def torchvision_part(root: Path, train: bool, download: bool = False) -> CIFAR10
 
 
 def damaged(root: Path) -> list[Path]:
-    """The files of torchvision's layout that are not there or have the wrong checksum."""
+    """The files of torchvision's layout that are missing or have the wrong checksum."""
     sums = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     paths = [(root / CIFAR10.base_folder / name, md5) for name, md5 in sums]
     return [path for path, md5 in paths if not check_integrity(path, md5)]

@@ -53,9 +53,9 @@ def find(root: Path, name: str) -> Path | None:
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """An idx file: 0, 0, type (8 is uint8), number of axes, their lengths as big-endian uint32, then the bytes.
+    """The array in an idx file: 0, 0, type (8 is uint8), number of axes, their lengths as big-endian uint32, the bytes.
 
-    Not torchvision's reader, which takes no .gz and answers a cut file with an assertion or a wrong shape.
+    torchvision's reader is not used, because it takes no .gz and answers a cut file with an assertion or a wrong shape.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

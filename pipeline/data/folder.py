@@ -17,10 +17,10 @@ from .picture_set import PictureSet, part, picture_set
 
 
 class UnreadablePicture(UserError):
-    """A file that is no picture or a damaged one.
+    """A file that is no picture, or a damaged one.
 
-    What a DataLoader's worker raises is raised again with the worker's whole traceback as its message; the last line of
-    that is what there was to say.
+    A DataLoader raises a worker's error again with the worker's whole traceback as its message; this class keeps only
+    the last line, which is the message.
     """
 
     def __init__(self, message: str) -> None:
@@ -30,8 +30,8 @@ class UnreadablePicture(UserError):
 def load(root: str | Path | None = None, size: int | None = None) -> PictureSet:
     """The pictures under `root`, classes in the order of their names; grey if all are, else RGB.
 
-    size: side in pixels to which pictures are resized (shorter side) and centre-cropped; None leaves them as they are,
-        and then all must be squares of one size
+    size: side in pixels: the shorter side of a picture is resized to it and the centre is cropped; None leaves pictures
+        as they are, and then all must be squares of one size
     """
     if root is None:
         raise UserError("data set 'folder' needs root, the folder that holds train/<class>/* and test/<class>/*")
@@ -42,7 +42,7 @@ def load(root: str | Path | None = None, size: int | None = None) -> PictureSet:
     classes = class_names(*folders)
 
     files = [list_files(folder, classes) for folder in folders]
-    # both parts in one array, since a single colour picture makes all of them RGB
+    # Both parts are read into one array, because a single colour picture makes all of them RGB.
     paths, labels = zip(*files[0], *files[1], strict=True)
     images = stack(decode_all(paths, size), paths)
     cut = slice(None, len(files[0])), slice(len(files[0]), None)
@@ -61,7 +61,7 @@ def class_names(*folders: Path) -> list[str]:
     """The classes that all of the folders have, in the order of their names."""
     found = []
     for folder in folders:
-        # not torchvision's find_classes: .git or .ipynb_checkpoints is no class
+        # torchvision's find_classes would take .git or .ipynb_checkpoints for a class.
         found.append(sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".")))
         if not found[-1]:
             raise UserError(f"{folder} has no class folders; put pictures in {folder}/<class>/")
@@ -90,7 +90,7 @@ def is_picture(path: str) -> bool:
 def decode_all(paths: Sequence[str], size: int | None) -> list[np.ndarray]:
     if size is None:
         # Decoding a 32x32 PNG takes 0.1 ms, most of it in Python: two threads are slower than one (60,000 in 12 s
-        # against 7 s), and seven seconds need no cache on disk.
+        # against 7 s). Seven seconds need no cache on disk.
         return [decode(path, size) for path in paths]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # large pictures: PIL decodes and resizes outside the GIL
         return list(pool.map(partial(decode, size=size), paths))
@@ -115,7 +115,7 @@ def read_picture(path: str, mode: str | None = None) -> Image.Image:
 
 
 def stack(images: list[np.ndarray], paths: Sequence[str]) -> np.ndarray:
-    """(N, H, W, C) of pictures that may mix grey and RGB but have one size."""
+    """The pictures as one (N, H, W, C) array. Grey and RGB may mix; UserError where sizes differ."""
     for image, path in zip(images, paths, strict=True):
         if image.shape[:2] != images[0].shape[:2]:
             sizes = " but ".join(f"{p} is {i.shape[1]}x{i.shape[0]}" for i, p in ((images[0], paths[0]), (image, path)))

@@ -1,6 +1,6 @@
-"""ImageNet-1K (arXiv:1409.0575), or any pictures as many and as large: train/<class>/*, val/<class>/*, kept on disk.
+"""ImageNet-1K (arXiv:1409.0575), or any large set of pictures as train/<class>/*, val/<class>/*, kept on disk.
 
-The layout is that of the unpacked archives, also by `torchvision.datasets.ImageNet`. Classes are in the order of their
+The layout is that of the unpacked archives, and of `torchvision.datasets.ImageNet`. Classes are in the order of their
 folders' names, which for the 1000 WordNet ids (n01440764, ...) is the usual numbering.
 """
 
@@ -24,7 +24,7 @@ from .folder import class_names, list_files, part_folder
 from .on_disk import DecodedCache, PictureFiles
 from .picture_set import PictureSet, Portion
 
-# not nearest-exact, which PIL does not have
+# PIL has no nearest-exact.
 INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode if mode is not InterpolationMode.NEAREST_EXACT}
 
 
@@ -46,8 +46,8 @@ def load(
     crop_pct: which share of the shorter side the centre crop keeps, 0 < crop_pct <= 1
     scale: least and greatest share of a picture's area that a random crop keeps
     cache: folder for decoded centre crops, each of 3 * size * size bytes and decoded once for all runs (7.6 GB for
-        ImageNet's 50,000 at 224 pixels), to be deleted at will and whenever a file got another content under its old
-        name; None: decode at every use
+        ImageNet's 50,000 at 224 pixels). It can be deleted at any time, and must be where a picture was replaced
+        under its old name. None: decode at every use
     """
     if root is None:
         raise UserError("data set 'imagenet' needs root, the folder that holds train/<class>/* and val/<class>/*")
@@ -91,12 +91,12 @@ def data_config(
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """What timm knows of the pictures that a model of its list was trained on."""
+    """timm's description of the pictures that one of its models was trained on. UserError where it has none."""
     import timm
 
     try:
         known = timm.get_pretrained_cfg(model)
-    except RuntimeError:  # the model, but not this tag of it
+    except RuntimeError:  # timm has the model but not this tag of it
         known = None
     if known is None:
         near = difflib.get_close_matches(model, timm.list_models() + timm.list_pretrained(), n=3)
@@ -106,22 +106,22 @@ def config_of(model: str) -> dict[str, Any]:
 
 
 def random_crop(size: int, scale: Sequence[float], interpolation: InterpolationMode) -> v2.Transform:
-    """From a picture of PIL to (3, size, size) uint8; draws on torch's random state, as timm's would not."""
+    """A transform from a PIL picture to (3, size, size) uint8. It draws on torch's random state; timm's would not."""
     if not isinstance(scale, Sequence) or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(f"scale {scale} must be two shares of a picture's area, 0 < least <= greatest <= 1")
     return v2.Compose([v2.RandomResizedCrop(size, tuple(scale), interpolation=interpolation), v2.PILToTensor()])
 
 
 def listing(folder: Path, classes: list[str]) -> tuple[np.ndarray, Tensor]:
-    """The pictures of train/ or val/: paths in it, (N,) bytes, and labels, (N,) int64."""
+    """The pictures of train/ or val/: (paths inside the folder, (N,) bytes; labels, (N,) int64)"""
     paths, labels = zip(*list_files(folder, classes), strict=True)
-    start = len(os.path.join(folder, ""))  # relpath takes ten times as long, of a million files ten seconds
+    start = len(os.path.join(folder, ""))  # relpath takes ten times as long: ten seconds for a million files
     return np.array([os.fsencode(path[start:]) for path in paths]), torch.tensor(labels)
 
 
 def cache_file(cache: Path, folder: Path, names: np.ndarray, config: dict[str, Any]) -> Path:
-    """Named by all that decides about the pixels: which files, how they are cropped, and who decodes them."""
-    # the mean is the colour of timm's borders; else it comes after the pixels
+    """The cache's file, named by all that decides the pixels: which files, how they are cropped, and which decoder."""
+    # Mean and std come after the pixels, except that timm's borders have the mean as their colour.
     free = {"std"} if config["crop_mode"] == "border" else {"mean", "std"}
     what = [str(folder.resolve()), {key: value for key, value in config.items() if key not in free}, PIL.__version__]
     digest = hashlib.sha256(json.dumps(what).encode() + names.tobytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Any data set of the table as a LightningDataModule."""
+"""The LightningDataModule of any data set in DATASETS."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class PictureData(LightningDataModule):
     After `prepare_data()` and `setup()`, which a Trainer calls:
     train_data, val_data, test_data: Pictures; only train_data is augmented
     repair_data: the training pictures, without augmentation
-    (of a set that has test pictures alone, asking for one of the other three is a UserError)
+    (where a set has test pictures alone, the other three raise UserError)
     classes: names in the order of the labels; num_classes of them
     channels, size: C and H of a picture; example: (1, C, H, H) float32, a real one, normalised
 
@@ -35,12 +35,12 @@ class PictureData(LightningDataModule):
         pairs, 0: off; both on: one of the two for each batch. Labels of a training batch become (B, classes) float32
     val_fraction: share of the training pictures held out for validation, 0 <= f < 1
     seed: chooses what is held out, and the pictures of train_size; shuffling and augmentation follow torch's own seed
-    workers: processes that fetch training batches and, of a set that stays on disk, evaluation batches as well; None:
+    workers: processes that fetch training batches and, for a set that stays on disk, evaluation batches as well; None:
         one for each core of this process's share if pictures have to be decoded, none if they are in memory
     train_size, test_size: use only so many pictures, every class in proportion, for quick runs; None: all. The test
         pictures are the same for every seed.
-    mean, std: of the channels scaled to 0..1, to normalise by; None: those of the training pictures,
-        or what is usual for the set
+    mean, std: of the channels scaled to 0..1, to normalise by; None: those that are usual for the set, else those of
+        its training pictures
     download: fetch the set when it is not in root
     """
 
@@ -107,7 +107,7 @@ class PictureData(LightningDataModule):
         self.example = (self.repair_data if self.of_training else self.test_data)[0][0][None]
 
     def cut(self, part: Portion, mean: Sequence[float], std: Sequence[float]) -> dict[str, Pictures]:
-        """The training pictures cut by seed into those to train on, to repair with (the same) and to validate on."""
+        """{"train", "repair", "val"}: training pictures, the same without augmentation, and those held out by seed."""
         everything = Pictures(part.images, part.labels, mean, std)
         varied = Pictures(part.images if part.varied is None else part.varied, part.labels, mean, std)
         train, val = split(part.labels, self.val_fraction, self.seed)
@@ -139,7 +139,7 @@ class PictureData(LightningDataModule):
         return self.of_training[name]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mix a training batch, on the device and once, however often a training step passes it through the network."""
+        """Mix a training batch on the device, once, even if a step passes it through the network twice (SAM)."""
         if self.mixing is None or self.trainer is None or not self.trainer.training:
             return batch
         return self.mixing(*batch)
@@ -151,10 +151,10 @@ class PictureData(LightningDataModule):
             self.train_data,
             self.batch_size,
             shuffle=True,
-            # BatchNorm cannot take the variance of one value per channel; other short batches are kept
+            # A last batch of one is dropped, because BatchNorm cannot take a variance of one value per channel.
             drop_last=share > self.batch_size > 1 and share % self.batch_size == 1,
             num_workers=self.processes(self.train_data),
-            # A worker that lives on carries random state from epoch to epoch, which a resumed run cannot have.
+            # A persistent worker carries random state from epoch to epoch, which a resumed run would not have.
             persistent_workers=False,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
@@ -168,7 +168,7 @@ class PictureData(LightningDataModule):
         return self.eval_dataloader(self.test_data)
 
     def eval_dataloader(self, pictures: Pictures) -> DataLoader:
-        """Batches in order. The own generator keeps a pass from drawing on torch's global random state."""
+        """Batches in order. The loader's own generator keeps a pass from drawing on torch's global random state."""
         return DataLoader(
             pictures,
             self.eval_batch_size,
@@ -189,5 +189,5 @@ def part_of(labels: torch.Tensor, option: str, size: int | None, seed: int) -> t
     if size is None or size == len(labels):
         return torch.arange(len(labels))
     if not 0 < size < len(labels):
-        raise UserError(f"{option} {size} must be in 1..{len(labels)}, the pictures there are")
+        raise UserError(f"{option} {size} must be in 1..{len(labels)}, the number of pictures")
     return split(labels, size, seed)[1]

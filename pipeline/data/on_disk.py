@@ -1,4 +1,4 @@
-"""Pictures that stay on disk: decoded when they are asked for, and what was decoded kept for the next time."""
+"""Pictures that stay on disk: decoded when they are asked for, with a cache of decoded ones."""
 
 import os
 import warnings
@@ -18,18 +18,18 @@ from .folder import read_picture
 
 
 class DecodedCache:
-    """Pictures that were decoded before, in one file: that of row r lies at byte r * `record`, its CRC-32 behind it.
+    """Decoded pictures in one file: the picture of row r lies at byte r * `record`, with its CRC-32 behind it.
 
-    Any number of processes read and write it at once without a lock: a record that was never written, was cut off by a
-    crash or a full disk, or is just being written by somebody else fails its check, and is then decoded and written
-    anew. The file is sparse: it takes the room of the records that were written.
+    Any number of processes read and write it at once without a lock. A record that was never written, was cut off by a
+    crash or a full disk, or is just being written by another process fails its check; its picture is then decoded and
+    written anew. The file is sparse: it takes only the room of the records that were written.
 
     shape: (C, H, W) of a picture
     """
 
     def __init__(self, path: Path, shape: Sequence[int]) -> None:
         self.path, self.bytes, self.full = path, prod(shape), False
-        # whole pages of 4 KiB, since machines that share a file over a network write pages
+        # A record is whole pages of 4 KiB, because machines that share a file over a network write whole pages.
         self.record = -(-(self.bytes + 4) // 4096) * 4096
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ class DecodedCache:
             ) from error
 
     def read(self, rows: Sequence[int], pictures: Tensor) -> list[int]:
-        """Fill `pictures: (B, C, H, W) uint8` with those of `rows`; returns the places in it of those not in here."""
+        """Fill `pictures: (B, C, H, W) uint8` with those of `rows`; returns the places in it that the cache lacks."""
         missing = []
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -49,12 +49,12 @@ class DecodedCache:
                     pixels = pictures[place].numpy()
                     if file.readinto(pixels) != self.bytes or file.read(4) != crc32(pixels):
                         missing.append(place)
-        except OSError:  # somebody deleted it
+        except OSError:  # the file was deleted
             return list(range(len(rows)))
         return missing
 
     def write(self, rows: Sequence[int], pictures: Tensor, places: Iterable[int]) -> None:
-        """Keep the pictures at `places` of `pictures`, which are those of `rows`. A full disk ends the keeping."""
+        """Store the pictures at `places` of `pictures`, which are those of `rows`. A full disk ends all storing."""
         try:
             with self.path.open("r+b", buffering=0) as file:
                 for place in places:
@@ -77,10 +77,10 @@ def crc32(pixels: np.ndarray) -> bytes:
 class PictureFiles:
     """Pixels that are decoded when they are fetched: `files[rows]`, rows (B,) int64, gives (B, 3, size, size) uint8.
 
-    folder: holds the files; names: (N,) bytes, their paths in it. An array, which worker processes share, while a list
-        of a million strings is copied page by page when its references are counted
+    folder: holds the files; names: (N,) bytes, their paths in it. An array, because worker processes share it; counting
+        references would copy a list of a million strings page by page
     transform: from an RGB picture of PIL to a (3, size, size) uint8 tensor
-    cache: where decoded pictures are kept, None: nowhere. Not for a transform that draws
+    cache: keeps decoded pictures, None: nothing does. A transform that draws at random must have none
     """
 
     def __init__(

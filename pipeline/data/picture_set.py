@@ -1,4 +1,4 @@
-"""What every data source returns, and the checks that all of them share."""
+"""The records that every data source returns, and the checks that all sources share."""
 
 import http.client
 import tarfile
@@ -23,14 +23,14 @@ class Pixels(Protocol):
         """(N, C, H, H)"""
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Of rows (B,) int64: (B, C, H, H) uint8"""
+        """The pictures of rows (B,) int64: (B, C, H, H) uint8"""
 
 
 @dataclass(frozen=True)
 class Portion:
-    """images: (N, C, H, H) uint8, labels: (N,) int64
+    """The training or the test pictures of a set. images: (N, C, H, H) uint8, labels: (N,) int64
 
-    varied: what training sees in place of `images`, another random crop of each picture at every fetch; None: `images`
+    varied: pictures for training in place of `images`, randomly cropped anew at every fetch; None: `images`
     """
 
     images: Pixels
@@ -40,9 +40,10 @@ class Portion:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """train: None where there are test pictures alone
+    """A data set in its two parts. train: None where there are test pictures alone
 
-    mean, std: one per channel of the pictures scaled to 0..1, of the training pictures where nothing else is usual
+    mean, std: to normalise by, one per channel of pictures scaled to 0..1: those usual for the set, else those of its
+        training pictures
     """
 
     train: Portion | None
@@ -54,9 +55,9 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A row of DATASETS: `load(**options)` reads what is on disk, `fetch(root)` downloads what is not.
+    """A row of DATASETS: `load(**options)` reads the set from disk, `fetch(root)` downloads it where it is missing.
 
-    root_names_data: does the root say which pictures these are, and not just where well-known ones lie?
+    root_names_data: does the root decide which pictures these are? Else it only says where well-known ones lie.
     """
 
     load: Callable[..., PictureSet]
@@ -91,7 +92,7 @@ def part(where: str, images: np.ndarray, labels: np.ndarray, classes: list[str])
 def mean_std(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of (N, C, H, W) uint8 scaled to 0..1.
 
-    Through the 256 bin histogram: exact, and no float copy of the whole set.
+    A histogram of 256 bins gives the exact result without a float copy of the whole set.
     """
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
@@ -103,14 +104,14 @@ def mean_std(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 def download(name: str, make: Callable[[], object], archives: list[Path], otherwise: str) -> None:
-    """Run torchvision's download `make`; when it fails, say in one line which files to put where.
+    """Run torchvision's download `make`. UserError, with the files to put in place by hand, where it fails.
 
     archives: where torchvision stores what it downloads
     otherwise: what the user can do without a network
     """
     try:
         make()
-    # RuntimeError: torchvision's own word for a wrong checksum or for mirrors that all failed
+    # torchvision raises RuntimeError for a wrong checksum and where all mirrors failed.
     except (OSError, http.client.HTTPException, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         halves = "".join(f"; delete {path} if its download was cut short" for path in archives if path.exists())

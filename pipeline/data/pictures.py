@@ -14,7 +14,7 @@ from .picture_set import Pixels
 
 
 def collate(batch: Any) -> Any:
-    """Pass on a batch that `__getitems__` made; stack single samples, which wrappers without it hand over."""
+    """Pass on a batch that `__getitems__` made; stack single samples, as wrappers without `__getitems__` give them."""
     return default_collate(batch) if isinstance(batch, list) else batch
 
 
@@ -51,7 +51,7 @@ class Pictures(Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Are batches cut from a tensor, so that processes to fetch them would only cost?"""
+        """Are batches cut from a tensor, so that worker processes would only cost time?"""
         return isinstance(self._images, Tensor)
 
     @property
@@ -65,7 +65,7 @@ class Pictures(Dataset):
         return self._labels[self.rows]
 
     def subset(self, indices: Tensor | Sequence[int], augment: Callable[[Tensor], Tensor] | None = None) -> "Pictures":
-        """These pictures over the same pixels, with `augment` (this set's own augmentation is not inherited)."""
+        """The pictures at `indices`, over the same pixels, with `augment` in place of this set's augmentation."""
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
         return Pictures(self._images, self._labels, self.mean, self.std, augment, rows)
 

@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "huggingface": huggingface_model,
 }
 
-# What a library knows of the pictures that its models were trained on; takes the options of the builder.
+# By model name: a function of the builder's options that gives the pictures which the library's model was trained on.
 INPUTS: dict[str, Callable[..., InputConfig | None]] = {
     "timm": timm_input,
     "torchvision": torchvision_input,
@@ -45,10 +45,10 @@ def build_model(name: str, classes: int, channels: int, **options: Any) -> nn.Mo
 
 
 def input_config(name: str, **options: Any) -> InputConfig | None:
-    """How the pictures for the network that `build_model` makes of the same name and options are made ready.
+    """How pictures are made ready for the network that `build_model` makes from the same name and options.
 
-    Neither the network nor its weights are needed for it. None: nothing is known, as of the models of our own, which
-    take pictures of any size.
+    Neither the network nor its weights are needed. None: nothing is known, as for our own models, which take pictures
+    of any size.
     """
     pick("model", MODELS, name)
     return call(f"model {name!r}", INPUTS[name], **options) if name in INPUTS else None

@@ -1,4 +1,4 @@
-"""Trained weights from whatever people keep them in: what torch.save wrote (never run), safetensors, folders."""
+"""Reads trained weights from files of torch.save (whose code is never run), safetensors, and folders."""
 
 import json
 import pickle
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from pipeline.tables import UserError, one_line
 
-# Where training scripts put the weights beside their epoch and optimizer. Averaged weights (of timm, of torchvision's
-# references) come first: they are what such a run evaluates. Lightning's WeightAveraging has them in state_dict itself.
+# Keys under which training scripts put the weights, beside their epoch and optimizer. Averaged weights (of timm, of
+# torchvision's references) come first, because such a run evaluates them. Lightning's WeightAveraging puts them in
+# state_dict itself.
 INSIDE = (
     "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "module", "last"
 )  # fmt: skip
-# What wrappers put before the names: DataParallel, torch.compile, LightningModules with their network as an attribute.
+# Prefixes that wrappers put before names: DataParallel, torch.compile, LightningModules with a network as an attribute.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
-# A folder of Hugging Face or open_clip keeps its weights in the first of these that it has.
+# A folder of Hugging Face or open_clip keeps its weights in the first of these files that it has.
 IN_FOLDER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -29,8 +30,8 @@ IN_FOLDER = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# Files of other code for an architecture that we name otherwise: what their names begin with or hold (as a regular
-# expression) and what it is for us; None: no part of our network. The first row is our own names.
+# Other code names the tensors of an architecture in its own way. Each row: {regular expression in the file's names:
+# replacement that gives our names; None: the tensor is no part of our network}. The first row is our own names.
 LAYOUTS: dict[str, dict[str, str | None]] = {
     "ours": {},
     # github.com/osaukh/folding_as_projection trains torchvision's resnet18 with the stem for small pictures.
@@ -48,7 +49,7 @@ LAYOUTS: dict[str, dict[str, str | None]] = {
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The files that hold the weights: `path` itself, or of a folder the one, or the shards, that its index names."""
+    """The files that hold the weights: `path` itself; in a folder, its weight file or the shards in its index."""
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
@@ -67,7 +68,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to file name."""
+    """{tensor name: file name}"""
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -75,7 +76,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, or in a folder of Hugging Face, under the names that they have there, on the CPU.
+    """The weights in a file, or in a folder of Hugging Face, under their names there, on the CPU.
 
     Nothing in a file is executed.
     """
@@ -93,7 +94,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than weights, and loading it would run code: it needs {classes}; where you trust it,"
             " load it with weights_only=False and save its state_dict() alone: torch.save(model.state_dict(), ...)"
         ) from error
-    except Exception as error:  # half a pickle fails in any way
+    except Exception as error:  # half a pickle may raise any error
         if "TorchScript" in str(error):
             raise UserError(
                 f"{path} is a TorchScript archive, which holds code; save its state_dict() alone:"
@@ -110,10 +111,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def classes_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
-    """What a pickle holds beside tensors and plain values, such as argparse.Namespace."""
+    """Names of the classes that a pickle holds beside tensors and plain values, such as argparse.Namespace."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # of before 2020, or no checkpoint at all: the first that torch met
+    except Exception:  # a file from before 2020, or no checkpoint at all: torch's error names the first class
         return re.findall(r"GLOBAL (\S+) was not", str(error))
 
 
@@ -121,7 +122,7 @@ def weights_in(content: Any) -> Mapping[str, Any] | None:
     """The innermost mapping that holds weights, under INSIDE or by itself."""
     if not isinstance(content, Mapping):
         return None
-    # What is inside comes first: beside it there may be other tensors, such as the state of a random generator.
+    # Mappings under INSIDE come first: tensors beside them may be no weights, such as the state of a random generator.
     inside = (weights_in(content[key]) for key in INSIDE if key in content)
     found = next((state for state in inside if state is not None), None)
     if found is None and any(isinstance(value, Tensor) and value.dim() > 0 for value in content.values()):
@@ -130,17 +131,17 @@ def weights_in(content: Any) -> Mapping[str, Any] | None:
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> list[str]:
-    """Put the weights into the model, whatever wrapper's prefix is before their names; every one must fit.
+    """Put the weights into the model, whatever wrapper's prefix their names have; all of the model's must be there.
 
-    Values are cast to the model's types and memory formats. Returns the names of the file's tensors that no part of the
-    model wants and that were left out: those under another prefix (a loss, a metric, a second network), and those that
-    LAYOUTS names, such as the text tower of a CLIP.
+    Values are cast to the model's types and memory formats. Returns the names of the file's tensors that were left out,
+    because the model has no place for them: those under another prefix (a loss, a metric, a second network), and those
+    that LAYOUTS maps to None, such as the text tower of a CLIP. Raises UserError where names or shapes do not fit.
     """
     wanted = model.state_dict()
     found, left_out = best_fit(state, wanted)
     if not found.keys() >= wanted.keys() and hasattr(model, "names_of_today"):
         found = model.names_of_today(found)
-    # Files of before 2018 have no batch counts, which matter to nobody.
+    # Files from before 2018 lack BatchNorm's batch counts, which change no output here.
     found = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | found
     missing = [name for name in wanted if name not in found]
     odd = [name for name in found if name not in wanted]
@@ -160,7 +161,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
 
 
 def best_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by the names that they have under the prefix and layout that give most of the wanted; the rest's."""
+    """({our name: tensor}, names left out) under the prefix and the layout that find most of the wanted names."""
     fits = (renamed(state, prefix, layout) for prefix in prefixes(state) for layout in LAYOUTS.values())
     names = max(fits, key=lambda names: sum(name in wanted for name in names.values()))  # the first of several
     return {ours: state[name] for name, ours in names.items()}, [name for name in state if name not in names]
@@ -176,7 +177,7 @@ def prefixes(state: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def renamed(state: Mapping[str, Tensor], prefix: str, layout: Mapping[str, str | None]) -> dict[str, str]:
-    """Names in the file to our names, of the tensors that are part of the network."""
+    """{name in the file: our name} of the tensors that are part of the network."""
     names = {}
     for name in state:
         if not name.startswith(prefix):
@@ -197,7 +198,7 @@ def settings_in(path: str) -> dict[str, str]:
     The folding study names its checkpoints so. The sharpness study has spaces between ("... lr_max=0.1 model=vit_exp
     epoch=200.pth"), and underscores in values.
     """
-    name = re.sub(r"(\.[A-Za-z]\w*)+$", "", Path(path).name)  # not Path.stem: of a folder "wd=0.05" it leaves "wd=0"
+    name = re.sub(r"(\.[A-Za-z]\w*)+$", "", Path(path).name)  # Path.stem would cut a folder "wd=0.05" to "wd=0"
     if " " in name:
         return dict(word.split("=", 1) for word in name.split() if "=" in word)
     found, key = {}, ""

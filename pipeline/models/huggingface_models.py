@@ -16,7 +16,7 @@ SETTINGS = "preprocessor_config.json"
 
 
 class ImageClassifier(nn.Module):
-    """(B, channels, H, W) pictures to (B, classes) logits, of a model that returns them in a record."""
+    """(B, channels, H, W) pictures to (B, classes) logits, around a model that returns its logits in a record."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -28,8 +28,8 @@ class ImageClassifier(nn.Module):
     def names_of_today(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file under the names that this version of transformers has for them.
 
-        Its modules are renamed from time to time and its files are not, so what it writes has not the names of its own
-        state_dict. Those that it does not know keep theirs.
+        transformers renames its modules from time to time but not the tensors in its files, so names in a file differ
+        from those of its state_dict. Tensors that it does not know keep their names.
         """
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         with muted():
@@ -42,7 +42,7 @@ class ImageClassifier(nn.Module):
                 dtype=torch.float32,
             )
         known = {name: t for name, t in found.state_dict().items() if name not in report["missing_keys"]}
-        # Not loaded into `found`, so that only their shapes are known by these names.
+        # Tensors of other shapes are not loaded into `found`; empty ones keep their names and shapes for the error.
         known |= {name: torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
         known |= {name: state[name] for name in report["unexpected_keys"]}
         return {f"model.{name}": tensor for name, tensor in known.items()}
@@ -51,9 +51,10 @@ class ImageClassifier(nn.Module):
 def huggingface_model(
     classes: int, channels: int, architecture: str, pretrained: bool = True, **options: Any
 ) -> nn.Module:
-    """architecture: a folder with config.json and safetensors, or a name on the hub. Code that comes with a model is
-    never run. Options change its config (image_size, hidden_dropout_prob, ...).
+    """An image classifier of transformers. Options change its config (image_size, hidden_dropout_prob, ...).
 
+    architecture: a folder with config.json and safetensors, or a name on the hub; code that comes with a model is
+        never run
     pretrained: with its weights; the classifier is new unless it has as many classes
     """
     transformers = optional("transformers", "huggingface")
@@ -75,16 +76,16 @@ def huggingface_model(
             config=config,
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a classifier of other classes
-            dtype=torch.float32,  # not that of the file
+            ignore_mismatched_sizes=True,  # the classifier may have other classes
+            dtype=torch.float32,  # whatever the file's is
         )
     return ImageClassifier(model.train())
 
 
 def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
-    """What the preprocessor_config.json beside the model says; None where there is none.
+    """The InputConfig of the model's preprocessor_config.json; None where there is none.
 
-    Pictures that it would squash to a square are cropped by us.
+    Where that file would squash pictures to a square, we crop them.
     """
     transformers = optional("transformers", "huggingface")
     source = source_of(architecture)
@@ -106,7 +107,7 @@ def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
 
 
 def source_of(architecture: str) -> Path:
-    """A folder, or a name on the hub, which looks like one."""
+    """The path of a local folder, or a name on the hub, which looks like a path."""
     source = Path(architecture).expanduser()
     if not source.is_dir() and (architecture.startswith((".", "~", "/")) or len(source.parts) > 2):
         raise UserError(f"no folder {source}")

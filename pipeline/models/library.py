@@ -1,4 +1,4 @@
-"""What builders of other libraries' models share: imports and downloads that may fail, and what pictures they want."""
+"""Shared by builders of other libraries' models: imports and downloads that may fail, and how to prepare pictures."""
 
 import difflib
 import importlib
@@ -15,8 +15,8 @@ from pipeline.tables import UserError, first_line, one_line
 class InputConfig:
     """How pictures are made ready for a network, in the words of timm and of data=imagenet.
 
-    size: side in pixels; crop_pct: size as a fraction of what the shorter edge is resized to before the centre is cut
-    out; mean, std: of the channels scaled to 0..1; interpolation: "bilinear", "bicubic", ...
+    size: side in pixels; crop_pct: size as a fraction of the shorter edge, once resized, before the centre is cut out;
+    mean, std: of the channels scaled to 0..1; interpolation: "bilinear", "bicubic", ...
     """
 
     size: int
@@ -27,7 +27,7 @@ class InputConfig:
 
 
 def side(size: int | Sequence[int] | Mapping[str, int]) -> int:
-    """Of the squares that a size stands for: 224, (224, 224), {"height": 224, "width": 224}, {"shortest_edge": 224}."""
+    """Side of the square: 224, (224, 224), {"height": 224, "width": 224} and {"shortest_edge": 224} give 224."""
     sides = set(size.values() if isinstance(size, Mapping) else [size] if isinstance(size, int) else size)
     if len(sides) != 1:
         raise UserError(f"this model wants pictures of size {size}, and only squares can be made; set data.size")
@@ -35,7 +35,7 @@ def side(size: int | Sequence[int] | Mapping[str, int]) -> int:
 
 
 def optional(package: str, extra: str) -> ModuleType:
-    """A library that only some models need."""
+    """Import a library that only some models need. UserError, with the install command, where it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -45,7 +45,7 @@ def optional(package: str, extra: str) -> ModuleType:
 
 
 def check_known(what: str, name: str, known: Collection[str], lister: str) -> None:
-    """Refuse a name that is none of the library's (too many to list), with those near it."""
+    """UserError, with the names near it, for a name that the library does not have; it has too many to list all."""
     if name not in known:
         near = [other for other in known if name in other][:5] or difflib.get_close_matches(name, known, n=5)
         raise UserError(
@@ -58,26 +58,26 @@ GIVE_FILE = "set model.pretrained=null and give a file with checkpoint="
 
 @contextmanager
 def trained_weights(what: str, hub: bool = True, fix: str = GIVE_FILE) -> Iterator[None]:
-    """Around what loads weights from files, the cache or the network: fails in one line, and soon.
+    """Inside, weights are loaded from files, the cache or the network; a failure becomes a one-line UserError, soon.
 
     hub: may ask the hub of Hugging Face. Its client tries six times for each file, which takes 27 to 47 s without a
-    network (measured) and minutes where packets get lost. One request beforehand says whether to use the cache alone.
+    network (measured) and minutes where packets get lost. One request beforehand decides whether the cache is all.
     """
-    from huggingface_hub import constants, get_session  # takes a moment, and most runs do not need it
+    from huggingface_hub import constants, get_session  # slow to import, and most runs do not need it
 
     away, offline = "", constants.HF_HUB_OFFLINE
     try:
         if hub and not offline:
             get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of whichever client it has
+    except Exception as error:  # the type depends on the hub's HTTP client
         away = f"not in the cache, and no connection to {constants.ENDPOINT} ({first_line(error)})"
         constants.HF_HUB_OFFLINE = True
     try:
         with muted():
             yield
-    except (UserError, TypeError):  # what was asked for is wrong
+    except (UserError, TypeError):  # the caller asked for something wrong
         raise
-    except Exception as error:  # of a network, a cache, a file: each library has its own
+    except Exception as error:  # network, cache or file: each library raises its own types
         raise UserError(f"no trained weights for {what}: {away or one_line(error)}; {fix}") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
@@ -85,7 +85,7 @@ def trained_weights(what: str, hub: bool = True, fix: str = GIVE_FILE) -> Iterat
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Without what libraries log: where it matters they raise as well."""
+    """Inside, libraries log nothing: where something matters, they also raise."""
     before, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.CRITICAL)
     try:

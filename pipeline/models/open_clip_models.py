@@ -12,7 +12,7 @@ from pipeline.models.library import InputConfig, check_known, muted, optional, s
 from pipeline.tables import UserError, pick
 
 HEADS = ("linear", "zero_shot")
-SCALE = 100.0  # of zero-shot logits: what OpenAI's CLIP has learnt
+SCALE = 100.0  # factor of zero-shot logits, as OpenAI's CLIP has learnt it
 
 
 class ClipClassifier(nn.Module):
@@ -43,13 +43,13 @@ def open_clip_model(
     templates: str | Sequence[str] = "openai",
     **options: Any,
 ) -> nn.Module:
-    """Options go to `open_clip.create_model` (force_image_size, embed_dim, vision_cfg, text_cfg, ...).
+    """A ClipClassifier. Options go to `open_clip.create_model` (force_image_size, embed_dim, vision_cfg, ...).
 
     pretrained: a tag of open_clip such as "openai", or a file with both towers; None: random weights, to train or to
         load a checkpoint into
-    head: "linear": a new one; "zero_shot": of class_names and templates, by the text tower, which is then dropped
-    normalize: classify features of length 1, as zero-shot heads do and those of the model soups, which started as such
-    class_names: one a class, in the order of the labels, or "imagenet" for the 1,000 of ImageNet-1K
+    head: "linear": a new one; "zero_shot": the text tower makes it of class_names and templates, and is then dropped
+    normalize: classify features of length 1, as zero-shot heads do, and the model soups, which started from such heads
+    class_names: one name for each class, in the order of the labels, or "imagenet" for the 1,000 of ImageNet-1K
     templates: sentences with {} for the name, or "openai" for the 80 of arXiv:2103.00020, or "simple" for 7 of them
     """
     open_clip = optional("open_clip", "clip")
@@ -60,7 +60,7 @@ def open_clip_model(
     names, texts = words(class_names, templates)
     if head == "zero_shot" and len(names) != classes:
         raise UserError(f"class_names has {len(names)} names, the data has {classes} classes; give one name a class")
-    # Without weights it warns that they are random.
+    # Without pretrained weights open_clip warns that they are random.
     what = f"open_clip's {architecture}, {pretrained}"
     with trained_weights(what, hub=not Path(pretrained).is_file()) if pretrained else muted():
         clip = open_clip.create_model(architecture, pretrained=pretrained, **options)
@@ -90,7 +90,7 @@ def open_clip_input(
 
 
 def check(architecture: str, pretrained: str | None) -> None:
-    """Refuse names that open_clip does not have, and weights that were trained with another activation."""
+    """UserError for names that open_clip does not have, and for weights that were trained with another activation."""
     open_clip = optional("open_clip", "clip")
     check_known("open_clip model", architecture, open_clip.list_models(), "open_clip.list_models()")
     if not pretrained or Path(pretrained).is_file():
@@ -107,7 +107,7 @@ def check(architecture: str, pretrained: str | None) -> None:
 
 
 def words(class_names: str | Sequence[str], templates: str | Sequence[str]) -> tuple[Sequence[str], Sequence[Any]]:
-    """Names of classes, and what makes sentences of them: text with {}, or open_clip's functions."""
+    """(names of classes, templates that make sentences of them: text with {}, or open_clip's functions)"""
     open_clip = optional("open_clip", "clip")
     if isinstance(class_names, str):
         class_names = pick("class_names of open_clip", {"imagenet": open_clip.IMAGENET_CLASSNAMES}, class_names)
@@ -145,8 +145,9 @@ def zero_shot(clip: nn.Module, architecture: str, names: Sequence[str], template
 def shorten_(clip: nn.Module, tokens: Tensor) -> int:
     """Cut the text tower to the longest of the (texts, positions) tokens, and return its length.
 
-    Each position sees only those before it and the feature is that of a text's last, so the padding up to 77 changes
-    nothing. Without it ImageNet's prompts, of 22 tokens at most, took a fifth of the time and gave the same bits.
+    Each position sees only those before it, and a text's feature is that of its last token, so the padding up to 77
+    changes nothing. Without padding ImageNet's prompts, of 22 tokens at most, took a fifth of the time and gave the
+    same bits.
     """
     length = int(tokens.count_nonzero(dim=1).max())
     clip.positional_embedding = nn.Parameter(clip.positional_embedding[:length])

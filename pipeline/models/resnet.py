@@ -14,9 +14,9 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """conv-bn-relu-conv-bn, plus the input; shortcut: what the input goes through.
+    """conv-bn-relu-conv-bn, plus the input.
 
-    None: nothing where the shape stays, else a strided 1x1 convolution.
+    shortcut: module that the input goes through; None: nothing where the shape stays, else a strided 1x1 convolution.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, shortcut: nn.Module | None = None) -> None:

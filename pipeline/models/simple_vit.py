@@ -21,7 +21,7 @@ def simple_vit(
     size: side of the pictures in pixels, a multiple of patch_size; dim: channels of the stream, a multiple of 4;
     heads: of 64 channels each; mlp_dim: hidden channels of a block's MLP; variant: see VARIANTS
     """
-    from vit_pytorch import SimpleViT  # takes a moment, and most runs do not need it
+    from vit_pytorch import SimpleViT  # slow to import, and most runs do not need it
 
     for name, value, unit in (("size", size, patch_size), ("dim", dim, 4)):
         if unit < 1 or value % unit:
@@ -40,8 +40,8 @@ def simple_vit(
 
 
 def of_the_study(vit: nn.Module) -> nn.Module:
-    """As in vit-pytorch 0.40, which the public files were trained with: no norms around the patch embedding (1,120
-    parameters of the study's), and the last norm after the pooling in place of before it."""
+    """Change the ViT to that of vit-pytorch 0.40, which trained the public files: no norms around the patch embedding
+    (1,120 parameters of the study's), and the last norm after the pooling instead of before it."""
     to_patches, _, embedding, _ = vit.to_patch_embedding
     vit.to_patch_embedding = nn.Sequential(to_patches, embedding)
     vit.linear_head = nn.Sequential(vit.transformer.norm, vit.linear_head)
@@ -49,4 +49,4 @@ def of_the_study(vit: nn.Module) -> nn.Module:
     return vit
 
 
-VARIANTS = {"study": of_the_study, "vit_pytorch": lambda vit: vit}  # of_the_study, as vit-pytorch has it today
+VARIANTS = {"study": of_the_study, "vit_pytorch": lambda vit: vit}  # vit_pytorch: as the library has it today

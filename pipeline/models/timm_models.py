@@ -9,12 +9,12 @@ from pipeline.tables import UserError
 
 
 def timm_model(classes: int, channels: int, architecture: str, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Options go to `timm.create_model` (img_size, patch_size, drop_path_rate, ...).
+    """A model of timm. Options go to `timm.create_model` (img_size, patch_size, drop_path_rate, ...).
 
     pretrained: with timm's weights; the classifier is new unless it has as many classes, and the first layer's weights
         are fitted to the channels
     """
-    import timm  # takes seconds, and most runs do not need it
+    import timm  # takes seconds to import, and most runs do not need it
 
     check(architecture)
     options |= {"num_classes": classes, "in_chans": channels}

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pipeline.tables import UserError, call, pick
 
-# Beside these, every optimizer of timm goes by its own name: see timm_optimizers.
+# Every optimizer of timm can be had by its name, too: see timm_optimizers.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 def build_optimizer(parameters: Iterable[nn.Parameter], name: str, lr: float, **options: Any) -> Optimizer:
     """The optimizer called `name` at learning rate `lr`: a row of OPTIMIZERS, else timm's of that name."""
-    # timm takes a second or more to import: only who names one of its optimizers, or none at all, waits for it
+    # timm takes a second or more to import, so it is imported only for a name that is not in OPTIMIZERS.
     table = OPTIMIZERS if name in OPTIMIZERS else timm_optimizers() | OPTIMIZERS
     return call(f"optimizer {name!r}", pick("optimizer", table, name), parameters, lr=lr, **options)
 
@@ -32,7 +32,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], name: str, lr: float, **
 def timm_optimizers() -> dict[str, Callable[..., Optimizer]]:
     """timm's optimizers that work by `step()` alone (lion, lamb, muon, adopt, ...), with the defaults timm gives them.
 
-    The classes themselves, not timm's factory, which drops options that an optimizer does not have without a word.
+    These are the classes themselves, because timm's factory silently drops options that an optimizer does not have.
     Left out: those of apex and bitsandbytes (packages of their own, CUDA), adahessian (wants a backward pass that keeps
     its graph) and kron (wants opt_einsum and a compiler, and its random state does not resume).
     """
@@ -48,8 +48,9 @@ def timm_optimizers() -> dict[str, Callable[..., Optimizer]]:
 
 # The learning rate before optimizer step `step` of `steps`, 0 <= step <= steps, as a fraction of the optimizer's own.
 # All schedules are such closed forms behind one LambdaLR: groups keep the ratio of their learning rates, a resumed run
-# goes on bit for bit, and a step past the last is harmless. torch's own fall short of one or the other: OneCycleLR
-# raises there, CosineAnnealingLR rises again, rounds from step to step, and ends all groups at one absolute value.
+# goes on bit for bit, and a step past the last is harmless. torch's own schedules lack some of this: past the last step
+# OneCycleLR raises and CosineAnnealingLR rises again, which also rounds from step to step, and ends all groups at one
+# absolute value.
 Factor = Callable[[int, int], float]
 
 
@@ -77,7 +78,7 @@ def cosine(end: float = 0.0, warmup: float = 0.0) -> Factor:
 def one_cycle(warmup: float = 0.3) -> Factor:
     """From 1/25 up over the first `warmup` fraction of the steps, then down to 1/250,000 (arXiv:1708.07120).
 
-    The values of torch's OneCycleLR; the momentum stays what the recipe says.
+    The values are those of torch's OneCycleLR; the momentum stays as configured.
     """
     check_fraction("warmup", warmup, below=True)
     start, end = 1 / 25, 1 / 250_000
@@ -95,7 +96,7 @@ def cyclic(up: float = 0.4, low: float = 0.0, cycles: int = 1) -> Factor:
     """Triangles (arXiv:1506.01186): in a line up from `low` over the first `up` fraction of a cycle, then down again.
 
     One cycle with the peak at 0.4 is how "A modern look at the relationship between sharpness and generalization"
-    (arXiv:2302.07011) trained its networks. As there, a step takes the value at its end: none is at `low` but the last.
+    (arXiv:2302.07011) trained its networks. As there, a step takes the value at its end, so only the last is at `low`.
     """
     check_fraction("up", up)
     check_fraction("low", low)
@@ -135,8 +136,8 @@ def build_schedule(
 ) -> LRScheduler:
     """The schedule {"name": ..., its options} over `steps` optimizer steps; step it after each of them.
 
-    restarts: fractions of the steps at which it starts anew, each time over the steps up to the next (learning rate
-        rewinding, arXiv:2003.02389)
+    restarts: fractions of the steps at which the schedule starts anew, each time over the steps up to the next restart
+        (learning rate rewinding, arXiv:2003.02389)
     """
     name = schedule["name"]
     options = {key: value for key, value in schedule.items() if key != "name"}

@@ -1,6 +1,6 @@
 """Sharpness-aware minimization (SAM, arXiv:2010.01412; adaptive: ASAM, arXiv:2102.11600), two passes a batch.
 
-Both passes happen inside a training step, and the optimizer never hears of it:
+Both passes happen inside a training step, and the optimizer does not know of them:
 
     loss = objective(batch)
     ascent.climb_(loss, net.parameters())  # weights w -> w + e, where e = rho T^2 g / |T g|, g = dloss/dw, T = 1 or |w|
@@ -25,7 +25,7 @@ from pipeline.tables import UserError
 
 
 class Ascent:
-    """The way up to the sharpest point within `rho` of the weights, and back.
+    """Moves the weights to where, within `rho` of them, the loss is highest to first order, and back.
 
     rho: radius of the neighbourhood, in the norm of all weights together, > 0
     adaptive: measure each step in units of its weight's size (ASAM; wants a rho about ten times larger)
@@ -35,12 +35,12 @@ class Ascent:
         if not rho > 0:
             raise UserError(f"sam.rho {rho} must be positive, or 0 for none")
         self.rho, self.adaptive = rho, adaptive
-        self._home: list[tuple[Tensor, Tensor]] = []  # weights that are away, and where they belong
+        self._home: list[tuple[Tensor, Tensor]] = []  # weights that climb_ moved, with their old values
 
     def climb_(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
         """Move the weights to where the loss, to first order, is highest. Leaves every `.grad` alone.
 
-        parameters: the weights, of which those move that need gradients.
+        parameters: the weights; those that need no gradient stay.
 
 
         Under data parallelism each process climbs by its own part of the batch (the m-sharpness of the paper), since
@@ -53,7 +53,7 @@ class Ascent:
         with torch.no_grad():
             sizes = torch._foreach_abs(weights) if self.adaptive else None
             steps = perturbation(grads if sizes is None else torch._foreach_mul(grads, sizes), self.rho)
-            # Kept, not computed back: w + e - e is not w, and processes would drift apart.
+            # The old weights are kept, because w + e - e is not w in floating point, and processes would drift apart.
             self._home = [(w, w.clone()) for w in weights]
             torch._foreach_add_(weights, steps if sizes is None else torch._foreach_mul(steps, sizes))
         # Autocast keeps half-precision copies of the weights: with stale ones the second pass would be at w again.
@@ -61,7 +61,7 @@ class Ascent:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put the weights back, bit for bit. Does nothing when they are at home."""
+        """Put the weights back, bit for bit. Does nothing when they have not moved."""
         if self._home:
             weights, home = zip(*self._home, strict=True)
             torch._foreach_copy_(weights, home)
@@ -71,7 +71,7 @@ class Ascent:
 def perturbation(grads: Iterable[Tensor], rho: float) -> list[Tensor]:
     """rho g / |g| over all tensors together; zeros where the gradient vanishes or is not finite.
 
-    This is sam-pytorch's own step, taken from zero and noted down at its highest point.
+    sam-pytorch takes this step itself, from zero, and calls back at the highest point, which is the result.
     """
     points = [torch.zeros_like(grad) for grad in grads]
     for point, grad in zip(points, grads, strict=True):
@@ -83,7 +83,7 @@ def perturbation(grads: Iterable[Tensor], rho: float) -> list[Tensor]:
 
 @contextmanager
 def frozen_statistics(net: nn.Module) -> Iterator[None]:
-    """Normalise by the batch as in training, without moving the running statistics."""
+    """Inside, BatchNorm normalises by the batch as in training, without moving its running statistics."""
     norms = [m for m in net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

@@ -1,4 +1,4 @@
-"""What can be done to a network, one after the other: chains of stages, one file a stage."""
+"""Stages take a network and give one, one file a stage; a chain is stages in order."""
 
 from pipeline.stages.chain import STAGES, TAILS, Chain, Followed, fitting, needed, parse_chain, parse_tail, spell_chain
 from pipeline.stages.compress import Compress, compressed

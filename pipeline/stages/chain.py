@@ -2,8 +2,8 @@
 
     mix+data@0.5 > repair > tune_norms(lr=0.01)
 
-Stages stand between ">" signs. A compression is the spelling of a recipe with its ratio behind "@"; the others are rows
-of STAGES, with their options in brackets. `parse_chain(spell_chain(chain)) == chain`.
+A ">" separates two stages. A compression is the spelling of a recipe with its ratio behind "@"; any other stage is a
+row of STAGES, with its options in brackets. `parse_chain(spell_chain(chain)) == chain`.
 """
 
 import re
@@ -22,13 +22,13 @@ from pipeline.tables import UserError, call, pick
 Chain = tuple[Stage, ...]
 
 STAGES: dict[str, type] = {"repair": Repair, "tune_norms": TuneNorms, "tune": Tune}
-# What `stages=` calls the chains behind a compression. A stage that a network has nothing for (repair without
-# BatchNorm) is left out of these; where it is the last of them, the chain has no rows.
+# A tail is the chain behind a compression; these are the names that `stages=` has for some. A stage that a network has
+# nothing for (repair without BatchNorm) is left out of a named tail; where it is the last one, the tail has no rows.
 TAILS = {"raw": "", "repaired": "repair", "norm_tuned": "repair > tune_norms", "tuned": "repair > tune"}
 
 
 def parse_chain(text: str) -> Chain:
-    """The chain of a spelling. UserError for a stage that is none, or for an order that cannot be."""
+    """The chain that a text spells. UserError for an unknown stage or an impossible order."""
     return checked(tuple(_stage(part.strip()) for part in text.split(">") if part.strip()))
 
 
@@ -37,7 +37,7 @@ def spell_chain(chain: Sequence[Stage]) -> str:
 
 
 def parse_tail(name: str) -> Chain:
-    """What comes behind a compression: a name of TAILS, or a chain."""
+    """The chain behind a compression, from a name of TAILS or its spelling."""
     if name in TAILS:
         return parse_chain(TAILS[name])
     found = parse_chain(name) if re.search(r"[>@(]", name) or name in STAGES else None
@@ -47,7 +47,7 @@ def parse_tail(name: str) -> Chain:
 
 
 def checked(chain: Chain) -> Chain:
-    """The chain, if its order can be. UserError for a repair of what was compressed by nothing since the last one."""
+    """The chain, if its order is possible. UserError for a second repair with no compression since the first."""
     repaired = False
     for stage in chain:
         if isinstance(stage, Repair) and repaired:
@@ -57,9 +57,9 @@ def checked(chain: Chain) -> Chain:
 
 
 def fitting(name: str, model: nn.Module) -> Chain | None:
-    """The stages of a tail that this network has something for; None where it has nothing for the last.
+    """The stages of a tail that this network has something for; None where it has nothing for the last one.
 
-    UserError where a chain that was spelled out has a stage that cannot be.
+    UserError where a spelled-out tail has a stage that the network has nothing for.
     """
     tail = parse_tail(name)
     against = [(stage, stage.reason_against(model)) for stage in tail]
@@ -73,12 +73,12 @@ def fitting(name: str, model: nn.Module) -> Chain | None:
 
 
 def needed(tail: str) -> frozenset[str]:
-    """What the stages of a tail draw on, of stage.NEEDS."""
+    """Those of stage.NEEDS that the stages of a tail draw on."""
     return frozenset().union(*(stage.needs for stage in parse_tail(tail)))
 
 
 class Followed:
-    """The states behind one network along tails: what tails have in common is done once, on copies of its own."""
+    """The states that tails make of one network. Stages that tails begin with in common run once, each on a copy."""
 
     def __init__(self, start: State, supplies: Supplies) -> None:
         self.supplies, self.found = supplies, {(): start}
@@ -89,7 +89,7 @@ class Followed:
             took = {"seconds": before.seconds}
             with timed(took), self.supplies.forward():
                 after = tail[-1].run(before.copied(), self.supplies)
-            if not isinstance(tail[-1], Compress):  # which is remembered where it is made
+            if not isinstance(tail[-1], Compress):  # a compression adds itself to the network's history
                 remember_(after.model, Step(str(tail[-1])))
             self.found[tail] = State(after.model, after.report, after.before, took["seconds"])
         return self.found[tail]

@@ -14,7 +14,7 @@ from pipeline.tables import UserError
 
 @dataclass(frozen=True)
 class Compress:
-    """ratio: fraction of the channels (masks: of the weights) that goes, 0 <= ratio < 1."""
+    """A recipe at a ratio. ratio: fraction of the channels (masks: of the weights) to remove, 0 <= ratio < 1."""
 
     recipe: Recipe
     ratio: float
@@ -48,16 +48,16 @@ class Compress:
 
 
 def needs(recipe: Recipe) -> frozenset[str]:
-    """What a recipe draws on."""
+    """Those of stage.NEEDS that a recipe draws on."""
     return frozenset({"calibration"} if recipe.calibration.pictures == "data" else ())
 
 
 def compressed(
     state: State, recipe: Recipe, ratios: Sequence[float], supplies: Supplies, full: dict[str, int] | None = None
 ) -> Iterator[State]:
-    """The network at every ratio, one at a time; what ratios can share is computed once.
+    """The network at every ratio, one at a time; work that ratios share is done once.
 
-    full: {group name: channels} that ratios count from; None: those of the network.
+    full: {group name: channels} that ratios count from; None: the network's own channels.
     """
     calibration = recipe.calibration
     given = {"pictures": supplies.pictures(calibration.pictures, calibration.size)}

@@ -22,7 +22,7 @@ from pipeline.compression.trace.graph import Example, channel_groups
 from pipeline.tasks.task import Batch, Task
 
 CALIBRATION = 512  # unlabelled samples that compensation looks at where a recipe does not say how many
-# What a stage can need: calibration, unlabelled samples; labels, those samples with their labels.
+# A stage can need calibration (unlabelled samples) and labels (those samples with their labels).
 NEEDS = ("calibration", "labels")
 
 
@@ -30,8 +30,8 @@ NEEDS = ("calibration", "labels")
 class State:
     """A network on its way through a chain.
 
-    report: of its last compression, and before: the network that this compression took; None for one that is as it was.
-    seconds: what its stages took.
+    report: of its last compression; before: the network that this compression took; both None without a compression.
+    seconds: that its stages took.
     """
 
     model: nn.Module
@@ -40,7 +40,7 @@ class State:
     seconds: float = 0.0
 
     def copied(self) -> "State":
-        """The same with a network of its own."""
+        """The same state with its own copy of the network."""
         return replace(self, model=bare_copy(self.model))
 
 
@@ -49,13 +49,13 @@ class Stage(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Those of NEEDS that it draws on."""
+        """Those of NEEDS that the stage draws on."""
 
     def reason_against(self, model: nn.Module) -> str:
-        """Why this network has nothing for the stage, in a few words; "" where it has."""
+        """Why this network has nothing for the stage, in a few words; "" where the stage can run."""
 
     def run(self, state: State, supplies: "Supplies") -> State:
-        """What becomes of the network, which is a copy of the stage's own."""
+        """The state after the stage, which may change the network in place: it is the stage's own copy."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Traces:
     counted: Counted = field(default_factory=Counted)
 
     def of(self, model: nn.Module, example: Example, parts: Sequence[str]) -> ChannelGroups:
-        """The groups of networks like this one. Fewer heads and narrower ones have the same shapes."""
+        """The groups of networks like this one. Shapes are not the whole key: fewer and narrower heads share them."""
         shapes = [tuple(t.shape) for t in named_tensors(model).values()]
         key = tuple(parts), *shapes, *sorted(numbers(history(model)).items())
         if key not in self.groups:
@@ -76,9 +76,9 @@ class Traces:
 
 @dataclass
 class Supplies:
-    """What the chains of one network draw on. All of it lies on the network's device.
+    """Everything that the chains of one network draw on, on the network's device.
 
-    dense: the network where its chains begin. example: what it is called with, a batch of one.
+    dense: the network where its chains begin. example: the network's arguments, a batch of one.
     batches: training samples with their labels, without augmentation.
     forward: context of every forward pass (autocast).
     """
@@ -93,16 +93,16 @@ class Supplies:
 
     @cached_property
     def inputs(self) -> list[Example]:
-        """What the network is called with on the batches."""
+        """The network's arguments for each of the batches."""
         return [self.task.inputs(batch) for batch in self.batches]
 
     @cached_property
     def synthetic(self) -> dict[int | None, Tensor]:
-        """Pictures of the network's own, by how many were asked for."""
+        """{how many were asked for: pictures that the network itself synthesizes}"""
         return {}
 
     def pictures(self, kind: str, size: int | None) -> Any:
-        """What a recipe's calibration looks at: None, synthetic pictures, or the first samples of the batches."""
+        """The samples for a recipe's calibration: None, synthetic pictures, or the first samples of the batches."""
         if kind == "none":
             return None
         if kind == "data":
@@ -117,14 +117,14 @@ class Supplies:
         return {}
 
     def statistics(self, model: nn.Module) -> dict[str, Tensor]:
-        """BatchNorm statistics of a network on the batches, found once."""
+        """BatchNorm statistics of a network on the batches, computed once."""
         if id(model) not in self._statistics:
             self._statistics[id(model)] = model, statistics(model, self.inputs)
         return self._statistics[id(model)][1]
 
 
 def first_samples(batches: Sequence[Example], count: int) -> list[Example]:
-    """The first samples of batches of network inputs, in batches."""
+    """The first `count` samples of batches of network inputs, in batches."""
     found: list[Example] = []
     for batch in batches:
         if count > 0:
@@ -135,7 +135,7 @@ def first_samples(batches: Sequence[Example], count: int) -> list[Example]:
 
 @contextmanager
 def timed(found: dict[str, float]) -> Iterator[None]:
-    """Adds what the block takes to found["seconds"]."""
+    """Adds the seconds that the block takes to found["seconds"]."""
     start = time.perf_counter()
     try:
         yield

@@ -109,7 +109,7 @@ def _step_(
 
 
 def spelled(name: str, stage: Tune | TuneNorms) -> str:
-    """tune(epochs=3,lr=0.01), with what is not as usual alone."""
+    """The spelling, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
     usual = type(stage)()
     options = [f"{key}={value:g}" for key, value in vars(stage).items() if value != getattr(usual, key)]
     return f"{name}({','.join(options)})" if options else name

@@ -1,4 +1,4 @@
-"""Batches and outputs that no classification can measure are refused: each error names the values and the fix."""
+"""Refuses batches and outputs that no classification can measure: each error names the values and the fix."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .kinds import KINDS
 
 
 def kind_of(scores: Tensor, labels: Tensor) -> str:
-    """The kind of classification that these (N, ...) scores and labels are, if they are one."""
+    """The kind of classification that these (N, ...) scores and labels look like; see `check_labels` for proof."""
     if scores.ndim > 2:
         return "dense"
     if scores.ndim < 2 or scores.shape[1] == 1:
@@ -22,12 +22,12 @@ def kind_of(scores: Tensor, labels: Tensor) -> str:
 
 
 def classes_of(kind: str, scores: Tensor) -> int:
-    """How many classes such scores are of; of multi-label ones how many labels."""
+    """How many classes the scores are for; multi-label scores: how many labels."""
     return 2 if kind != "multilabel" and alone(kind, scores) else scores.shape[1]
 
 
 def check_labels(kind: str, scores: Tensor, labels: Tensor, ignored: int | None) -> None:
-    """UserError unless these are such labels."""
+    """UserError unless the labels are of this kind and fit the scores. ignored: label that is left out."""
     check_shapes(kind, scores, labels)
     if kind == "mixed":
         check_mixed(labels)
@@ -64,7 +64,7 @@ def _fix(scores: Tensor, labels: Tensor) -> str:
 
 
 def check_range(labels: Tensor, classes: int, ignored: int | None, single: bool) -> None:
-    """single: one score a label, whose labels are floats as often as integers."""
+    """UserError for labels outside 0 ... classes - 1. single: one score a label, where whole floats are labels too."""
     whole = not labels.is_floating_point() and not labels.is_complex()
     if not whole and not (single and bool((labels == labels.round()).all())):
         raise UserError(
@@ -103,20 +103,19 @@ def check_one_hot(labels: Tensor) -> None:
 
 def check_classes(found: int, classes: int | None) -> None:
     if classes is not None and found != classes:
-        raise UserError(f"the network says {found} classes and the task {classes}; mend classes= or the network's head")
+        raise UserError(f"the network says {found} classes and the task {classes}; fix classes= or the network's head")
 
 
 def check_outputs(kind: str, scores: Tensor, outputs: str | None) -> None:
-    """UserError for probabilities that are none."""
+    """UserError for scores that are called probabilities and are none."""
     if outputs == "probabilities" and not probable(kind, scores):
         raise UserError(
-            f"outputs are said or were found to be probabilities, and this batch holds {_worst(scores):.4g}; "
-            "say outputs='logits'"
+            f"outputs are taken for probabilities, and this batch holds {_worst(scores):.4g}; say outputs='logits'"
         )
 
 
 def outputs_of(kind: str, scores: Tensor) -> str:
-    """Are the scores "logits" or "probabilities"? UserError where both could be, and give different numbers."""
+    """ "logits" or "probabilities", whichever the scores are. UserError where both fit and give different numbers."""
     if not probable(kind, scores):
         return "logits"
     if alone(kind, scores):
@@ -128,7 +127,7 @@ def outputs_of(kind: str, scores: Tensor) -> str:
 
 
 def alone(kind: str, scores: Tensor) -> bool:
-    """Does each score stand for itself, with no other classes that it sums to 1 with?"""
+    """Does each score stand alone, for its label or not, with no other scores that it would sum to 1 with?"""
     return kind == "multilabel" or (KINDS[kind].pairs and (scores.ndim < 2 or scores.shape[1] == 1))
 
 

@@ -1,4 +1,4 @@
-"""Classes of samples or of places: multi-class, one-hot, mixed, binary, multi-label and dense."""
+"""Classification of samples or of places in them: multi-class, one-hot, mixed, binary, multi-label and dense."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ OUTPUTS = ("logits", "probabilities")
 class Classification(Task):
     """Accuracy and cross-entropy of a network that says classes.
 
-    kind: of KINDS; None: decided on the first batch (see `settled`). Under "multiclass" rows of probabilities, as
-        mixed training pictures have them, are trained on as well
+    kind: of KINDS; None: decided on the first batch (see `settled`). "multiclass" also trains on labels that are rows
+        of probabilities, which mixed training pictures have
     outputs: "logits" or "probabilities"; None: decided on the first batch
     output: index, key or attribute of the logits in an output that is no tensor; None: "logits" or "out"
-    inputs, labels: index or key in a batch, several inputs as a tuple; None: the first and second of a pair, or
-        "labels" of a dict and all else, as keyword arguments
+    inputs, labels: index or key in a batch, several inputs as a tuple; None: the first and second of a pair; in a dict,
+        "labels" are the labels and all other keys the inputs, as keyword arguments
     ignore_index: label that is left out of every number
-    classes: how many; None: those of the first output
+    classes: how many; None: as many as the first output has
     """
 
     name = "classification"
@@ -137,7 +137,7 @@ class Classification(Task):
         scores = logits(scores, self._probabilities)
         options: dict[str, Any] = {"reduction": reduction, "label_smoothing": label_smoothing}
         if labels.shape == scores.shape:
-            # One type for both: mixed labels may be wider than logits, and one-hot ones are often integers.
+            # Cross-entropy needs one type: mixed labels may be wider than logits, and one-hot ones are often integers.
             dtype = torch.promote_types(labels.dtype, scores.dtype)
             scores, labels = scores.to(dtype), labels.to(dtype)
         elif self.ignore_index is not None:

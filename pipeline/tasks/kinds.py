@@ -1,8 +1,8 @@
 """The kinds of classification: how scores and labels become one formula, and what else is summed up.
 
 Every kind becomes scores (N, K, *places) with labels (N, *places) int64, or (N, K) rows of probabilities. A single
-score x, of binary and multi-label outputs, is the pair (0, x): argmax is then the threshold 0, and cross-entropy is
-binary cross-entropy. A probability p is the pair (1 - p, p).
+score x, as binary and multi-label outputs have it, becomes the pair (0, x): argmax is then the threshold 0, and
+cross-entropy is binary cross-entropy. A single probability p becomes the pair (1 - p, p).
 """
 
 import math
@@ -37,7 +37,7 @@ class Kind:
 
 
 def add_exact(answers: Tensor, labels: Tensor, counts: Tensor | None, classes: int) -> Tensor:
-    """(1,) samples of which every label that counts is right."""
+    """(1,) how many samples have every label right that counts."""
     right = answers == labels
     return (right if counts is None else right | ~counts).flatten(1).all(1).sum()[None]
 
@@ -47,14 +47,14 @@ def read_exact(base: Tensor, sums: Tensor, ignored: int | None) -> dict[str, flo
 
 
 def add_confusion(answers: Tensor, labels: Tensor, counts: Tensor | None, classes: int) -> Tensor:
-    """(K * K,) pixels by label and answer."""
+    """(K * K,) how many pixels have each pair of label and answer."""
     if counts is not None:
         answers, labels = answers[counts], labels[counts]
     return multiclass_confusion_matrix(answers, labels, classes, validate_args=False).flatten()
 
 
 def read_miou(base: Tensor, sums: Tensor, ignored: int | None) -> dict[str, float]:
-    """Intersection over union, the mean over the classes that occur, as torchmetrics' MulticlassJaccardIndex."""
+    """Intersection over union, mean over the classes that occur, equal to torchmetrics' MulticlassJaccardIndex."""
     classes = round(len(sums) ** 0.5)
     confusion = sums.reshape(classes, classes)
     both = confusion.diagonal()
@@ -99,7 +99,7 @@ def pairs(scores: Tensor, probabilities: bool) -> Tensor:
 
 
 def columns(kind: str, scores: Tensor, probabilities: bool) -> Tensor:
-    """(N, K, *places) scores of the network's own (N,), (N, C) or (N, C, *places)."""
+    """(N, K, *places) scores from the network's (N,), (N, C) or (N, C, *places)."""
     if kind == "multilabel":
         return pairs(scores, probabilities)
     if KINDS[kind].pairs and (scores.ndim == 1 or scores.shape[1] == 1):
@@ -108,7 +108,7 @@ def columns(kind: str, scores: Tensor, probabilities: bool) -> Tensor:
 
 
 def logits(scores: Tensor, probabilities: bool) -> Tensor:
-    """Scores whose softmax is what the network says. The least log is -100, as of torch's binary_cross_entropy."""
+    """Scores whose softmax is the network's answer. No log is below -100, as in torch's binary_cross_entropy."""
     return widened(scores).clamp(min=math.exp(-100)).log() if probabilities else scores
 
 

@@ -20,8 +20,8 @@ class Task(Protocol):
     metrics: names in METRICS; the first is the headline
     size: S, how many sums `totals` has
 
-    A batch is as the loader gave it, an output as the network gave it. A task that is not settled answers
-    `inputs` and `settled` alone.
+    A batch is as the loader gave it, an output as the network gave it. A task is settled once a batch has shown what it
+    measures; before that it answers `inputs` and `settled` alone.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Task(Protocol):
         """The arguments that the network is called with."""
 
     def settled(self, output: Any, batch: Any) -> "Task":
-        """The task that measures such batches, decided on this one. UserError where none does."""
+        """The task with all that was open decided on this batch. UserError for a batch that it cannot measure."""
 
     def check(self, output: Any, batch: Any) -> None:
-        """UserError for a batch that this task cannot measure; may wait for the device, so it is asked once a batch."""
+        """UserError for a batch that this task cannot measure. It may wait for the device, so call it once a batch."""
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
         """() mean loss, to train by."""
@@ -47,24 +47,24 @@ class Task(Protocol):
     def totals(self, output: Any, batch: Any) -> Tensor:
         """(S,) float64 on the output's device, the first is n: sums that add up over batches and processes.
 
-        Waits for no device where that can be: it is asked of every batch, also in training.
+        Waits for the device only where it must, because it is called for every batch, also in training.
         """
 
     def values(self, totals: Tensor) -> dict[str, float]:
         """Every metric by its name; NaN where nothing was counted."""
 
     def count(self, totals: Tensor) -> int:
-        """n, how many samples: pictures, also of dense prediction; sequences of language."""
+        """n, how many samples: pictures (in dense prediction, too) or sequences of text."""
 
     def answers(self, output: Any) -> Tensor:
-        """(rows, classes) logits, a picture, a pixel or a token a row, so that two networks can be compared."""
+        """(rows, classes) logits, one row for each picture, pixel or token, so that two networks can be compared."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where things are in a batch and in an output.
 
-    inputs, labels: index or key in a batch; None: the two of a pair, or key "labels" of a dict and all its other keys.
+    inputs, labels: index or key in a batch; None: the two of a pair, or all other keys of a dict and its key "labels".
         Several inputs, ("image", "mask"), are arguments in that order, or keyword arguments if the batch is a dict
     output: index, key or attribute of the scores; None: the output itself, or what it calls "logits" or "out"
     """
@@ -117,7 +117,7 @@ class Layout:
         return "labels" if isinstance(batch, Mapping) else 1
 
     def _check(self, batch: Any) -> None:
-        """UserError for a batch whose parts nobody has told apart."""
+        """UserError for a batch where inputs and labels cannot be told apart."""
         said = self.inputs is not None and self.labels is not None
         if isinstance(batch, Mapping):
             if self.labels is None and "labels" not in batch:
@@ -129,7 +129,7 @@ class Layout:
 
 
 def widened(scores: Tensor) -> Tensor:
-    """Half precision as float32: sums of many losses would be lost in it."""
+    """Half precision as float32, because sums of many losses need more digits than it has."""
     return scores.float() if scores.element_size() < 4 else scores
 
 
@@ -142,11 +142,11 @@ def _part(batch: Any, key: Key) -> Any:
     try:
         return batch[key]
     except (KeyError, IndexError, TypeError):
-        raise UserError(f"the batch, {_described(batch)}, has no part {key!r}; mend inputs= or labels=") from None
+        raise UserError(f"the batch, {_described(batch)}, has no part {key!r}; fix inputs= or labels=") from None
 
 
 def _arguments(part: Any) -> Example:
-    """One part of a batch as what a network is called with: a list of tensors is its arguments, a dict keywords."""
+    """One part of a batch as arguments of a network: a list becomes a tuple of arguments, a dict keyword arguments."""
     if isinstance(part, Mapping):
         return dict(part)
     return tuple(part) if isinstance(part, list) else part
@@ -155,7 +155,7 @@ def _arguments(part: Any) -> Example:
 def _of_output(output: Any, key: Key) -> Any:
     found = _named(output, key)
     if found is None:
-        raise UserError(f"the network gives {_described(output)}, which has no {key!r}; mend output=")
+        raise UserError(f"the network gives {_described(output)}, which has no {key!r}; fix output=")
     return found
 
 

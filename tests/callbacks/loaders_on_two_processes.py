@@ -1,4 +1,4 @@
-"""Count what two gloo processes look at in loaders of every kind. Run by test_loaders.py."""
+"""Count the samples that two gloo processes look at in loaders of every kind. Run by test_loaders.py."""
 
 import sys
 import warnings
@@ -27,7 +27,7 @@ class Sharded(IterableDataset):
 
 
 class Own(DistributedSampler):
-    """One of the user's own."""
+    """A sampler of the user's own."""
 
 
 def loaders() -> dict[str, tuple]:
@@ -52,7 +52,7 @@ class Count(lightning.Callback):
         assert list(found) == ["val", *(f"val/{i}" for i in range(1, len(kinds)))]
         for i, (batches, (name, (_, data, indices))) in enumerate(zip(found.values(), kinds.items(), strict=True)):
             parts = [part for part in batches]
-            # As the hooks left them: of the pictures, their sum says which they are.
+            # The batches as the hooks left them; the sum of the pictures tells which ones they are.
             mine = [sum(len(y) for _, y in parts), sum(float(x.double().sum()) for x, _ in parts)]
             n, total = trainer.strategy.reduce(torch.tensor(mine, dtype=torch.float64), reduce_op="sum").tolist()
             chosen = data.tensors[0][list(indices)].double()

@@ -16,7 +16,7 @@ from callbacks import Shrink
 class Compare(Callback):
     def on_train_epoch_end(self, trainer, module):
         for name, tensor in module.backbone.state_dict().items():
-            if "running" not in name and "num_batches" not in name:  # of each process's own pictures
+            if "running" not in name and "num_batches" not in name:  # these depend on each process's own pictures
                 both = trainer.strategy.all_gather(tensor)
                 assert torch.equal(both[0], both[1]), name
         sizes.append(module.backbone[0].out_channels)

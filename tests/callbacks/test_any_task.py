@@ -1,7 +1,7 @@
-"""The callback in trainers of other people: their loaders, their labels, their outputs. A wrong number is refused.
+"""The callback in other people's trainers, with their loaders, labels and outputs. A wrong number is refused.
 
-Each of these once gave a number that was none, or no number: 100 samples for 20, accuracies of 560% and 4,791%, rows
-that all failed, a traceback.
+Each case once gave a wrong number or none: 100 samples instead of 20, accuracies of 560% and 4,791%, rows that all
+failed, a traceback.
 """
 
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def pixels() -> nn.Module:
 
 
 class Wrapped(nn.Module):
-    """Puts its logits into something."""
+    """Returns its logits inside another object."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -62,7 +62,7 @@ class Wrapped(nn.Module):
 
 
 class Mine(LightningModule):
-    """Somebody's module: what it logs about its validation is what the callback must say of the dense network."""
+    """A user's module: the callback must give the dense network the number that the module's validation logs."""
 
     def __init__(self, net, metric, loss=nn.functional.cross_entropy, squeeze=False):
         super().__init__()
@@ -140,7 +140,7 @@ def test_data_without_a_length(tmp_path):
 
 
 class Renamed(Dataset):
-    """A wrapper that has a data set of its own, of other samples."""
+    """A wrapper whose attribute `dataset` holds a data set of other samples."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 class Plain(LightningModule):
-    """Somebody else's module: nothing of this project in it, dropout and BatchNorm included."""
+    """A user's module that uses nothing of this project; it has dropout and BatchNorm."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_rows_and_logged_numbers_agree_and_are_honest(tmp_path):
 
 
 def test_smaller_networks_are_measured_not_the_live_one(tmp_path):
-    """At ratio 0 nothing is lost; with all but one channel gone a trained network is."""
+    """At ratio 0 no accuracy is lost; with one channel left, a trained network loses it."""
     measured = callback(methods=["fold", "random"], ratios=[0.0, 0.95], stages=["raw"])
     fit(tmp_path, [measured], epochs=4)
     last = measured.rows.filter(measured.rows["epoch"] == 4)
@@ -210,7 +210,7 @@ def test_the_averaged_network_is_measured_and_not_the_live_one(tmp_path):
     folded = measured.rows.filter((measured.rows["method"] == "fold") & (measured.rows["epoch"] == 2))
     assert folded["loss"].item() == pytest.approx(losses["average"])
 
-    # Lightning left the average in the module: what a test is given is what it measures, other weights too.
+    # Lightning left the average in the module. A test run measures the weights it is given, other ones, too.
     for _ in range(2):
         trainer.test(module, DataLoader(TEST, 16), verbose=False)
         assert dense(measured, "test")["loss"] == pytest.approx(
@@ -273,7 +273,7 @@ def test_a_failing_method_costs_its_rows_only(tmp_path, monkeypatch):
 
 
 def fails_on_call(work, count: int):
-    """`work`, but its call number `count`, from 0, raises."""
+    """`work`, whose call number `count` (from 0) raises."""
     calls = iter(range(1000))
 
     def maybe(*args, **kwargs):
@@ -287,7 +287,7 @@ def fails_on_call(work, count: int):
 @pytest.mark.parametrize(
     ("what", "call", "failed"),
     [
-        # 3 methods x 2 ratios; the error of one ratio costs those of its method that are left
+        # 3 methods x 2 ratios; an error at one ratio costs its method this ratio and the later ones
         ("pipeline.compression.compress.apply", 2, [("l1", r, s) for r in (0.25, 0.5) for s in ("raw", "repaired")]),
         ("pipeline.compression.compress.apply", 3, [("l1", 0.5, "raw"), ("l1", 0.5, "repaired")]),
         ("pipeline.stages.repair.repair_", 1, [("fold", 0.5, "repaired")]),
@@ -297,7 +297,7 @@ def fails_on_call(work, count: int):
     ],
 )
 def test_an_error_on_one_process_leaves_it_with_the_rows_of_the_others(tmp_path, monkeypatch, what, call, failed):
-    """Their sums are added up by position in one collective."""
+    """The sums of all processes are added up by position in one collective, so entries must agree."""
 
     def keys() -> list[tuple]:
         return measured.rows.select("method", "ratio", "stage").rows()
@@ -428,7 +428,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
 
 
 def test_no_trace_on_two_processes_and_every_picture_counted_once(tmp_path):
-    """Two gloo processes in a process of their own; 61 pictures do not divide by two."""
+    """Two gloo processes, started by a separate process; 61 pictures cannot be halved."""
     done = subprocess.run(
         [sys.executable, HERE / "two_processes.py", tmp_path], capture_output=True, text=True, timeout=240
     )

@@ -1,4 +1,4 @@
-"""A callback looks at what Lightning's validation looks at, to the last picture, and leaves no trace of it."""
+"""A callback sees the same batches as Lightning's validation, to the last picture, and leaves no trace."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ DATA, TRAIN = pictures(100, 1), pictures(24, 2)
 
 
 class Plain(LightningModule):
-    """Somebody else's module, with somebody else's metrics; `seen` counts the pictures of its validation."""
+    """A user's module with its own metrics; `seen` counts the pictures of its validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Plain(LightningModule):
 
 
 class Hooked(Plain):
-    """Transfer hooks that change the numbers, and that augment in training alone, by either way to ask."""
+    """Transfer hooks that change the numbers, and augment in training alone, asking module or Trainer whether it is."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
         inputs, labels = self.take_apart(batch)
@@ -126,14 +126,14 @@ class Stream(IterableDataset):
 
 
 class Ready:
-    """Batches that no loader makes."""
+    """An iterable of batches that is no DataLoader."""
 
     def __iter__(self):
         return iter([DATA[:20], DATA[20:25]])
 
 
 class Wrapper(Dataset):
-    """A data set around another, which its attribute `dataset` holds: other pictures, and fewer."""
+    """A data set whose attribute `dataset` holds another one, with other and more pictures."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -146,7 +146,7 @@ class Wrapper(Dataset):
 
 
 class Noisy(Wrapper):
-    """Draws as it is fetched: a worker that lives on would draw otherwise after another pass."""
+    """Draws at random when a sample is fetched: a persistent worker would draw differently after another pass."""
 
     def __getitem__(self, i):
         return self.dataset[i][0] + torch.randn(1), self.dataset[i][1]
@@ -206,7 +206,7 @@ def test_the_test_set_is_looked_at_in_the_same_way(tmp_path):
 
 
 class Normalised(LightningDataModule):
-    """Hooks of the data module come before those of the module, as Lightning chooses between them."""
+    """A data module with hooks: Lightning prefers them to those of the module."""
 
     def train_dataloader(self):
         return DataLoader(TRAIN, 8)
@@ -307,7 +307,7 @@ def test_generators_of_samplers_get_their_state_back():
 
 
 def calibrated(tmp_path: Path, data, size: int = 20, batch_size: int = 8, module=Plain) -> list:
-    """At the start of an epoch, where the Trainer is training."""
+    """The calibration batches at the start of an epoch, where the Trainer is training."""
     found = []
 
     class Calibrate(lightning.Callback):
@@ -360,7 +360,7 @@ def test_calibration_goes_through_the_hooks_without_augmentation(tmp_path):
 
 
 def test_no_samples_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no 20 training samples to look at; mend repair_data="):
+    with pytest.raises(UserError, match="no 20 training samples to look at; fix repair_data="):
         calibrated(tmp_path, [])
 
 
@@ -380,7 +380,7 @@ def test_batches_are_kept_where_they_fit_and_streamed_where_not(kept, monkeypatc
     size = sum(tensor.numel() * tensor.element_size() for tensor in DATA.tensors)
     monkeypatch.setattr("pipeline.batches.KEPT", size if kept else size - 1)
     passes = Passes(Source())
-    next(iter(passes))  # a pass that is not finished finds nothing out
+    next(iter(passes))  # only a finished pass finds out whether batches fit
     fetched.clear()
     for _ in range(3):
         assert torch.equal(torch.cat([labels for _, labels in passes]), DATA.tensors[1])

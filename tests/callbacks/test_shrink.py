@@ -50,7 +50,7 @@ def task(optim: str = "sgd", **options) -> Training:
 
 
 def run(folder: Path, module, callbacks: list, epochs: int, ckpt_path: Path | None = None, **options):
-    """Without shuffling, so that a loop by hand sees the same batches."""
+    """Train without shuffling, so that a loop by hand sees the same batches."""
     trainer = trainer_for(folder, callbacks, epochs, **options)
     trainer.fit(module, DataLoader(TRAIN, 16), DataLoader(VAL, 32), ckpt_path=ckpt_path, weights_only=True)
     return trainer
@@ -154,7 +154,7 @@ def test_steps_end_at_the_size_of_one_shot(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_resumed_run_is_bit_identical(tmp_path, cut):
-    """Cut off before, at and between the two steps."""
+    """The run is cut off before, at and between the two steps."""
 
     def shrink() -> Shrink:
         return Shrink("fold", 0.6, after=1, steps=2, every_n_epochs=2, save_to=tmp_path / "small.safetensors")

@@ -1,4 +1,4 @@
-"""Three forms of CIFAR-10 give one set; what is missing or damaged is named in one line."""
+"""Three forms of CIFAR-10 give one set; a missing or damaged file is named in one line."""
 
 import numpy as np
 import pytest

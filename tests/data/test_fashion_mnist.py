@@ -1,4 +1,4 @@
-"""Fashion-MNIST reads plain and gzipped idx files; what is missing or damaged is named in one line."""
+"""Fashion-MNIST reads plain and gzipped idx files; a missing or damaged file is named in one line."""
 
 import gzip
 

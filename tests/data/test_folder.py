@@ -1,4 +1,4 @@
-"""Any picture folder loads, and what is wrong with it is named in one line."""
+"""Any picture folder loads, and every fault in it is named in one line."""
 
 import numpy as np
 import pytest

@@ -28,7 +28,7 @@ MODES = ["RGB", "L", "CMYK", "RGBA", "P", "LA"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Three classes, smooth pictures of many sizes and modes under the name of a JPEG, as in ImageNet: 8 + 3 each."""
+    """Three classes, 8 + 3 smooth pictures each, of many sizes and modes, all named .JPEG as in ImageNet."""
     root = tmp_path_factory.mktemp("made") / "imagenet"
     rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 3)):
@@ -49,7 +49,7 @@ def root(made, tmp_path):
 
 
 def turned():
-    """EXIF that asks for a quarter turn, which neither torchvision nor timm makes."""
+    """EXIF data that asks for a quarter turn, which neither torchvision nor timm makes."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
@@ -68,7 +68,7 @@ def fetched(loader):
 
 
 def pictures_of(folder):
-    """All of them as torchvision reads them, in the order of torchvision."""
+    """All pictures of the folder as torchvision reads them, in its order."""
     return [picture for picture, _ in datasets.ImageFolder(folder)]
 
 
@@ -197,7 +197,7 @@ def test_test_is_another_name_of_val(root):
 
 
 def test_the_folder_that_torchvision_unpacks(root):
-    """torchvision's ImageNet beside its own meta.bin; what lies beside the pictures is no matter."""
+    """torchvision's ImageNet has a meta.bin of its own; files beside the pictures do not matter."""
     torch.save(({name: (name,) for name in IDS}, []), root / "meta.bin")
     (root / "ILSVRC2012_img_val.tar").write_bytes(b"")
     (root / "val" / IDS[0] / "notes.txt").write_text("no picture")
@@ -207,7 +207,7 @@ def test_the_folder_that_torchvision_unpacks(root):
     assert data.test_data.labels.tolist() == theirs.targets
 
 
-# --- what was decoded is kept
+# --- decoded pictures are kept
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_a_cache_may_be_deleted_at_any_time(made, tmp_path):
         assert torch.equal(fetched(data.test_dataloader())[0], expected)
 
 
-# --- what is wrong is said in one line
+# --- mistakes are named in one line
 
 
 @pytest.mark.parametrize("workers", [0, 1])

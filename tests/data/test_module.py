@@ -149,7 +149,7 @@ def test_trains_under_lightning(tmp_path, val_fraction):
 
 
 class Stage:
-    """As much of a trainer as PictureData looks at."""
+    """The part of a Trainer that PictureData looks at."""
 
     def __init__(self, training):
         self.training, self.world_size = training, 1
@@ -210,7 +210,7 @@ def test_nothing_is_mixed_outside_training_or_when_off():
 
 
 class Watcher(Linear):
-    """Notes the shape of the labels that each stage is given."""
+    """Keeps the shape of the labels in each stage."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ def test_lightning_mixes_training_batches_alone(tmp_path):
 
 
 def test_an_epoch_of_worker_processes_depends_on_the_seed_alone():
-    """What workers drew in one epoch must not decide the next: a resumed run has no such workers."""
+    """Draws of workers in one epoch must not decide the next epoch, because a resumed run has no such workers."""
     options = {"workers": 2, "augment": ["crop"], "batch_size": 500}
 
     def epoch(loader, seed):

@@ -1,4 +1,4 @@
-"""Weights arrive whole from every kind of file that people have; what does not fit is refused in one line."""
+"""Weights arrive whole from every kind of file that people have; a file that does not fit is refused in one line."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ VIT = {"dim": 16, "depth": 2, "heads": 2, "mlp_dim": 24, "patch_size": 8}
 
 
 def randomized(net: nn.Module) -> nn.Module:
-    """With statistics and norms that are not those of every new network."""
+    """The network with random statistics and norms, which differ from those of every new network."""
     with torch.no_grad():
         for name, tensor in net.state_dict().items():
             if tensor.is_floating_point():
@@ -117,7 +117,7 @@ def prefixed(state, prefix):
 
 
 def test_the_folding_studys_resnet18():
-    """It trains torchvision's with the stem for small pictures, whose names are not ours."""
+    """The study trains torchvision's ResNet18 with the stem for small pictures, whose names are not ours."""
     theirs = torchvision_resnet18(num_classes=10)
     theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     theirs.maxpool = nn.Identity()
@@ -131,7 +131,7 @@ def test_the_folding_studys_resnet18():
 
 
 def test_the_sharpness_studys_preact_resnet18():
-    """Its module has the names of ours, and its normalisation no tensors."""
+    """The study's module has our names, and its normalisation has no tensors."""
     names = ["conv1.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     for stage in (1, 2, 3, 4):
@@ -144,7 +144,7 @@ def test_the_sharpness_studys_preact_resnet18():
 
 
 def test_the_sharpness_studys_simple_vit():
-    """Of vit-pytorch 0.40: another network than today's, not only other names."""
+    """The study's network is that of vit-pytorch 0.40, which differs from today's in more than names."""
     names = ["to_patch_embedding.1.weight", "to_patch_embedding.1.bias"]
     for i in range(2):
         at = f"transformer.layers.{i}"
@@ -167,7 +167,7 @@ def test_the_sharpness_studys_simple_vit():
 
 
 def test_model_soups():
-    """A whole CLIP less the blocks of its text tower, and a head for features of length 1."""
+    """A soup is a whole CLIP without the blocks of its text tower, and a head for features of length 1."""
     open_clip = pytest.importorskip("open_clip")
     net = build_model("open_clip", 7, 3, **TINY_CLIP)
     options = {name: value for name, value in TINY_CLIP.items() if name != "architecture"}
@@ -207,7 +207,7 @@ def test_torchvisions_old_densenets():
 @pytest.mark.parametrize("shard", [None, "4KB"])
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_folders_of_huggingface(form, shard, tmp_path):
-    """Whose names are not those of the modules: transformers renames these and not its files."""
+    """Names in the files are not those of the modules: transformers renames modules, but not its files."""
     options = {"max_shard_size": shard} if shard else {}
     folder = write_huggingface_vit(tmp_path / "vit", **options)
     theirs = build_model("huggingface", 5, 3, architecture=str(folder))
@@ -267,7 +267,7 @@ def test_folders_that_are_not_whole(tmp_path):
         read_state(tmp_path)
 
 
-# What is refused
+# Files that are refused
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["", "of before 2020"])

@@ -1,4 +1,4 @@
-"""The models of other libraries: their trained weights, heads made of words, and the pictures that they want."""
+"""The models of other libraries: their trained weights, heads made of words, and how pictures are made ready."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ NAMES, SENTENCES = ["cat", "tabby cat with a very long name", "dog"], ["a photo 
 
 @pytest.fixture
 def file_of_torchvision(monkeypatch):
-    """What a download would bring: random weights of 1,000 classes."""
+    """A file in place of a download: random weights for 1,000 classes."""
     kept = {}
 
     def served(self, *args, **kwargs):
@@ -133,7 +133,7 @@ def test_huggingface_weights_of_half_precision_become_whole(tmp_path):
         assert {tensor.dtype for tensor in net.parameters()} == {torch.float32}
 
 
-# What goes wrong around them
+# Failures of downloads and imports
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_without_a_network_there_is_one_line_at_once(name, options, monkeypatch,
     assert constants.HF_HUB_OFFLINE is False
 
 
-# What pictures they want
+# How pictures are made ready
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Networks of other libraries with the parts of the real ones and next to no weights."""
+"""Tiny networks of other libraries, with all the parts of the real ones."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ TINY_CLIP = {
 
 
 def write_huggingface_vit(folder: Path, classes: int = 5, **options) -> Path:
-    """A ViT for 32x32 pictures as `save_pretrained` writes it, options: of save_pretrained."""
+    """Write a ViT for 32x32 pictures with `save_pretrained`, which takes the options; returns the folder."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         image_size=32,

@@ -104,7 +104,7 @@ def test_an_own_row_does_not_wait_for_timm(monkeypatch):
 
 
 def rates(steps: int, upto: int | None = None, lr: float = 1.0, **schedule) -> list[float]:
-    """The learning rate of every optimizer step, and of those `upto` beyond."""
+    """The learning rate of every optimizer step, up to step `upto` where it is given."""
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler = build_schedule(optimizer, steps, schedule)
     found = []

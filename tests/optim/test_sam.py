@@ -1,4 +1,4 @@
-"""SAM inside a training step equals SAM by hand, whatever else a recipe has."""
+"""SAM inside a training step equals SAM by hand, whatever else the training does."""
 
 import copy
 import subprocess
@@ -255,7 +255,7 @@ def test_l1_pulls_weights_to_zero():
 
 
 def test_fp16_with_a_gradient_scaler_equals_sam_by_hand():
-    """fp16 on a GPU; here the scaler of the CPU, with weights and passes in full precision."""
+    """fp16 needs a GPU, so this test uses the CPU's scaler, with weights and passes in full precision."""
 
     class Scaled(MixedPrecision):
         def autocast_context_manager(self):

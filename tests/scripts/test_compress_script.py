@@ -1,4 +1,4 @@
-"""Trained networks that people bring: the same accuracy as where they were trained, smaller files, bad ones named."""
+"""Trained networks that people bring keep their accuracy and get smaller files; bad ones are named."""
 
 import multiprocessing
 import re
@@ -218,7 +218,7 @@ def test_every_form_of_file_loads_the_same_weights(form, trained, tmp_path):
 
 
 class Anything:
-    """A pickle of this runs code."""
+    """Unpickling an object of this class runs code."""
 
 
 @pytest.mark.parametrize(
@@ -262,12 +262,12 @@ def test_the_studys_file_names_say_the_recipe():
 
 
 def test_a_folder_of_checkpoints(trained, tmp_path, monkeypatch, capsys):
-    """Many files in one command: one is broken, one is done before, names with signs that Hydra reads."""
+    """Many files in one command: one is broken, one was done before, and names hold signs that Hydra reads."""
     state = read_state(trained / "last.ckpt")
     (tmp_path / "nets").mkdir()
     for name in ("a_lr=0.1_wd=0.0.pt", "b_lr=0.2_wd=0.0.pt"):
         torch.save({**state, "net.linear.bias": torch.randn(10)}, tmp_path / "nets" / name)
-    for name in ("broken.pt", "copied.pt"):  # one cell, and two files to look for
+    for name in ("broken.pt", "copied.pt"):  # same content: one cell, two files for the user to find
         (tmp_path / "nets" / name).write_bytes(b"half a file")
     command = [sys.executable, "-m", "scripts.compress", f"checkpoints={tmp_path / 'nets'}/**/*.pt", *DIGITS, *FEW]
     done = subprocess.run([*command, f"paths.runs={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=240)
@@ -293,7 +293,7 @@ def test_a_folder_of_checkpoints(trained, tmp_path, monkeypatch, capsys):
 
 
 def tiny(model: str, folder: Path, *overrides: str) -> dict:
-    """The config of `model` on pictures of 32x32 in a folder as of ImageNet, with a tiny network."""
+    """The config of `model` with a tiny network, on pictures of 32x32 in a folder laid out like ImageNet."""
     config = composed_compress(f"model={model}", "data=imagenet", f"data.root={folder}", *FEW[:2], *overrides)
     config["profile"]["runtimes"], config["compression"]["repair_size"] = [], 8
     return shrunk(config, {})
@@ -301,7 +301,7 @@ def tiny(model: str, folder: Path, *overrides: str) -> dict:
 
 @pytest.mark.parametrize("model", ["vit_b32", "clip_vit_b32", "clip_vit_b32_zero_shot"])
 def test_imagenets_networks_on_pictures_of_their_kind(model, cifar_folder, tmp_path):
-    """Prepared as the network's library says, compressed with attention, norms tuned; a LayerNorm net has no repair."""
+    """Pictures are prepared as the library says, attention is compressed, norms are tuned; LayerNorm has no repair."""
     config = tiny(model, cifar_folder, "stages=[raw,repaired,norm_tuned]", f"paths.runs={tmp_path / 'runs'}")
     everything = {"method": "fold", "parts": ["hidden", "residual", "width"]}
     config["compression"]["methods"] = {"mlp": {"method": "fold"}, "all": everything}
@@ -355,7 +355,7 @@ def test_pictures_are_made_ready_as_the_library_says_unless_told_otherwise(cifar
     for model, overrides, mean in (
         (["model=torchvision", "model.architecture=resnet18"], [], [0.485, 0.456, 0.406]),
         (["model=torchvision", "model.architecture=resnet18"], [f"data.mean={own}"], own),
-        (["model=resnet18"], [], None),  # the network is ours, and the pictures say
+        (["model=resnet18"], [], None),  # our own network: mean and std come from the pictures
     ):
         data = build_data(
             composed_compress(*model, "data=cifar10", f"data.root={cifar_npz}", "data.val_fraction=0.2", *overrides)
@@ -387,7 +387,7 @@ def test_short_names_and_file_names_on_the_command_line(tmp_path):
         (["profile.batch_sizes=[0]"], "batch size 0 must be at least 1"),
         (["+profile.warmup=3"], "profile has no option 'warmup'"),
         (["export=[onxn]"], "unknown export 'onxn'.*choose from: onnx, program"),
-        (["export=[program]", "save=false"], r"export= writes the networks that are kept, and none are; add save=true"),
+        (["export=[program]", "save=false"], r"export= writes .* that are kept, and none are kept; add save=true"),
         (["parts=[hiden]"], "unknown part 'hiden'.*choose from: head, hidden, residual, width"),
         (["parts=[width,head]"], "parts can hold 'width' or 'head', not both"),
         (["parts=hidden"], r"parts must be a list, such as \[hidden\]"),

@@ -1,4 +1,4 @@
-"""The report as users type it: states, settings, means, splits, files, and one clear line for what is wrong."""
+"""The report as users type it: states, settings, means, splits, files, and one clear line for every mistake."""
 
 import re
 import subprocess
@@ -161,7 +161,7 @@ def test_bad_input_gets_one_line(runs, report, tmp_path, monkeypatch, arguments,
 
 
 def test_a_record_that_ends_meanwhile_is_not_missed(tmp_path, monkeypatch):
-    """The record is read before the rows, so that what reads as done has all its rows."""
+    """The record is read before the rows, so that a cell that reads as done has all its rows."""
     add(tmp_path, "a-1", "running")
     order = []
     monkeypatch.setattr("scripts.report.line", lambda folder: order.append("record") or {"cell": folder.name})
@@ -171,7 +171,7 @@ def test_a_record_that_ends_meanwhile_is_not_missed(tmp_path, monkeypatch):
 
 
 def time_networks(folder, dense=0.08, half=0.02, **other):
-    """What a cell that timed its networks has beside its rows."""
+    """Write the file of speeds that a cell has after timing its networks."""
     of = {"cell": folder.name, "model": "resnet18", "data": "cifar10", "device": "cpu", "threads": 2, **other}
     lines = []
     for method, ratio, median, params in (("dense", 0.0, dense, 10_000_000), ("fold", 0.5, half, 2_500_000)):
@@ -187,7 +187,7 @@ def time_networks(folder, dense=0.08, half=0.02, **other):
 def test_sizes_and_speeds_are_medians_over_the_cells_of_a_model(tmp_path, report):
     for cell, half in (("a-1", 0.02), ("b-2", 0.04), ("c-3", 0.01)):
         time_networks(add(tmp_path, cell), half=half)
-    add(tmp_path, "d-4")  # whose networks nobody timed
+    add(tmp_path, "d-4")  # a cell without timed networks
     lines = report(tmp_path)
     (title,) = [i for i, line in enumerate(lines) if line.startswith("Size and speed of resnet18 on cifar10")]
     assert "(cpu, 2 threads, median of 3 cells)" in lines[title]
@@ -233,7 +233,7 @@ def test_values_are_read_and_shown_as_on_the_command_line():
 
 
 def test_checkpoints_are_split_by_how_they_were_trained(tmp_path, report):
-    """Their recipe stands under "named."; names mean it where the measurement has settings of the same name."""
+    """Training settings stand under "named."; a name means those where the measurement has a setting of that name."""
     for i, (name, augment) in enumerate([("sgd", "[]"), ("adam", "[]"), ("adam", '["crop"]')]):
         folder = add(tmp_path, f"m-{i}", fold=0.5 + i / 10)
         named = {"optim.name": name, "optim.schedule.name": "cosine", "data.augment": augment}

@@ -1,7 +1,7 @@
 """The rows of a network that was trained and measured at commit e60a71c, before tasks, recipes, chains and batches.
 
-golden/resnet18_digits.safetensors is the quickstart at width 4 after 20 epochs, in half precision, and rows.parquet is
-what `python -m scripts.compress` of that commit wrote with the options of RUN.
+golden/resnet18_digits.safetensors is the quickstart at width 4 after 20 epochs, in half precision. rows.parquet holds
+the rows that `python -m scripts.compress` of that commit wrote with the options of RUN.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ RUN = [
     "compression.save=false",
 ]
 KEY = ["method", "ratio", "stage"]
-# One of 360 samples may fall to the other side on another machine, and six after training on few samples.
+# On another machine one of 360 samples may get another answer, and six may after training on few samples.
 FAR = {"acc": 6 / 360, "loss": 2e-3, "error": 1e-6, "fidelity": 2e-3}
 
 

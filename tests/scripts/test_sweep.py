@@ -1,4 +1,4 @@
-"""Cells and sweeps: a cell is what it runs, it is run once, it goes on where it was cut off, and failures cost one."""
+"""Cells and sweeps: a cell is named by its settings, runs once, and resumes; a failure costs one cell."""
 
 import importlib.util
 import json
@@ -209,7 +209,7 @@ def test_every_preset_is_counted():
         (["optim.l1=-1"], "l1 -1 must not be negative"),
         (["optim.ema=abc"], "optim: ema must be a number, got 'abc'"),
         (["seed=abc"], "seed abc must be a whole number of at least 0"),
-        (["name=a/b"], "name 'a/b' names folders"),
+        (["name=a/b"], "name 'a/b' becomes a folder's name"),
         (["trainer.max_epochs=-1"], r"trainer\.max_epochs -1 must be a whole number of at least 1"),
         (["trainer.accumulate_grad_batches=0"], r"accumulate_grad_batches 0 must be a whole number of at least 1"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
@@ -276,7 +276,7 @@ def sweep(runs: Path, *overrides: str) -> subprocess.Popen:
 
 
 def whole_sweep(runs: Path, *overrides: str, status: int = 0) -> str:
-    """Run it to its end; what it showed."""
+    """Run a sweep to its end; returns its output."""
     process = sweep(runs, *overrides)
     shown, _ = process.communicate(timeout=900)
     assert process.returncode == status, shown
@@ -319,7 +319,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
     while kills < 20:
         before = newest(runs)
         process = sweep(runs, *GRID)
-        while process.poll() is None and newest(runs) == before:  # until it works on a cell
+        while process.poll() is None and newest(runs) == before:  # until the sweep works on a cell
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 2))
         assert process.poll() is None, f"the sweep ended after {kills} kills: {process.communicate()[0]}"
@@ -338,7 +338,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
 
 
 def newest(runs: Path) -> float:
-    """When a cell was last written to."""
+    """Time of the last write to any cell."""
     return max((path.stat().st_mtime for path in runs.glob("quickstart-*/*")), default=0.0)
 
 

@@ -49,7 +49,7 @@ def test_every_config_builds_and_runs_one_batch(group, name, roots, tmp_path):
         data += ["optim.name=lion", "optim.lr=1e-4"]
     if name in ("folder", "imagenet", "vit_b32_imagenet"):
         data = ["data.root=set-below"]
-    if group == "sweep":  # its last cell, which has everything on
+    if group == "sweep":  # the sweep's last cell, where every option is on
         data += grid(name)[-1]
     config = composed(f"{group}={name}", *data, *TINY, f"paths.runs={tmp_path / 'runs'}")
     folder = run(shrunk(config, roots))
@@ -161,7 +161,7 @@ def test_the_offline_wandb_run_holds_every_logged_number(tmp_path):
 
 
 def wandb_read(path: Path, *flags: str) -> str:
-    """What `wandb leet inspect` prints of an offline run."""
+    """The output of `wandb leet inspect` for an offline run."""
     tool = Path(sys.executable).with_name("wandb")
     done = subprocess.run([tool, "leet", "inspect", *flags, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

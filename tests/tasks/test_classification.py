@@ -1,4 +1,4 @@
-"""Every kind of classification is what torchmetrics says over uneven batches, and what is none is refused."""
+"""Every kind of classification equals torchmetrics over uneven batches, and anything else is refused."""
 
 from types import SimpleNamespace
 
@@ -12,12 +12,12 @@ from pipeline.evaluate import evaluate, metrics_of, settle
 from pipeline.tables import UserError
 from pipeline.tasks import METRICS, Classification
 
-SIZES = (5, 8, 1, 3)  # of batches
+SIZES = (5, 8, 1, 3)  # sizes of batches
 N, C = sum(SIZES), 4
 g = torch.Generator().manual_seed(0)
 SCORES, SINGLE, MAPS = (torch.randn(*s, generator=g) for s in ((N, C), (N,), (N, C, 6, 5)))
 LABELS, BITS, SETS = (torch.randint(k, s, generator=g) for k, s in ((C, (N,)), (2, (N,)), (2, (N, C))))
-PLACES = torch.randint(3, (N, 6, 5), generator=g)  # class 3 is answered and never right
+PLACES = torch.randint(3, (N, 6, 5), generator=g)  # no label is class 3, but some answers are
 HOLES = torch.where(torch.rand(N, 6, 5, generator=g) < 0.2, 255, PLACES)
 SOFT = torch.rand(N, C, generator=g).softmax(1)
 HOT = F.one_hot(LABELS, C)
@@ -26,7 +26,7 @@ FEW = torch.where(torch.rand(N, C, generator=g) < 0.2, -1, SETS)
 
 
 class Given(nn.Module):
-    """Answers with what it is called with, so that tests choose the outputs."""
+    """Returns its input, so that tests choose the outputs."""
 
     def forward(self, inputs):
         return inputs
@@ -37,7 +37,7 @@ def batches(scores: Tensor, labels: Tensor) -> list:
 
 
 def found(task: Classification, scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Settled on the first batch, every batch checked, summed over all."""
+    """The metrics of a task settled on the first batch, with every batch checked, summed over all."""
     data = batches(scores, labels)
     settled = settle(Given(), task, data[0])
     totals = evaluate(Given(), settled, data, check=True)

@@ -1,4 +1,4 @@
-"""A task of another kind, next tokens of a text, fits the protocol as it is."""
+"""A task of another kind, the next tokens of a text, fits the protocol without changes."""
 
 import math
 
