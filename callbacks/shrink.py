@@ -29,6 +29,7 @@ from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import Step, history, numbers, steps_of, told, went_through_
+from pipeline.compression.report import GroupReport, LayerReport, Report, step_of
 from pipeline.measure import chains
 from pipeline.stages import State, compressed
 from pipeline.tables import UserError
@@ -36,6 +37,7 @@ from pipeline.tasks import Task
 
 TUNE = "tune"  # name of the step, in a network's history, for the epochs of training after a compression
 TUNED = "tuned"  # stage, in a saved file, of a network that was trained on after it was made smaller
+REPORTS = {"groups": GroupReport, "layers": LayerReport}  # parts of the report that older checkpoints hold
 
 
 class Shrink(NetworkCallback):
@@ -131,9 +133,11 @@ class Shrink(NetworkCallback):
         pl_module.log_dict({f"shrink/{name}": float(value) for name, value in sizes.items()})
 
     @torch.no_grad()
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         for weight, mask in self._masked:
             weight.mul_(mask)
+        # At every batch, so that it is known whichever callback measures or saves the network, and when.
+        self._remember_tuning_(self._net(pl_module), trainer.current_epoch + 1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._resumed:
@@ -168,8 +172,13 @@ class Shrink(NetworkCallback):
         checkpoint["numbers"], checkpoint["chain"] = numbers(steps), told(steps)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "chain" in checkpoint:  # older checkpoints have none
-            went_through_(self._net(pl_module), steps_of(checkpoint["chain"]))
+        told = checkpoint.get("chain")
+        if told is not None:
+            return went_through_(self._net(pl_module), steps_of(told))
+        # Older checkpoints hold one report of all steps together, in the state of this callback.
+        report = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("report")
+        if report:
+            went_through_(self._net(pl_module), [step_of_report(report)])
 
     def state_dict(self) -> dict[str, Any]:
         return {"began": self._began}
@@ -237,6 +246,12 @@ def follow_(
     others = {p: state for p, state in optimizer.state.items() if id(p) not in names}
     optimizer.state.clear()
     optimizer.state.update({**others, **{parameters[name]: state for name, state in mine.items()}})
+
+
+def step_of_report(told: Mapping[str, Any]) -> Step:
+    """The step that a report in plain values is of."""
+    groups, layers = (tuple(kind(**one) for one in told[name]) for name, kind in REPORTS.items())
+    return step_of(Report(**{**told, "groups": groups, "layers": layers, "frozen": ()}))
 
 
 def full_sizes(steps: Iterable[Step]) -> dict[str, int]:

@@ -10,7 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,19 @@ from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import evaluate
 from pipeline.results import DENSE, Row
-from pipeline.stages import TAILS, Followed, State, Supplies, Traces, compressed, fitting, needed, parse_tail
+from pipeline.stages import (
+    TAILS,
+    Chain,
+    Compress,
+    Followed,
+    State,
+    Supplies,
+    Traces,
+    compressed,
+    fitting,
+    needed,
+    parse_tail,
+)
 from pipeline.stages.compress import needs
 from pipeline.stages.repair import Repair
 from pipeline.tables import UserError, one_line
@@ -225,19 +238,26 @@ def measure_chains(
     found: dict[Entry, Found],
 ) -> None:
     judged = judging(chains, supplies, host.once)
+
+    def measure_state(state: State, own: Sequence[Entry]) -> None:
+        followed, said = Followed(state, supplies), cache(partial(numbers, judged))
+        for entry in own:
+            measure_entry(entry, followed, given, host, said, found)
+
     count = len(chains.recipes) * len(chains.ratios)
     with tqdm(total=count, leave=False, dynamic_ncols=True, **(host.bar or {"disable": True})) as bar:
         for label, recipe in chains.recipes.items():
             own = [entry for entry in entries if entry.method == label and entry not in found]
             with or_fail(found, own, label, host.once):
-                states = compressed(State(supplies.dense), recipe, chains.ratios, supplies)
-                for ratio, state in zip(chains.ratios, clocked(states), strict=True):
+                start = time.perf_counter()
+                for state in compressed(State(supplies.dense), recipe, chains.ratios, supplies):
+                    assert state.report is not None
+                    state, ratio = replace(state, seconds=time.perf_counter() - start), state.report.ratio
                     bar.set_postfix_str(f"{label} {ratio:g}")
-                    values = {**numbers(state), "fidelity": judged(state.model)}
-                    followed = Followed(state, supplies)
-                    for entry in (entry for entry in own if entry.ratio == ratio):
-                        measure_entry(entry, followed, given, host, values, found)
+                    measure_state(state, [entry for entry in own if entry.ratio == ratio])
                     bar.update()
+                    del state  # before the next one is made: two of a large network may not fit
+                    start = time.perf_counter()
 
 
 def measure_entry(
@@ -245,11 +265,15 @@ def measure_entry(
     followed: Followed,
     given: Inputs,
     host: Host,
-    values: Mapping[str, Any],
+    said: Callable[[State], Mapping[str, Any]],
     found: dict[Entry, Found],
 ) -> None:
+    """said: what a row says of the state behind its last compression."""
+    values: dict[str, Any] = {}
     with or_fail(found, [entry], str(entry), host.once, values):
-        state = followed.state(fitting(entry.stage, followed.supplies.dense) or ())
+        tail = fitting(entry.stage, followed.supplies.dense) or ()
+        values |= said(followed.state(until_compressed(tail)))
+        state = followed.state(tail)
         found[entry] = evaluated(state.model, given, host, {**values, "seconds": state.seconds})
         assert state.report is not None
         host.done(entry, Compressed(state.model, state.report))
@@ -263,19 +287,17 @@ def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Modu
     return lambda smaller: None
 
 
-def numbers(state: State) -> dict[str, Any]:
-    """The values of a row that a compression decides, whatever stages come behind it."""
+def numbers(judged: Callable[[nn.Module], float | None], state: State) -> dict[str, Any]:
+    """The values of a row that a compression decides, whatever stages come behind it but another compression."""
     report = state.report
     assert report is not None
-    return {"error": report.error, "params": report.params_after, "macs": report.macs_after, "seconds": state.seconds}
+    found = {"error": report.error, "params": report.params_after, "macs": report.macs_after, "seconds": state.seconds}
+    return {**found, "fidelity": judged(state.model)}
 
 
-def clocked(states: Iterator[State]) -> Iterator[State]:
-    """The same states, each with the seconds that it took to make it."""
-    start = time.perf_counter()
-    for state in states:
-        yield State(state.model, state.report, state.before, time.perf_counter() - start)
-        start = time.perf_counter()
+def until_compressed(tail: Chain) -> Chain:
+    """The stages up to the last compression among them; none where there is none."""
+    return tail[: max((i + 1 for i, stage in enumerate(tail) if isinstance(stage, Compress)), default=0)]
 
 
 def evaluated(model: nn.Module, given: Inputs, host: Host, values: Mapping[str, Any], check: bool = False) -> Found:
@@ -314,8 +336,19 @@ def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Ent
             continue
         recipe, tail = chains.recipes[entry.method], fitting(entry.stage, live) or ()
         chain = " > ".join([*before, f"{spell(recipe)}@{entry.ratio:g}", *map(str, tail)])
-        repaired = any(isinstance(stage, Repair) for stage in tail)
-        found[entry] = {**about(recipe), "chain": chain, **({"statistics": "data"} if repaired else {})}
+        found[entry] = {**about(recipe), **drawn_on(tail), "chain": chain}
+    return found
+
+
+def drawn_on(tail: Chain) -> dict[str, str]:
+    """What the stages behind a compression change of `about`: the kind and the scope stay those of the first."""
+    found: dict[str, str] = {}
+    for stage in tail:
+        if isinstance(stage, Repair):
+            found["statistics"] = "data"
+        elif isinstance(stage, Compress):
+            said, usual = about(stage.recipe), about(Recipe("fold"))
+            found |= {name: said[name] for name in ("calibration", "sizes", "statistics") if said[name] != usual[name]}
     return found
 
 

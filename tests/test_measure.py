@@ -1,5 +1,7 @@
 """A measurement keeps and shares traces, by the parts to compress, and pictures where they fit."""
 
+import importlib
+import weakref
 from functools import partial
 
 import pytest
@@ -281,3 +283,42 @@ def test_fidelity_that_cannot_be_foretold_costs_a_warning():
         rows = rows_of(tree, net, batches=[inputs])
     assert [row.status for row in rows] == ["ok", "ok"]
     assert rows[1].fidelity is None
+
+
+def test_a_row_is_about_the_last_compression_of_its_chain(monkeypatch):
+    monkeypatch.setattr(pipeline.stages.stage, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
+    net, stages = build_model("resnet20", 4, 3), ["raw", "repair", "l1@0.5", "mix+data@0.5 > repair"]
+    rows = rows_of(chains(["l1"], [0.5], stages, predict=True), net, batches=[EVERYTHING])[1:]
+    raw, repaired, twice, mixed = rows
+    assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]
+    once = compress(net, PICTURES.tensors[0][:1], "l1", 0.5).model
+    smaller, report = compress(once, PICTURES.tensors[0][:1], "l1", 0.5)
+    assert twice.params == sum(p.numel() for p in smaller.parameters()) == mixed.params < raw.params
+    assert (twice.macs, twice.error) == (report.macs_after, pytest.approx(report.error))
+    assert raw.fidelity == repaired.fidelity
+    assert len({row.fidelity for row in rows}) == 3
+    told = [(row.kind, row.calibration, row.statistics) for row in rows]
+    assert told == [("prune", "none", "none"), ("prune", "none", "data"), ("prune", "none", "none"),
+                    ("prune", "data", "data")]  # fmt: skip
+
+
+@pytest.mark.parametrize("stages", [["raw", "repaired", "norm_tuned"], ["l1@0.5 > repair"]])
+def test_smaller_networks_are_in_memory_at_one_ratio_alone(stages, monkeypatch):
+    """Those of the ratio before are gone when the next one is made."""
+    module = importlib.import_module("pipeline.compression.compress")
+    known: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def noting(model, *args, **options):
+        alive.append(sum(ref() is not None for ref in known))
+        made = real(model, *args, **options)
+        known.append(weakref.ref(made))
+        return made
+
+    real = module.apply
+    monkeypatch.setattr(module, "apply", noting)
+    net = build_model("resnet20", 4, 3)
+    rows = rows_of(chains(["fold", "l1"], [0.3, 0.5, 0.7], stages), net, batches=[EVERYTHING])
+    assert {row.status for row in rows} == {"ok"}
+    again = any("@" in stage for stage in stages)
+    assert alive == [0, 1] * 6 if again else alive == [0] * 6

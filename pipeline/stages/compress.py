@@ -66,5 +66,6 @@ def compressed(
     if recipe.method == AUTO and given["pictures"] is None:
         given["judge_on"] = supplies.pictures("synthetic", None)
     shared = {"counted": supplies.traces.counted, "seed": supplies.seed, "answers": supplies.task.answers}
-    for smaller, report in compressions(state.model, supplies.example, recipe, ratios, **shared, **given):
-        yield State(smaller, report, state.model)
+    made = compressions(state.model, supplies.example, recipe, ratios, **shared, **given)
+    # No generator, whose names would keep a network alive until the next one is made.
+    return map(lambda smaller: State(smaller.model, smaller.report, state.model), made)

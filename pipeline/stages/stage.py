@@ -26,7 +26,7 @@ CALIBRATION = 512  # unlabelled samples that compensation looks at where a recip
 NEEDS = ("calibration", "labels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """A network on its way through a chain.
 
@@ -113,14 +113,12 @@ class Supplies:
         return self.synthetic[size]
 
     @cached_property
-    def _statistics(self) -> dict[int, tuple[nn.Module, dict[str, Tensor]]]:
-        return {}
+    def _statistics(self) -> dict[str, Tensor]:
+        return statistics(self.dense, self.inputs)
 
     def statistics(self, model: nn.Module) -> dict[str, Tensor]:
-        """BatchNorm statistics of a network on the batches, computed once."""
-        if id(model) not in self._statistics:
-            self._statistics[id(model)] = model, statistics(model, self.inputs)
-        return self._statistics[id(model)][1]
+        """BatchNorm statistics of a network on the batches; those of the dense one are computed once and kept."""
+        return self._statistics if model is self.dense else statistics(model, self.inputs)
 
 
 def first_samples(batches: Sequence[Example], count: int) -> list[Example]:

@@ -177,6 +177,47 @@ def test_a_resumed_run_is_bit_identical(tmp_path, cut):
     ]
 
 
+@pytest.mark.parametrize("first", ["shrink", "measured"])
+def test_rows_say_that_the_network_was_tuned_since(tmp_path, first):
+    """Whichever callback comes first."""
+    shrink = Shrink("l1", 0.75, after=1, steps=2, every_n_epochs=2)
+    measured = CompressionCallback(["fold"], [0.5], stages=["raw"])
+    run(tmp_path, task(), [shrink, measured] if first == "shrink" else [measured, shrink], epochs=4)
+    dense = measured.rows.filter(method="dense")
+    once, twice = "l1@0.5 > tune", "l1@0.5 > tune > l1@0.75 > tune"
+    assert dense["chain"].to_list() == ["", once, once, twice]
+
+
+@pytest.mark.parametrize("method", ["fold", "lamp"])
+def test_a_run_that_an_older_version_began_goes_on(tmp_path, method):
+    """Its checkpoint holds the report of all steps together as the state of this callback, and no chain."""
+
+    def shrink() -> Shrink:
+        return Shrink(method, 0.75, after=1, steps=2, every_n_epochs=2, save_to=tmp_path / "small.safetensors")
+
+    whole = task()
+    run(tmp_path, whole, [shrink()], epochs=4)
+    trainer = run(tmp_path, task(), [shrink(), Until(2)], epochs=4)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    step = checkpoint.pop("chain")[0]
+    about = {key: step[key] for key in ("method", "ratio", "numbers")} | {"frozen": [{"name": "a", "reason": "b"}]}
+    for which in ("params", "macs"):
+        about |= {f"{which}_before": step[f"{which}_before"], f"{which}_after": step[which]}
+    about["layers"] = [{"name": name, **one} for name, one in step.get("layers", {}).items()]
+    about["groups"] = [
+        {"name": name, "tie": "", **one, "labels": torch.tensor(one["labels"])} for name, one in step["groups"].items()
+    ]
+    checkpoint["callbacks"]["Shrink"] = {"report": about}
+    torch.save(checkpoint, tmp_path / "cut.ckpt")
+    resumed = task()
+    run(tmp_path, resumed, [shrink()], epochs=4, ckpt_path=tmp_path / "cut.ckpt")
+    assert history(resumed.net) == history(whole.net)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert history(load_compressed(tmp_path / "small.safetensors", network())[0]) == history(whole.net)
+
+
 def test_sam_and_the_measurement_see_the_smaller_network(tmp_path):
     module = task("adam", sam={"rho": 0.05}, schedule={"name": "cosine"}, restarts=[1 / 3])
     measured = CompressionCallback(["fold"], [0.5], repair_data=TRAIN, repair_size=64)
