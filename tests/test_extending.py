@@ -76,7 +76,7 @@ def copied(to: Path) -> Path:
 def apply(block: str, root: Path, *options: str) -> None:
     """Lines may have moved: git finds the place by the lines around it."""
     done = subprocess.run(
-        ["git", "apply", "--unidiff-zero", *options],
+        ["git", "apply", *options],
         cwd=root,
         input=BLOCKS[block],
         env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)},

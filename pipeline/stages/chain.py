@@ -21,7 +21,11 @@ from pipeline.tables import UserError, call, pick
 
 Chain = tuple[Stage, ...]
 
-STAGES: dict[str, type] = {"repair": Repair, "tune_norms": TuneNorms, "tune": Tune}
+STAGES: dict[str, type] = {
+    "repair": Repair,
+    "tune_norms": TuneNorms,
+    "tune": Tune,
+}
 # What `stages=` calls the chains behind a compression. A stage that a network has nothing for (repair without
 # BatchNorm) is left out of these; where it is the last of them, the chain has no rows.
 TAILS = {"raw": "", "repaired": "repair", "norm_tuned": "repair > tune_norms", "tuned": "repair > tune"}
