@@ -21,7 +21,11 @@ from pipeline.tables import UserError, call, pick
 
 Chain = tuple[Stage, ...]
 
-STAGES: dict[str, type] = {"repair": Repair, "tune_norms": TuneNorms, "tune": Tune}
+STAGES: dict[str, type] = {
+    "repair": Repair,
+    "tune_norms": TuneNorms,
+    "tune": Tune,
+}
 # A tail is the chain behind a compression; these are the names that `stages=` has for some. A stage that a network has
 # nothing for (repair without BatchNorm) is left out of a named tail; where it is the last one, the tail has no rows.
 TAILS = {"raw": "", "repaired": "repair", "norm_tuned": "repair > tune_norms", "tuned": "repair > tune"}

@@ -98,7 +98,7 @@ class Classification(Task):
         base = torch.stack([double(value) for value in sums])
         if self._kind.add is None:
             return base
-        return torch.cat([base, double(self._kind.add(answers, hard, counts, scores.shape[1]))])
+        return torch.cat([base, double(self._kind.add(scores, answers, hard, counts))])
 
     def values(self, totals: Tensor) -> dict[str, float]:
         totals = totals.detach().cpu().double()

@@ -24,7 +24,8 @@ class Kind:
 
     says: the shapes of outputs and labels, for people
     pairs: may a single score stand for two classes?
-    extra: (classes) -> how many sums beyond BASE; add: (answers, labels, which count, classes) -> these sums
+    extra: (classes) -> how many sums beyond BASE; add: (scores, answers, labels, which count) -> these sums; answers
+        are the argmax of the scores, None for "which count" means all
     read: (sums of BASE, these sums, ignored label) -> values of further metrics
     """
 
@@ -32,11 +33,11 @@ class Kind:
     pairs: bool = False
     metrics: tuple[str, ...] = ("acc", "loss")
     extra: Callable[[int], int] = field(default=lambda classes: 0)
-    add: Callable[[Tensor, Tensor, Tensor | None, int], Tensor] | None = None
+    add: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
     read: Callable[[Tensor, Tensor, int | None], Mapping[str, float]] = field(default=lambda base, sums, ignored: {})
 
 
-def add_exact(answers: Tensor, labels: Tensor, counts: Tensor | None, classes: int) -> Tensor:
+def add_exact(scores: Tensor, answers: Tensor, labels: Tensor, counts: Tensor | None) -> Tensor:
     """(1,) how many samples have every label right that counts."""
     right = answers == labels
     return (right if counts is None else right | ~counts).flatten(1).all(1).sum()[None]
@@ -46,11 +47,11 @@ def read_exact(base: Tensor, sums: Tensor, ignored: int | None) -> dict[str, flo
     return {"exact": fraction(sums[0], base[0])}
 
 
-def add_confusion(answers: Tensor, labels: Tensor, counts: Tensor | None, classes: int) -> Tensor:
+def add_confusion(scores: Tensor, answers: Tensor, labels: Tensor, counts: Tensor | None) -> Tensor:
     """(K * K,) how many pixels have each pair of label and answer."""
     if counts is not None:
         answers, labels = answers[counts], labels[counts]
-    return multiclass_confusion_matrix(answers, labels, classes, validate_args=False).flatten()
+    return multiclass_confusion_matrix(answers, labels, scores.shape[1], validate_args=False).flatten()
 
 
 def read_miou(base: Tensor, sums: Tensor, ignored: int | None) -> dict[str, float]:
