@@ -306,16 +306,8 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
         net.model, plan.groups, plan.projections, plan.joint_norms, approximate_repair=plan.approximate_repair
     )
     if net.seen:
-        compensate_(
-            smaller,
-            net.model,
-            plan.groups,
-            plan.projections,
-            net.seen,
-            norm_scale=plan.joint_norms,
-            ridge=recipe.calibration.ridge,
-            solve_on=recipe.calibration.solve_on,
-        )
+        how = recipe.calibration
+        compensate_(smaller, net.model, plan, net.seen, ridge=how.ridge, solve_on=how.solve_on)
     report = Report(
         method=recipe.method,
         ratio=float(ratio),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_nets import NETS, Net, picture, randomise_
 
-from pipeline.compression import Projection, channel_groups, compress
+from pipeline.compression import Plan, Projection, channel_groups, compress
 from pipeline.compression.calibrate import outputs
 from pipeline.compression.calibrate.batches import SAMPLES, TOKENS, VALUES, Batches, batches_of
 from pipeline.compression.calibrate.compensate import compensate_, observe
@@ -50,7 +50,7 @@ def pruned(groups):
 def compensated(model, groups, pictures, **options):
     projections = pruned(groups)
     smaller = apply(model, groups, projections)
-    compensate_(smaller, model, groups, projections, observe(model, groups, pictures), **options)
+    compensate_(smaller, model, Plan(groups, projections), observe(model, groups, pictures), **options)
     return smaller.state_dict()
 
 
@@ -210,7 +210,7 @@ def test_threads_compute_as_the_caller_does(mode):
     with mode(), torch.autocast("cpu", torch.bfloat16):
         seen = observe(model, groups, list(x.split(UNEVEN)))
         notes_of_state(smaller[0], notes)
-        compensate_(smaller, model, groups, projections, seen)
+        compensate_(smaller, model, Plan(groups, projections), seen)
     assert set(notes) == {(True, mode is torch.inference_mode, False)}
     assert len(notes) == len(UNEVEN)
 
@@ -227,7 +227,7 @@ def test_an_error_in_one_batch_ends_all():
 
     smaller[2].register_forward_hook(lambda layer, given, output: fail(layer, given))
     with pytest.raises(KeyError, match="this one"):
-        compensate_(smaller, model, groups, projections, seen)
+        compensate_(smaller, model, Plan(groups, projections), seen)
     assert threading.active_count() == before
     assert all(module.training for module in smaller.modules())
     assert not smaller[0]._forward_pre_hooks

@@ -8,7 +8,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 from toy_nets import NETS, duplicated, randomise_, relative_error
 
-from pipeline.compression import METHODS, Projection, channel_groups, compress, synthesize
+from pipeline.compression import METHODS, Plan, Projection, channel_groups, compress, synthesize
 from pipeline.compression.calibrate.compensate import compensate_, matrix, observe
 from pipeline.compression.calibrate.rows import sees_patches
 from pipeline.compression.choose.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
@@ -21,7 +21,7 @@ from pipeline.tables import UserError
 
 def compensated(model, groups, projections, pictures, **options):
     smaller = apply(model, groups, projections)
-    solved = compensate_(smaller, model, groups, projections, observe(model, groups, pictures), **options)
+    solved = compensate_(smaller, model, Plan(groups, projections), observe(model, groups, pictures), **options)
     return smaller, solved
 
 

@@ -27,8 +27,8 @@ from pipeline.compression.calibrate.repair import STATISTICS, follow_, kept_mode
 from pipeline.compression.calibrate.rows import Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.compression.merge.projection import Projection
 from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
+from pipeline.compression.plan import Plan
 from pipeline.compression.trace.graph import Example
 from pipeline.tables import pick
 
@@ -100,17 +100,15 @@ def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example 
 def compensate_(
     smaller: nn.Module,
     model: nn.Module,
-    groups: Iterable[ChannelGroup],
-    projections: Iterable[Projection],
+    plan: Plan,
     seen: Seen,
     *,
-    norm_scale: bool = True,
     ridge: float | None = None,
     solve_on: str = "smaller",
 ) -> list[str]:
     """In place: update the BatchNorm statistics of `smaller` and solve its readers, in the order of the forward pass.
 
-    smaller: apply(model, groups, projections, norm_scale); seen: observe(model, groups, pictures).
+    smaller: the model after the plan; seen: observe(model, plan.groups, pictures).
     solve_on: "smaller", or "dense" for GRAIL: x' are the cluster means of x, and statistics stay as they are.
     ridge: λ of the module docstring; None: that of RIDGES.
 
@@ -120,72 +118,87 @@ def compensate_(
     are not those of `seen`.
     """
     usual_ridge = pick("solve_on", RIDGES, solve_on)
-    ridge = usual_ridge if ridge is None else ridge
-    groups, projections = list(groups), list(projections)
-    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
-    work = [g for g, p in zip(groups, projections, strict=True) if not p.is_identity]
-    if not work:  # no group has changed
+    if all(projection.is_identity for projection in plan.projections):
         return []
-    reads = [axis for group in work for axis in group.reads]
-    queries = {axis.tensor for axis in reads if axis.query}
-    changed = {axis.tensor: axis.axis for axis in reads if axis.tensor not in queries}  # and which of its axes
+    work = Compensation(smaller, model, plan, seen, usual_ridge if ridge is None else ridge, solve_on == "smaller")
+    if work.mends:
+        with kept_modes(smaller):
+            in_lockstep(smaller.eval(), work.layers, seen.pictures, work.arrive, work.leave)
+    else:
+        for name in work.layers:
+            work.leave(name)
+    return work.solved
 
-    def narrowed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """All tensors, with the writers merged and the readers as before."""
-        return {**tensors, **compressed_tensors(tensors, groups, projections, norm_scale, reads=False)}
 
-    mends = solve_on == "smaller"
-    # Outputs stand in the place of their layer's weight here, so that they merge as its rows do. Other tensors are not
-    # kept: the copies are as large as the smaller network.
-    edited = narrowed({**tensors, **seen.outputs} if mends else tensors)
-    written = {name: edited[name] for name in changed if name in seen.inputs}
-    del edited
-    on_pictures = narrowed({**tensors, **seen.statistics}) if mends and seen.statistics else {}
-    solved: list[str] = []
-    norms = {name.rpartition(".")[0] for name in seen.statistics}
-    gathered: dict[str, Tensor] = {}
-    moments: dict[str, list[Moments]] = defaultdict(list)
+class Compensation:
+    """The layers of one smaller network that change on pictures, each when the inputs of all batches have arrived.
 
-    def arrive(i: int, stop: Stop) -> None:
+    mends: readers are solved on what the smaller network computes, else on what the dense one does (GRAIL).
+    layers: {weight or norm: its layer}, in the order of the forward pass; solved: the weights that are done.
+    """
+
+    def __init__(self, smaller: nn.Module, model: nn.Module, plan: Plan, seen: Seen, ridge: float, mends: bool) -> None:
+        self.plan, self.seen, self.ridge, self.mends = plan, seen, ridge, mends
+        self.solved: list[str] = []
+        self.gathered: dict[str, Tensor] = {}
+        self.moments: dict[str, list[Moments]] = defaultdict(list)
+        changed = [g for g, p in zip(plan.groups, plan.projections, strict=True) if not p.is_identity]
+        reads = [axis for group in changed for axis in group.reads]
+        queries = {axis.tensor for axis in reads if axis.query}
+        self.axes = {axis.tensor: axis.axis for axis in reads if axis.tensor not in queries}  # of the weights to solve
+        tensors = {name: t.detach() for name, t in named_tensors(model).items()}
+
+        def narrowed(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            """All tensors and those that were found, with the writers merged and the readers as before."""
+            every = {**tensors, **found}
+            edited = compressed_tensors(every, plan.groups, plan.projections, plan.joint_norms, reads=False)
+            return {**every, **edited}
+
+        # Outputs stand in the place of their layer's weight here, so that they merge as its rows do. Other tensors are
+        # not kept: the copies are as large as the smaller network.
+        edited = narrowed(seen.outputs if mends else {})
+        self.written = {name: edited[name] for name in self.axes if name in seen.inputs}
+        self.on_pictures = narrowed(seen.statistics) if mends and seen.statistics else {}
+        self.norms = {name.rpartition(".")[0] for name in seen.statistics} if mends else set()
+        order = [name for name in seen.survey.order if name in self.axes or name in self.norms]
+        owner = {name: name if name in self.norms else name.rpartition(".")[0] for name in order}
+        self.layers = {name: smaller.get_submodule(path) for name, path in owner.items()}
+
+    def arrive(self, i: int, stop: Stop) -> None:
+        """Keep what a layer is given of batch i: moments of a norm's input, rows of a reader's."""
         name, layer, x = stop
-        if name in norms:
-            moments[name].append(moments_of(x))
-        elif mends:
-            patches = name in seen.outputs
-            counts = (seen.survey.patches if patches else seen.survey.inputs)[name]
-            gather_(gathered, name, (patches_of if patches else rows_of)(layer, x, counts, i), counts, i)
+        if name in self.norms:
+            self.moments[name].append(moments_of(x))
+            return
+        patches = name in self.seen.outputs
+        counts = (self.seen.survey.patches if patches else self.seen.survey.inputs)[name]
+        gather_(self.gathered, name, (patches_of if patches else rows_of)(layer, x, counts, i), counts, i)
 
-    def solve(name: str, layer: Any) -> None:
-        dim, taps = changed[name], mends and name in seen.outputs
-        if taps:
-            inputs, wanted = gathered.pop(name), written[name].T
+    def leave(self, name: str) -> None:
+        """All batches have arrived at this layer: set its statistics, or solve its weight."""
+        if name in self.norms:
+            before = [self.on_pictures[f"{name}.{kind}"] for kind in STATISTICS]
+            follow_(self.layers[name], statistics_of(self.moments.pop(name)), before)
         else:
-            before = seen.inputs[name]
-            inputs = gathered.pop(name) if mends else merged_inputs(before, name, groups, projections)
-            wanted = before @ wide(matrix(written[name], dim, taps))
+            self.solve(name)
+
+    def solve(self, name: str) -> None:
+        """The least squares of the module docstring, from the present weight, by the normal equations."""
+        layer: Any = self.layers[name]
+        dim, taps = self.axes[name], self.mends and name in self.seen.outputs
+        if taps:
+            inputs, wanted = self.gathered.pop(name), self.written[name].T
+        else:
+            before, plan = self.seen.inputs[name], self.plan
+            merged = None if self.mends else merged_inputs(before, name, plan.groups, plan.projections)
+            inputs = self.gathered.pop(name) if merged is None else merged
+            wanted = before @ wide(matrix(self.written[name], dim, taps))
         now = wide(matrix(layer.weight, dim, taps))
         moments, missing = (inputs.T @ inputs).double(), (inputs.T @ (wanted - inputs @ now)).double()
         scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        moments.diagonal().add_(ridge * scale)
+        moments.diagonal().add_(self.ridge * scale)
         set_matrix_(layer.weight, dim, taps, now + torch.linalg.solve(moments, missing))
-        solved.append(name)
-
-    def estimate(name: str, norm: Any) -> None:
-        follow_(norm, statistics_of(moments.pop(name)), [on_pictures[f"{name}.{kind}"] for kind in STATISTICS])
-
-    order = [name for name in seen.survey.order if name in changed or (mends and name in norms)]
-    layers = {name: smaller.get_submodule(name if name in norms else name.rpartition(".")[0]) for name in order}
-
-    def leave(name: str) -> None:
-        (estimate if name in norms else solve)(name, layers[name])
-
-    if not mends:
-        for name in order:
-            leave(name)
-        return solved
-    with kept_modes(smaller):
-        in_lockstep(smaller.eval(), layers, seen.pictures, arrive, leave)
-    return solved
+        self.solved.append(name)
 
 
 def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:

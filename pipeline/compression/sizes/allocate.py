@@ -17,6 +17,7 @@ from pipeline.compression.calibrate.outputs import Outputs
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.merge.projection import Projection
+from pipeline.compression.plan import Plan
 from pipeline.compression.sizes.count import places
 from pipeline.compression.trace.graph import Example
 
@@ -120,7 +121,7 @@ def output_errors(
     for k in sizes:
         of_tie, projections = [groups[i] for i in tie], [chosen[i][k][0] for i in tie]
         smaller = apply(model, of_tie, projections)
-        compensate_(smaller, model, of_tie, projections, seen)
+        compensate_(smaller, model, Plan(ChannelGroups(tuple(of_tie)), projections), seen)
         errors.append(sum(float((given - wanted).square().sum()) for given, wanted in dense.beside(smaller)) / spread)
     return monotone([*sizes, size], [*errors, 0.0])
 
