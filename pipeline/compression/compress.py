@@ -52,7 +52,7 @@ def remembered(smaller: nn.Module, model: nn.Module, report: Report) -> Compress
 
 @dataclass
 class Network:
-    """A network to compress, and what all its compressions share.
+    """A network to compress, with the values that all its compressions share.
 
     model: without hooks and masks. example: what it is called with; a batch of one is enough.
     groups: its channel groups. pictures: unlabelled inputs that methods look at. seed: for all that is drawn at random.
@@ -349,7 +349,7 @@ def protected(groups: ChannelGroups, names: Sequence[str]) -> list[ChannelGroup]
 
 
 def check_groups(model: nn.Module, groups: ChannelGroups) -> None:
-    """Raise UserError, naming what froze, where there is nothing to compress."""
+    """Raise UserError, naming frozen channels and why, where there is no group."""
     if not len(groups):
         frozen = "; ".join(map(str, groups.frozen[:3]))
         raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")

@@ -103,7 +103,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """The groups of a network, in its order, and what is frozen. Iterates over the groups."""
+    """The groups of a network, in its order, and its frozen channels. Iterates over the groups."""
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[Frozen, ...] = ()

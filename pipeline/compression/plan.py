@@ -70,7 +70,7 @@ def numbers(steps: Iterable[Step]) -> dict[str, int | float]:
 
 
 def told(steps: Iterable[Step]) -> list[dict[str, Any]]:
-    """Steps in JSON values, as a file holds them: [{"stage": ..., and what else it says}]."""
+    """Steps in JSON values, as a file holds them: [{"stage": ..., and the entries of `about`}]."""
     return [{"stage": step.stage, **step.about} for step in steps]
 
 

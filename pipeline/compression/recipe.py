@@ -46,10 +46,10 @@ class Sizes:
     """How many channels every group keeps.
 
     allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
-        than by uniform sizes, and groups that can spare more lose more.
-    spare: how a budget finds out what a group can spare: "output" (of the network, on the pictures) or "parameters"
-        (errors of the method itself); None: "output" where there are pictures.
-    round_to: multiples of so many channels stay. protect: names of groups, or their beginnings, that keep all.
+        than by uniform sizes, and groups whose compression costs less error lose more.
+    spare: the error that a budget goes by: "output" (of the network, on the pictures) or "parameters" (parameter error
+        of the method); None: "output" where there are pictures.
+    round_to: channels stay in multiples of this. protect: groups that keep all channels, by name or its beginning.
     """
 
     allocate: str = "uniform"
@@ -322,6 +322,6 @@ def _check_sizes(sizes: Sizes, calibration: Calibration) -> None:
     if sizes.round_to < 1:
         raise UserError(f"round_to {sizes.round_to} must be at least 1 channel")
     if sizes.spare is not None and sizes.allocate == "uniform":
-        raise UserError(f"spare={sizes.spare} says what a budget goes by: give allocate=macs or params, too")
+        raise UserError(f"spare={sizes.spare} is an option of budgets: give allocate=macs or params, too")
     if sizes.spare == "output" and calibration.pictures == "none":
         raise UserError("spare=output compares outputs on pictures, so it needs pictures (or spare=parameters)")

@@ -96,7 +96,7 @@ def test_kinds_say_what_becomes_of_channels():
         ("fold+data+solve_on=dens", r"unknown solve_on 'dens' \(did you mean 'dense'\?\); choose from: dense, smaller"),
         ("fold+data+ridge=-1", "ridge -1 must not be negative"),
         ("fold+data+size=0", "size 0 must be at least 1 picture"),
-        ("fold+spare=parameters", "spare=parameters says what a budget goes by: give allocate=macs or params, too"),
+        ("fold+spare=parameters", "spare=parameters is an option of budgets: give allocate=macs or params, too"),
         ("fold+macs+spare=output", "spare=output compares outputs on pictures, so it needs pictures"),
         ("fold+round_to=0", "round_to 0 must be at least 1 channel"),
         ("fold+round_to=half", "round_to must be a number, got 'half'"),

@@ -16,7 +16,10 @@ def picture(batch=2, channels=3, size=8):
 
 
 def randomise_(model: nn.Module, seed: int = 0, negative_gains: bool = False) -> nn.Module:
-    """In place: weights and statistics as after some training, none at its initial value. Returns the model."""
+    """In place: weights and statistics as after some training, none at its initial value. Returns the model.
+
+    negative_gains: BatchNorms have gains of both signs, and zeros.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

@@ -28,7 +28,7 @@ def apply(
     norm_scale: merge a weight and the norm behind it as one affine map (see `merge_norms`), rather than each tensor by
     its own mean.
     share: the tensors that do not change are the model's own, not copies.
-    approximate_repair: running variances follow what merging does to the channels (see `repaired_variances`).
+    approximate_repair: running variances of merged channels follow the weights (see `repaired_variances`).
     """
     groups, projections = list(groups), list(projections)
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}

@@ -36,7 +36,7 @@ def parameters(model: nn.Module) -> int:
 def macs(model: nn.Module, example: Example, counted: "Counted | None" = None) -> int:
     """Multiply-accumulates of one forward pass on `example` (convolutions, linear layers, attention).
 
-    They are counted on shapes alone, or by a real pass where the forward looks at values.
+    MACs are counted on shapes alone, or by a real pass where the forward looks at values.
     counted: a cache of MACs of networks of this architecture.
     """
     counted = Counted() if counted is None else counted

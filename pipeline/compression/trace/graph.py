@@ -319,7 +319,7 @@ class Tracer:
             pairs = np.stack([torch.cat([ids.reshape(-1) for ids in side]).numpy() for side in sides])
             hot = np.repeat([t for *_, t in self.products], [q.numel() for q, *_ in self.products])
             real = (pairs != 0).all(0)
-            self.freeze(torch.from_numpy(pairs[:, ~real]), "is multiplied with what is not a channel")
+            self.freeze(torch.from_numpy(pairs[:, ~real]), "is multiplied with values that are not channels")
             pairs, hot = pairs[:, real], hot[real]
             queries, keys = own[pairs]
             reads = [own[s : s + self.span_size(key)] for key, (s, role) in self.spans.items() if role == "read"]
@@ -360,7 +360,7 @@ class Tracer:
     def collect(
         self, parts: Sequence[str], of: np.ndarray | None = None, but: np.ndarray | None = None
     ) -> ChannelGroups:
-        """The groups of these parts, and what is frozen.
+        """The groups of these parts, and the frozen channels.
 
         of: (n,) ids; only channels with one of them. but: only channels with none of them.
         """
