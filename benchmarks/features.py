@@ -72,7 +72,7 @@ class Renormalise(nn.Module):
 
 
 def accuracy(net: nn.Module, test: list) -> float:
-    """In %."""
+    """Accuracy of the network, in %."""
     return 100 * metrics_of(net, Classification("multiclass"), test)["acc"]
 
 

@@ -252,7 +252,7 @@ def drawable(loader: DataLoader) -> bool:
 def drawn_order(loader: DataLoader, size: int, seed: int, batch_size: int) -> list[list[Any]]:
     """Batches of indices, drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # for samplers that draw
+        torch.manual_seed(seed)  # samplers may draw at random
         indices = given_by_sampler(loader)
     drawn = [indices[i] for i in sample(len(indices), size, seed, batch_size)]
     return [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]

@@ -28,7 +28,7 @@ class EpochSeed(Callback):
             self.draw(trainer, 0)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # not checkpoint["epoch"], which depends on the hook that wrote it
+        # checkpoint["epoch"] is not used, because it depends on the hook that wrote the checkpoint
         self.draw(trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

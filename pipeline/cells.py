@@ -76,7 +76,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); delete the folder to run the cell again") from error
     if record["state"] == "running" and not is_held(folder):
@@ -103,7 +103,7 @@ def cells(runs: Path) -> list[Path]:
         with os.scandir(runs) as entries:
             return [Path(p) for p in sorted(e.path for e in entries) if os.path.exists(f"{p}/{RECORD}")]
     except OSError as error:
-        raise UserError(f"{runs} is not a folder of runs ({error.strerror})") from error
+        raise UserError(f"{runs} is not a folder of runs ({error.strerror}); give that of paths.runs") from error
 
 
 def settings(runs: Path) -> pl.DataFrame:

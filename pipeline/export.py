@@ -125,7 +125,7 @@ def _rows(example: Example) -> int:
     for leaf in tree_leaves(call_arguments(example)):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
-    raise UserError("the example holds no tensor with a batch dimension")
+    raise UserError("the example holds no tensor with a batch dimension; give the network's arguments as a batch")
 
 
 def _is_batched(value: Any, rows: int) -> bool:

@@ -14,7 +14,7 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
     for option in (trim_threshold, mmap_threshold):
         mallopt(option, 2**30)
 

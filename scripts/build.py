@@ -62,7 +62,7 @@ def check(config: Config) -> None:
     pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
 
 
-# Settings that say where a cell runs and what it shows. They do not change its results, so its name leaves them out.
+# Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
 WHERE = (
     "paths wandb device named data.root data.workers data.download data.cache trainer.accelerator "
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
@@ -93,7 +93,7 @@ def file_hash(path: str) -> str:
     try:
         digests = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from error
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

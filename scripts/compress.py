@@ -62,8 +62,8 @@ from scripts.cell import launch, run_cell
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
-TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # what a run's settings say of that
-SHORT = ("methods", "ratios", "stages", "parts", "save")  # of compression, on the command line
+TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # settings that say how a run trained
+SHORT = ("methods", "ratios", "stages", "parts", "save")  # short for compression.methods, ...
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),

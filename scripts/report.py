@@ -207,7 +207,7 @@ def cells_table(lines: pl.DataFrame, differing: Sequence[str], metric: Metric) -
     """(title, table); values that all cells share (name, which pictures, stage, ratio) are in the title."""
     context = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}
     alike = [name for name in context if lines[name].drop_nulls().n_unique() == 1]
-    prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # of <name>-<hash>
+    prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # a cell is <name>-<hash>
     prefix = f"{name}-" if len(prefix) == 1 and (name := prefix.pop()) else ""
     lines = lines.with_columns(pl.col("cell").str.strip_prefix(prefix))
     title = ", ".join(

@@ -38,7 +38,7 @@ def check_launcher(arguments: list[str]) -> None:
 
 
 def write_job(cell: str, skipped: bool = False, reason: str = "") -> None:
-    """In a job of a sweep: note in its folder which cell it runs."""
+    """Note in the folder of this sweep job which cell it runs, whether it was skipped, and why it failed."""
     hydra = HydraConfig.get()
     path = Path(hydra.runtime.output_dir) / JOB
     old = json.loads(path.read_text()) if path.exists() else {}
@@ -73,7 +73,7 @@ class Progress(Callback):
         if self._thread is not None:
             self._thread.join()
         jobs = self._look()
-        # By job, not by cell: ten checkpoints with the same content are one cell, and the user has ten files to find.
+        # One line for each job: ten files with the same content are one cell, and the user needs all names.
         failed = [(job["cell"] or f"job {n}", job["reason"]) for n, job in jobs.items() if job["state"] == "failed"]
         self._say(f"{line(jobs, self.total)}.  python -m scripts.report {self.runs}")
         for cell, reason in failed:

@@ -88,7 +88,7 @@ def one_operation(pictures: Tensor, policy: v2.RandAugment) -> Tensor:
 # name -> (picture size in pixels -> function of a batch). Padding is 4 pixels for pictures of 32, and scales with size.
 AUGMENTATIONS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
     "crop": lambda size: partial(crop, padding=size // 8),
-    "flip": lambda size: flip,  # not for pictures whose mirror image means something else, such as digits
+    "flip": lambda size: flip,  # wrong for pictures whose mirror image means something else, such as digits
     "rotate": lambda size: partial(rotate, degrees=15),
     "rand_augment": lambda size: partial(rand_augment, policy=v2.RandAugment()),
     "trivial_augment": lambda size: partial(each, transform=v2.TrivialAugmentWide()),

@@ -54,7 +54,7 @@ def weight_files(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"no checkpoint {path}")
+        raise UserError(f"no checkpoint {path}; give a file of weights or a folder of Hugging Face")
     found = next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
     if found is None:
         raise UserError(f"folder {path} holds no weights: it has none of {', '.join(IN_FOLDER)}")
@@ -104,7 +104,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     state = weights_in(content)
     if state is None:
         if not isinstance(content, Mapping):
-            raise UserError(f"{path} holds a {type(content).__name__}, no weights by name")
+            raise UserError(f"{path} holds a {type(content).__name__}, no weights by name; save a state_dict()")
         keys = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise UserError(f"{path} holds no weights: it has {keys}, none of {', '.join(INSIDE)}")
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -207,7 +207,7 @@ def settings_in(path: str) -> dict[str, str]:
         if i == 0:
             key = part.rpartition("_")[2]
             continue
-        value, _, following = part.partition("_")  # what follows is the next key, with its underscores
+        value, _, following = part.partition("_")  # `following`: the next key, with its underscores
         found[key], key = value, following
     if parts:
         found[key] = last

@@ -110,7 +110,7 @@ def source_of(architecture: str) -> Path:
     """The path of a local folder, or a name on the hub, which looks like a path."""
     source = Path(architecture).expanduser()
     if not source.is_dir() and (architecture.startswith((".", "~", "/")) or len(source.parts) > 2):
-        raise UserError(f"no folder {source}")
+        raise UserError(f"no folder {source}; give one that has config.json, or a name on the hub")
     return source
 
 

@@ -24,7 +24,7 @@ class Compress:
 
     @classmethod
     def parsed(cls, text: str) -> "Compress":
-        """From its spelling, "mix+data@0.5"."""
+        """The stage that a text such as "mix+data@0.5" spells. UserError where the recipe or the ratio is wrong."""
         spelling, _, ratio = text.rpartition("@")
         try:
             return cls(parse(spelling.strip()), float(ratio))

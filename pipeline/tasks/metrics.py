@@ -21,16 +21,16 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Over a column: "Accuracy (%)"."""
+        """Heading of a column: "Accuracy (%)"."""
         unit = self.unit.strip()
         return f"{self.title[0].upper()}{self.title[1:]}" + f" ({unit})" * bool(unit)
 
     def text(self, value: float) -> str:
-        """As in a sentence: "71.3%", "0.412 nats"."""
+        """The value as a sentence has it: "71.3%", "0.412 nats"."""
         return f"{self.scale * value:.{self.digits}f}{self.unit}"
 
     def short(self, value: float) -> str:
-        """As in a column, which has the unit in its head: aligned to the right, seven places wide."""
+        """The value as a column has it, without unit: aligned to the right, seven places wide."""
         return f"{self.scale * value:7.{self.digits}f}"
 
 

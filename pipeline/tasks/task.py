@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.tables import UserError
 
-Example = Tensor | tuple | dict  # what a network is called with, see pipeline.compression.trace.graph.call_arguments
+Example = Tensor | tuple | dict  # a network's arguments, see pipeline.compression.trace.graph.call_arguments
 Key = int | str
 Batch = Any  # as the loader gave it
 
@@ -62,7 +62,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are in a batch and in an output.
+    """Says where inputs and labels are in a batch, and where scores are in an output.
 
     inputs, labels: index or key in a batch; None: the two of a pair, or all other keys of a dict and its key "labels".
         Several inputs, ("image", "mask"), are arguments in that order, or keyword arguments if the batch is a dict
