@@ -45,7 +45,6 @@ from pipeline.stages import (
     parse_tail,
 )
 from pipeline.stages.compress import needs
-from pipeline.stages.repair import Repair
 from pipeline.tables import UserError, one_line
 from pipeline.tasks.task import Batch, Task
 
@@ -336,19 +335,8 @@ def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Ent
             continue
         recipe, tail = chains.recipes[entry.method], fitting(entry.stage, live) or ()
         chain = " > ".join([*before, f"{spell(recipe)}@{entry.ratio:g}", *map(str, tail)])
-        found[entry] = {**about(recipe), **drawn_on(tail), "chain": chain}
-    return found
-
-
-def drawn_on(tail: Chain) -> dict[str, str]:
-    """What the stages behind a compression change of `about`: the kind and the scope stay those of the first."""
-    found: dict[str, str] = {}
-    for stage in tail:
-        if isinstance(stage, Repair):
-            found["statistics"] = "data"
-        elif isinstance(stage, Compress):
-            said, usual = about(stage.recipe), about(Recipe("fold"))
-            found |= {name: said[name] for name in ("calibration", "sizes", "statistics") if said[name] != usual[name]}
+        behind = {name: said for stage in tail for name, said in stage.facts.items()}
+        found[entry] = {**about(recipe), **behind, "chain": chain}
     return found
 
 

@@ -101,6 +101,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*number of training batches.*log.*")
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")  # data.val_fraction=0
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # a camera's mistake; the pixels are whole
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.compression import Recipe, compressions, parse, spell
 from pipeline.compression.compress import check_ratios
-from pipeline.compression.recipe import AUTO
+from pipeline.compression.recipe import AUTO, about
 from pipeline.stages.stage import State, Supplies
 from pipeline.tables import UserError
 
@@ -39,6 +39,12 @@ class Compress:
     @property
     def needs(self) -> frozenset[str]:
         return needs(self.recipe)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The kind and the scope of a row stay those of the first compression of its chain."""
+        said, usual = about(self.recipe), about(Recipe("fold"))
+        return {name: said[name] for name in ("calibration", "sizes", "statistics") if said[name] != usual[name]}
 
     def reason_against(self, model: nn.Module) -> str:
         return ""

@@ -1,6 +1,7 @@
 """BatchNorm statistics re-estimated on unlabelled samples."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 
@@ -15,6 +16,7 @@ class Repair:
     """Every statistic changes by as much as the last compression changed it on the samples (REPAIR, 2211.08403)."""
 
     needs = frozenset({"calibration"})
+    facts = MappingProxyType({"statistics": "data"})
 
     def __str__(self) -> str:
         return "repair"

@@ -1,7 +1,7 @@
 """The words of chains: a stage takes a network and gives one; supplies are what stages draw on."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -50,6 +50,10 @@ class Stage(Protocol):
     @property
     def needs(self) -> frozenset[str]:
         """Those of NEEDS that the stage draws on."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """The columns of a row (see `recipe.about`) that say something else behind this stage."""
 
     def reason_against(self, model: nn.Module) -> str:
         """Why this network has nothing for the stage, in a few words; "" where the stage can run."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class TuneNorms:
     lr: float = 1e-3
 
     needs = frozenset({"labels"})
+    facts = MappingProxyType({})
 
     def __post_init__(self) -> None:
         check_positive("tune_norms", lr=self.lr)
@@ -47,6 +49,7 @@ class Tune:
     lr: float = 1e-4
 
     needs = frozenset({"labels"})
+    facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
 
     def __post_init__(self) -> None:
         check_positive("tune", epochs=self.epochs, lr=self.lr)

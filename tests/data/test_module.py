@@ -130,7 +130,7 @@ class Linear(LightningModule):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning 2.6 under torch 2.15
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")  # val_fraction 0
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")  # val_fraction 0
 @pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
 @pytest.mark.parametrize("val_fraction", [0.0, 0.1])
 def test_trains_under_lightning(tmp_path, val_fraction):

@@ -8,7 +8,7 @@ that goes, where METHODS count channels. Biases, norms and embeddings are left a
 embedding holds too. Adding a mask is one function here and one row in MASKS.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 from pipeline.compression.choose.layers import LayerWeight, layer_weights
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.tables import UserError, call, check_options, pick
+from pipeline.tables import UserError, call, pick
 
 
 class Layer(nn.Module):
@@ -117,12 +117,6 @@ MASKS: dict[str, Mask] = {
     "random_mask": random_mask,
     "n_m": n_of_m,
 }
-
-
-def check_mask(label: str, method: str, options: Iterable[str]) -> None:
-    """Raise UserError for an option of channels (parts, pictures, protect, ...) or of another mask."""
-    given = [name for name in options if name != "seed"]
-    check_options(f"{label!r}, a mask of single weights,", MASKS[method], given, 3)
 
 
 @torch.no_grad()
