@@ -38,7 +38,7 @@ class Row:
     stage: what came behind the compression, as named by the user: raw (nothing), repaired (BatchNorm statistics
         re-estimated on unlabelled training samples), norm_tuned (then norm parameters trained with labels), ...
     split, n: which samples the metrics were measured on, and how many
-    acc: accuracy, loss: mean loss in nats, miou, exact: see `pipeline.tasks.METRICS`; None where the task has others
+    acc ... bits_per_byte: the metrics of `pipeline.tasks.METRICS`; None where the task has others
     error: mean relative parameter error of the channel groups or masked weights
     params: parameters that are left; macs: multiply-accumulates per sample, where a masked weight counts as any other;
         seconds: to compress, repair and evaluate
@@ -70,6 +70,9 @@ class Row:
     loss: float | None = None
     miou: float | None = None
     exact: float | None = None
+    perplexity: float | None = None
+    token_acc: float | None = None
+    bits_per_byte: float | None = None
     error: float | None = None
     params: int | None = None
     macs: int | None = None

@@ -41,5 +41,8 @@ METRICS = {
         Metric("loss", "loss", higher_is_better=False, unit=" nats", digits=3),
         Metric("miou", "mean IoU", scale=100, unit="%"),
         Metric("exact", "samples with every label right", scale=100, unit="%"),
+        Metric("perplexity", "perplexity", higher_is_better=False, log=True),
+        Metric("token_acc", "token accuracy", scale=100, unit="%"),
+        Metric("bits_per_byte", "bits per byte", higher_is_better=False, digits=3),
     )
 }

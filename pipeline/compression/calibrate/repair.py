@@ -28,7 +28,13 @@ def tracked_norms(model: nn.Module) -> dict[str, _NormBase]:
 
 def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The gains and shifts of all norms of a model."""
-    return {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    return {p for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Libraries write norms of their own (LlamaRMSNorm): a class that is called one and holds a vector at most."""
+    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    return isinstance(module, NORMS) or (named and all(p.dim() == 1 for p in module.parameters(recurse=False)))
 
 
 class Reference(NamedTuple):

@@ -1,0 +1,140 @@
+"""Language modelling is a task like another: the numbers of the network's own library, and every part that measures."""
+
+import math
+
+import lightning
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from callbacks import CompressionCallback
+from pipeline.evaluate import evaluate, settle
+from pipeline.tables import UserError
+from pipeline.tasks import METRICS, Language
+
+transformers = pytest.importorskip("transformers")
+VOCABULARY, IDS = 31, torch.randint(31, (20, 12), generator=torch.Generator().manual_seed(0))
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def measured(net, batches) -> tuple[dict[str, float], int]:
+    task = settle(net, Language(), batches[0])
+    totals = evaluate(net, task, batches, check=True)
+    return task.values(totals), task.count(totals)
+
+
+def test_numbers_are_those_of_the_network_s_own_loss_over_uneven_batches():
+    """Padding, tokens behind borders and the first of each sequence do not count."""
+    net, mask = llama(), torch.ones_like(IDS)
+    mask[3, 7:] = mask[11, 2:] = 0
+    labels = IDS.masked_fill(mask == 0, -100)
+    labels[5, 4] = -100  # behind a border
+    whole_set = {"input_ids": IDS, "attention_mask": mask, "labels": labels, "bytes": torch.full((20,), 40)}
+    batches = [{name: t[rows] for name, t in whole_set.items()} for rows in (slice(0, 7), slice(7, 20))]
+    found, n = measured(net, batches)
+    with torch.no_grad():
+        whole = net(input_ids=IDS, attention_mask=mask, labels=labels)
+    counted = labels[:, 1:] != -100
+    right = (whole.logits[:, :-1].argmax(2) == labels[:, 1:]) & counted
+    assert n == 20
+    assert found["loss"] == pytest.approx(float(whole.loss), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(float(whole.loss)), rel=1e-6)
+    assert found["token_acc"] == pytest.approx(float(right.sum() / counted.sum()))
+    bits = float(whole.loss) * int(counted.sum()) / math.log(2) / (40 * 20)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_tensor_of_ids_is_a_batch_too():
+    net = llama()
+    found, n = measured(net, [IDS[:7], IDS[7:]])
+    with torch.no_grad():
+        assert found["loss"] == pytest.approx(float(net(input_ids=IDS, labels=IDS).loss), rel=1e-6)
+    assert n == 20
+    assert math.isnan(found["bits_per_byte"])
+
+
+def test_text_without_sense_costs_what_it_should():
+    """A network that knows nothing says log(V) a token, however bad it is."""
+    net = llama()
+    net.lm_head.weight.data.zero_()
+    found, _ = measured(net, [IDS])
+    assert found["perplexity"] == pytest.approx(VOCABULARY, rel=1e-5)
+    net.lm_head.weight.data.normal_(0, 1e8)
+    assert measured(net, [IDS])[0]["perplexity"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (IDS.float(), r"\(N, T\) token ids.*float32"),
+        (IDS[0], r"got \(12,\)"),
+        ({"input_ids": IDS, "labels": IDS + 5}, "token id 3[0-9] is none of the 31 .* its own tokenizer"),
+        ({"attention_mask": IDS}, "without token ids"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(batch, message):
+    class Given(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            return {"logits": torch.zeros(20, 12, VOCABULARY)}
+
+    with pytest.raises(UserError, match=message):
+        settle(Given(), Language(), batch)
+
+
+class Mine(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = llama()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("mine", self.net(input_ids=batch, labels=batch).loss, batch_size=batch.numel() - len(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_the_callback_measures_a_language_model(tmp_path):
+    """Fold, prune, compensate, allocate, predict and tune by the same chains as pictures."""
+    lightning.seed_everything(1, verbose=False)
+    texts = DataLoader(IDS, 6)
+    measured = CompressionCallback(
+        methods=["fold", "l1", "l2+data", "obs+data+params", "taylor+data", "auto+data"], ratios=[0.25, 0.5],
+        stages=["raw", "repaired", "norm_tuned", "tuned"], parts=["hidden"], task=Language(), repair_data=IDS,
+        repair_size=20, batch_size=10, rows=tmp_path / "rows.parquet",
+    )  # fmt: skip
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", callbacks=[measured], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Mine(), texts, texts)
+    rows = measured.rows
+    assert set(rows["status"]) == {"ok"}, set(rows["reason"])
+    assert set(rows["stage"]) == {"raw", "norm_tuned", "tuned"}, "RMSNorm has no statistics to repair"
+    assert set(rows["metric"]) == {"perplexity"}
+    assert set(rows["n"]) == {20}
+    last = rows.filter(rows["epoch"] == 2)
+    dense = last.row(0, named=True)
+    assert dense["loss"] == pytest.approx(float(trainer.callback_metrics["mine"]), rel=1e-5)
+    assert float(trainer.callback_metrics["compress/dense/perplexity"]) == pytest.approx(math.exp(dense["loss"]))
+    at = {(r["method"], r["ratio"], r["stage"]): r for r in last.to_dicts()}
+    assert at["l2+data", 0.25, "raw"]["loss"] < at["fold", 0.5, "raw"]["loss"]
+    assert at["fold", 0.5, "tuned"]["loss"] != at["fold", 0.5, "raw"]["loss"]
+    area = float(trainer.callback_metrics["foldability/fold_raw"])
+    losses = [dense["loss"], at["fold", 0.25, "raw"]["loss"], at["fold", 0.5, "raw"]["loss"]]
+    assert area == pytest.approx((losses[0] / 2 + losses[1] + losses[2] / 2) / 2, rel=1e-6), "over log-perplexity"
+    assert METRICS["perplexity"].log
+    gap, pruned = (float(trainer.callback_metrics[f"foldability/{name}_raw"]) for name in ("gap", "l1"))
+    assert gap == pytest.approx(pruned - area, abs=1e-5), "lower is better"
