@@ -38,6 +38,8 @@ def spell_chain(chain: Sequence[Stage]) -> str:
 
 def parse_tail(name: str) -> Chain:
     """What comes behind a compression: a name of TAILS, or a chain."""
+    if not isinstance(name, str):
+        raise UserError(f"stage {name!r} must be a name or a chain, such as repaired or 'repair > tune'")
     if name in TAILS:
         return parse_chain(TAILS[name])
     found = parse_chain(name) if re.search(r"[>@(]", name) or name in STAGES else None
