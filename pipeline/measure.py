@@ -255,6 +255,8 @@ def measure_chains(
     with tqdm(total=count, leave=False, dynamic_ncols=True, **(host.bar or {"disable": True})) as bar:
         for label, recipe in chains.recipes.items():
             own = [entry for entry in entries if entry.method == label and entry not in found]
+            if not own:  # the network has nothing for any of the stages
+                continue
             with or_fail(found, own, label, host.once):
                 start = time.perf_counter()
                 for state in compressed(State(supplies.dense), recipe, chains.ratios, supplies):
