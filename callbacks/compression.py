@@ -111,7 +111,8 @@ class CompressionCallback(NetworkCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, every = trainer.current_epoch + 1, self.every_n_epochs
-        if every and (epoch % every == 0 or trainer.should_stop or epoch == trainer.max_epochs):
+        steps_are_done = 0 < trainer.max_steps <= trainer.global_step
+        if every and (epoch % every == 0 or trainer.should_stop or epoch == trainer.max_epochs or steps_are_done):
             self._run(trainer, pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,7 +217,7 @@ def summary_of_split(rows: Sequence[Row]) -> dict[str, float]:
     logged: dict[str, float] = {}
     curves: dict[tuple[str, str], dict[float, float]] = {}
     found = table(rows)
-    sides = {(stage, method): of for stage, method, of in found.select("stage", "method", side(found)).iter_rows()}
+    sides = {(stage, method): of for stage, method, of in found.select("stage", "method", side()).iter_rows()}
     dense = math.nan
     for row in rows:
         value = math.nan if (known := getattr(row, metric.name)) is None else known

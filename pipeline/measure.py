@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pipeline.compression import Compressed, Recipe, spell
+from pipeline.compression import Compressed, Recipe
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.choose.layers import other_units
 from pipeline.compression.compress import check_finite, check_groups, check_ratios
@@ -62,7 +62,10 @@ class Entry(NamedTuple):
     @property
     def file(self) -> str:
         """File name for the network of this entry."""
-        return re.sub(r"[^\w.+=,()\[\]-]+", "_", f"{self.method}-r{self.ratio:g}-{self.stage}") + ".safetensors"
+        stage = re.sub(r"\s*>\s*", ">", self.stage)
+        name = f"{self.method}-r{self.ratio:g}-{stage}"
+        # Other characters are written as in addresses, so that no two labels have one file.
+        return re.sub(r"[^\w.+=,@()\[\]-]", lambda found: f"%{ord(found[0]):02X}", name) + ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ def chains(
     Raises UserError for names that are in no table and for options that contradict each other.
     """
     for name, values in {"methods": methods, "ratios": ratios, "stages": stages, "parts": parts}.items():
-        if isinstance(values, str | float | int):
-            raise UserError(f"{name} must be a list, such as [{values}], got {values!r}")
+        if values is None or isinstance(values, str | float | int):
+            raise UserError(f"{name} must be a list, such as [{values or '...'}], got {values!r}")
     found = recipes(methods, round_to=round_to, parts=tuple(parts))
     if DENSE in found:
         raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
@@ -189,7 +192,11 @@ class Found:
 
 
 def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> None:
-    """Find the channel groups of this network now; masks need none. UserError where there is nothing to compress."""
+    """Find the channel groups of this network now; masks need none.
+
+    UserError where there is nothing to compress, and where the network has nothing for a stage that was spelled out.
+    """
+    chains.entries(net)
     for recipe in chains.recipes.values():
         if recipe.kind != "mask":
             groups = traces.of(net, example, recipe.scope.parts)
@@ -247,6 +254,8 @@ def measure_chains(
     with tqdm(total=count, leave=False, dynamic_ncols=True, **(host.bar or {"disable": True})) as bar:
         for label, recipe in chains.recipes.items():
             own = [entry for entry in entries if entry.method == label and entry not in found]
+            if not own:  # the network has nothing for any of the stages
+                continue
             with or_fail(found, own, label, host.once):
                 start = time.perf_counter()
                 for state in compressed(State(supplies.dense), recipe, chains.ratios, supplies):
@@ -334,7 +343,7 @@ def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Ent
             found[entry] = {"kind": DENSE, "chain": " > ".join(before)}
             continue
         recipe, tail = chains.recipes[entry.method], fitting(entry.stage, live) or ()
-        chain = " > ".join([*before, f"{spell(recipe)}@{entry.ratio:g}", *map(str, tail)])
+        chain = " > ".join([*before, *map(str, (Compress(recipe, entry.ratio), *tail))])
         behind = {name: said for stage in tail for name, said in stage.facts.items()}
         found[entry] = {**about(recipe), **behind, "chain": chain}
     return found

@@ -276,11 +276,12 @@ def means(rows: pl.DataFrame) -> pl.DataFrame:
     return mean.join(order, on=keys).sort(stage, "order", "ratio").select(*keys, "ratio", "value", "n")
 
 
-def side(rows: pl.DataFrame) -> pl.Expr:
+def side() -> pl.Expr:
     """Which side of the folding gap a row is on: "fold", "prune", or null.
 
     Null for recipes that leave another network at the same ratio or saw more: masks, auto, calibrated recipes, sizes
-    under a budget, statistics guessed from the weights, and any scope but that of the first row that compares.
+    under a budget, statistics guessed from the weights, and any scope but that of the first row of its cell that
+    compares.
     """
     compares = (
         pl.col("kind").is_in(["fold", "mix", "prune"])
@@ -289,8 +290,8 @@ def side(rows: pl.DataFrame) -> pl.Expr:
         & pl.col("statistics").ne_missing("weights")
         & ~pl.col("scope").is_in([unit for unit in UNITS if unit != "all"]).fill_null(False)
     )
-    scopes = rows.filter(compares)["scope"].drop_nulls()
-    alike = pl.col("scope").is_null() | pl.col("scope").is_in(scopes.head(1).to_list())
+    first = pl.col("scope").filter(compares).drop_nulls().first().over("cell")
+    alike = pl.col("scope").is_null() | (pl.col("scope") == first)
     kind = pl.when(pl.col("kind") == "prune").then(pl.lit("prune")).otherwise(pl.lit("fold"))
     return pl.when(compares & alike).then(kind)
 

@@ -65,7 +65,7 @@ def duels(rows: pl.DataFrame) -> pl.DataFrame:
 
 def _duels(rows: pl.DataFrame, value: pl.Expr, higher_is_better: bool | None = None) -> pl.DataFrame:
     upward = headline(rows).higher_is_better if higher_is_better is None else higher_is_better
-    found = measured(rows).with_columns(side=side(rows), of_side=value)
+    found = measured(rows).with_columns(side=side(), of_side=value)
     best = pl.col("of_side").max() if upward else pl.col("of_side").min()
     found = found.filter(pl.col("side").is_not_null()).group_by(*PER_CELL, "side", maintain_order=True).agg(best)
     found = found.pivot("side", index=PER_CELL, values="of_side")
@@ -152,9 +152,18 @@ def headlines(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
-    """{ratio: fraction of the parameters that stay, mean over the measured rows}"""
+    """{ratio: fraction of the parameters that stay, mean over the measured rows}
+
+    Stages that compress once more are left out where there are others.
+    """
     dense = rows.filter(pl.col("method") == DENSE).group_by("cell").agg(dense=pl.col("params").max())
-    kept = measured(rows).join(dense, on="cell").with_columns(kept=pl.col("params") / pl.col("dense"))
+    found = measured(rows)
+    once = found.filter(~pl.col("stage").str.contains("@", literal=True))
+    kept = (
+        (found if once.is_empty() else once)
+        .join(dense, on="cell")
+        .with_columns(kept=pl.col("params") / pl.col("dense"))
+    )
     kept = kept.group_by("ratio").agg(pl.col("kept").drop_nans().mean())
     return {ratio: left for ratio, left in kept.iter_rows() if left is not None}
 

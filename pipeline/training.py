@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from pipeline.compression.merge.modules import named_tensors, resized
+from pipeline.compression.plan import steps_of, went_through_
 from pipeline.compression.trace.graph import call_arguments
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.optim.sam import Ascent, frozen_statistics
@@ -140,6 +141,8 @@ class Training(LightningModule):
         changed = {name: t for name, t in found.items() if name in own and t.shape != own[name].shape}
         if changed:
             self.net = resized(self.net, changed, checkpoint.get("numbers"))
+        if "chain" in checkpoint:  # also for a test of it, where no Shrink is
+            went_through_(self.net, steps_of(checkpoint["chain"]))
 
     def on_after_backward(self) -> None:
         if self.ascent is not None:

@@ -101,7 +101,10 @@ def show(folder: Path, files: str) -> None:
     rows = last_measurement(read(folder / ROWS))
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
     samples, dense, metric = f"{n:,} {split} samples", dense_value(rows), headline(rows)
-    tuned = next((folder / "compressed").glob(f"*-{TUNED}.safetensors"), None)
+    record = read_record(folder)
+    shrinks = record is not None and (record["config"].get("shrink") or {}).get("method") is not None
+    # Of a run that made no network smaller, such files are of the stage of that name.
+    tuned = next((folder / "compressed").glob(f"*-{TUNED}.safetensors"), None) if shrinks else None
     if tuned is not None:
         made = read_manifest(tuned)
         left = f"{made['params'] / made['params_before']:.0%} of its parameters"

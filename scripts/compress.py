@@ -245,7 +245,7 @@ def wanted(save: bool | None, plan: Sequence[Entry], sweeping: bool) -> set[Entr
     The best network of the table is not chosen, because that would let the test pictures choose.
     """
     smaller = [entry for entry in plan if entry.method != DENSE]
-    if save is None:
+    if save is None and smaller:
         method, stage = smaller[0].method, smaller[-1].stage
         smaller = [e for e in smaller if (e.method, e.stage) == (method, stage) and not sweeping]
     return set(smaller) if save is not False else set()

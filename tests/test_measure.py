@@ -19,7 +19,7 @@ from pipeline.evaluate import settle
 from pipeline.measure import Entry, Host, Inputs, chains, measure, trace
 from pipeline.models import build_model
 from pipeline.results import side, table
-from pipeline.stages import Traces
+from pipeline.stages import Traces, parse_chain, spell_chain
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 
@@ -43,7 +43,7 @@ def rows_of(tree, net: nn.Module, traces=None, batches=None, training=(EVERYTHIN
 
 def sides(rows: list) -> dict:
     found = table(rows)
-    return {method: of for method, of in found.select("method", side(found)).iter_rows() if of}
+    return {method: of for method, of in found.select("method", side()).iter_rows() if of}
 
 
 def test_methods_with_parts_of_their_own_share_a_trace_of_the_same_parts(monkeypatch):
@@ -150,6 +150,32 @@ def test_labels_that_make_no_sense_are_refused_at_once(methods, message):
         chains(methods, [0.5], ["raw"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": None}, r"methods must be a list, such as \[\.\.\.\], got None"),
+        ({"methods": [{"method": "fold"}]}, "method {'method': 'fold'} must be a name"),
+        ({"methods": {"mine": "fold"}}, "method 'mine' must say its options as {method: name, option: value}"),
+        ({"ratios": ["a"]}, "ratio 'a' is no number"),
+        ({"ratios": [None]}, "ratio None is no number"),
+        ({"stages": [1]}, "stage 1 must be a name or a chain"),
+        ({"stages": ["tune(epochs=2.5)"]}, "tune: epochs 2.5 must be a whole number"),
+        ({"stages": ["tune(lr=inf)"]}, "tune: lr inf must be greater than 0, and finite"),
+        ({"methods": ["mix+data+size=1e2"]}, "size 100.0 must be a whole number of at least 1 picture"),
+        ({"round_to": 2.5}, "round_to 2.5 must be a whole number of at least 1 channel"),
+    ],
+)
+def test_values_of_another_type_get_one_clear_line(options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        chains(**{"methods": ["fold"], "ratios": [0.5], **options})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["tune(lr=0.0001234567)", "tune(epochs=1234567)", "fold@0.1234567", "l1@0.5 > repair"])
+def test_a_spelled_chain_is_read_back_to_the_last_digit(text):
+    assert spell_chain(parse_chain(text)) == text
+
+
 def test_masks_and_units_are_measured_beside_methods_of_channels():
     """Shared parts and round_to do not apply to masks. Their ratio counts weights, so no gap counts them."""
     methods = {"l1": {}, "fold": {}, "lamp": {}, "pattern": {"method": "n_m", "m": 8}, "l1+filters": {}}
@@ -234,7 +260,7 @@ def test_a_stage_that_a_network_has_nothing_for_gives_no_rows_or_is_refused():
     assert [entry.stage for entry in tree.entries(vit())] == ["raw", "raw", "norm_tuned"]
     assert rows_of(tree, vit())[-1].chain == "l1@0.5 > tune_norms"
     with pytest.raises(UserError, match="repair cannot be done on VisionTransformer: no BatchNorm keeps statistics"):
-        chains(["l1"], [0.5], ["repair > tune"]).entries(vit())
+        trace(chains(["l1"], [0.5], ["repair > tune"]), vit(), PICTURES.tensors[0][:1], Traces())
 
 
 def test_a_stage_that_fails_costs_its_rows_alone(monkeypatch):
@@ -273,6 +299,13 @@ def test_a_file_is_named_without_what_file_systems_refuse():
     assert Entry("mix+data", 0.5, "repaired").file == "mix+data-r0.5-repaired.safetensors"
     assert "/" not in Entry("a/b", 0.5, "repair > tune(lr=0.1)").file
     assert ">" not in Entry("a/b", 0.5, "repair > tune(lr=0.1)").file
+
+
+def test_no_two_labels_have_one_file():
+    labels, stages = ("a/b", "a_b", "a>b", "a%2Fb", "\u00fc"), ("raw", "repair > tune", "repair_tune")
+    files = {Entry(label, 0.5, stage).file for label in labels for stage in stages}
+    assert len(files) == len(labels) * len(stages)
+    assert Entry("a", 0.5, "repair>tune").file == Entry("a", 0.5, "repair > tune").file, "one chain"
 
 
 def test_fidelity_that_cannot_be_foretold_costs_a_warning():

@@ -16,6 +16,7 @@ from pipeline.study import (
     gaps,
     headlines,
     last_measurement,
+    parameters_left,
     plot_curves,
     print_table,
     result_table,
@@ -46,6 +47,25 @@ def shown(found) -> list[str]:
     with console.capture() as capture:
         console.print(found)
     return [" ".join(line.replace("│", " ").split()) for line in capture.get().splitlines()]
+
+
+def test_cells_of_other_parts_have_gaps_of_their_own():
+    """What compares is decided in every cell, not by the first of them."""
+    rows = [
+        row(name, method, acc=acc, kind=kind, calibration="none", sizes="uniform", scope=scope)
+        for name, scope in {"a": "hidden,residual", "b": "hidden"}.items()
+        for method, kind, acc in (("fold", "fold", 0.5), ("l1", "prune", 0.25))
+    ]
+    other = row("b", "wide", acc=0.9, kind="fold", calibration="none", sizes="uniform", scope="hidden,residual")
+    assert duels(table([*rows, other])).rows() == [
+        ("a", "raw", 0.5, 0.5, 0.25, 0.25),
+        ("b", "raw", 0.5, 0.5, 0.25, 0.25),
+    ]
+
+
+def test_parameters_left_are_those_of_the_one_compression_that_all_have():
+    rows = [row(method=DENSE, ratio=0.0), row(), row(stage="l1@0.5 > repair", params=5)]
+    assert parameters_left(table(rows)) == {0.5: 0.25}
 
 
 def test_the_last_measurement_is_of_each_cell():

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -360,6 +361,8 @@ def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:
     if round_to < 1:
         raise UserError(f"round_to {round_to} must be at least 1 channel")
     for ratio in ratios:
+        if not isinstance(ratio, Real):
+            raise UserError(f"ratio {ratio!r} is no number: the fraction to remove is 0 <= ratio < 1")
         if not 0 <= ratio < 1:
             raise UserError(f"ratio {ratio} is out of range: the fraction to remove is 0 <= ratio < 1")
 

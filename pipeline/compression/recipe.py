@@ -10,6 +10,7 @@ word ("fold+round_to=8"). `parse(spell(recipe)) == recipe` for every recipe; no 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 from pipeline.compression.choose.layers import UNITS
@@ -243,9 +244,16 @@ def recipes(methods: Sequence[str] | Mapping[str, Mapping[str, Any] | None], **s
 
     shared: options for every recipe that does not set them; masks do not take them.
     """
+    for label in methods:
+        if not isinstance(label, str):
+            raise UserError(f"method {label!r} must be a name, such as mix+data, or a label with its options")
     named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
     found = {}
     for label, options in named.items():
+        if options is not None and not isinstance(options, Mapping):
+            raise UserError(
+                f"method {label!r} must say its options as {{method: name, option: value}}, got {options!r}"
+            )
         given = dict(options) if options else _as_options(parse(label))
         method = given.pop("method", label)
         pick("method", names(), method)
@@ -312,15 +320,19 @@ def _check_calibration(recipe: Recipe) -> None:
     if blind and calibration != Calibration():
         name, value = next((n, v) for n, v in additions(recipe) if OPTIONS[n] == "calibration")
         raise UserError(f"{name}={value} says how readers are solved on pictures: give pictures=data or synthetic, too")
-    if calibration.size is not None and calibration.size < 1:
-        raise UserError(f"size {calibration.size} must be at least 1 picture")
+    if calibration.size is not None and not is_count(calibration.size):
+        raise UserError(f"size {calibration.size} must be a whole number of at least 1 picture")
     if calibration.ridge is not None and not calibration.ridge >= 0:
         raise UserError(f"ridge {calibration.ridge} must not be negative")
 
 
+def is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) >= 1
+
+
 def _check_sizes(sizes: Sizes, calibration: Calibration) -> None:
-    if sizes.round_to < 1:
-        raise UserError(f"round_to {sizes.round_to} must be at least 1 channel")
+    if not is_count(sizes.round_to):
+        raise UserError(f"round_to {sizes.round_to} must be a whole number of at least 1 channel")
     if sizes.spare is not None and sizes.allocate == "uniform":
         raise UserError(f"spare={sizes.spare} is an option of budgets: give allocate=macs or params, too")
     if sizes.spare == "output" and calibration.pictures == "none":

@@ -42,6 +42,8 @@ def spell_chain(chain: Sequence[Stage]) -> str:
 
 def parse_tail(name: str) -> Chain:
     """The chain behind a compression, from a name of TAILS or its spelling."""
+    if not isinstance(name, str):
+        raise UserError(f"stage {name!r} must be a name or a chain, such as repaired or 'repair > tune'")
     if name in TAILS:
         return parse_chain(TAILS[name])
     found = parse_chain(name) if re.search(r"[>@(]", name) or name in STAGES else None

@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.compression import Recipe, compressions, parse, spell
 from pipeline.compression.compress import check_ratios
 from pipeline.compression.recipe import AUTO, about
-from pipeline.stages.stage import State, Supplies
+from pipeline.stages.stage import State, Supplies, number_text
 from pipeline.tables import UserError
 
 
@@ -34,7 +34,7 @@ class Compress:
             raise UserError(f"{text!r}: the ratio behind @ must be a number, got {ratio!r}") from error
 
     def __str__(self) -> str:
-        return f"{spell(self.recipe)}@{self.ratio:g}"
+        return f"{spell(self.recipe)}@{number_text(self.ratio)}"
 
     @property
     def needs(self) -> frozenset[str]:

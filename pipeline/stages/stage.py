@@ -135,6 +135,12 @@ def first_samples(batches: Sequence[Example], count: int) -> list[Example]:
     return found
 
 
+def number_text(value: float) -> str:
+    """The shortest text that is this number again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 @contextmanager
 def timed(found: dict[str, float]) -> Iterator[None]:
     """Adds the seconds that the block takes to found["seconds"]."""

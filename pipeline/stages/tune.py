@@ -1,5 +1,6 @@
 """Weights trained on labelled samples after a compression: those of the norms alone, or all of them."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
 from pipeline.compression.trace.graph import call_arguments
-from pipeline.stages.stage import State, Supplies
+from pipeline.stages.stage import State, Supplies, number_text
 from pipeline.tables import UserError
 from pipeline.tasks.task import Batch, Task
 
@@ -53,6 +54,8 @@ class Tune:
 
     def __post_init__(self) -> None:
         check_positive("tune", epochs=self.epochs, lr=self.lr)
+        if not isinstance(self.epochs, int):
+            raise UserError(f"tune: epochs {self.epochs} must be a whole number")
 
     def __str__(self) -> str:
         return spelled("tune", self)
@@ -114,14 +117,14 @@ def _step_(
 def spelled(name: str, stage: Tune | TuneNorms) -> str:
     """The spelling, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
     usual = type(stage)()
-    options = [f"{key}={value:g}" for key, value in vars(stage).items() if value != getattr(usual, key)]
+    options = [f"{key}={number_text(value)}" for key, value in vars(stage).items() if value != getattr(usual, key)]
     return f"{name}({','.join(options)})" if options else name
 
 
 def check_positive(name: str, **values: float) -> None:
     for key, value in values.items():
-        if isinstance(value, str) or not value > 0:
-            raise UserError(f"{name}: {key} {value} must be greater than 0")
+        if isinstance(value, str) or not 0 < value < math.inf:
+            raise UserError(f"{name}: {key} {value} must be greater than 0, and finite")
 
 
 __all__: Sequence[str] = ["Tune", "TuneNorms", "tune_norms_"]

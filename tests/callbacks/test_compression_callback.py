@@ -176,6 +176,21 @@ def test_every_n_epochs_and_always_the_last(tmp_path):
     assert sorted(set(measured.rows["epoch"])) == [2, 4, 5]
 
 
+def test_the_last_epoch_is_also_that_in_which_the_steps_end(tmp_path):
+    for steps in (9, 12):
+        measured = callback(every_n_epochs=5, methods=["l1"], stages=["raw"])
+        fit(tmp_path, [measured], epochs=10, max_steps=steps)
+        assert set(measured.rows.select("epoch", "step").rows()) == {(2, steps)}
+
+
+def test_a_chain_that_the_network_cannot_go_through_is_refused_before_training(tmp_path):
+    module = Plain()
+    module.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UserError, match="repair cannot be done on Sequential: no BatchNorm keeps statistics"):
+        fit(tmp_path, [callback(stages=["repair > tune"])], module)
+    assert module.trainer.global_step == 0
+
+
 def test_test_run_measures_on_the_test_set(tmp_path):
     measured = callback(methods=["fold"], stages=["raw", "norm_tuned"])
     module, trainer = fit(tmp_path, [measured], epochs=1)

@@ -188,6 +188,14 @@ def test_rows_say_that_the_network_was_tuned_since(tmp_path, first):
     assert dense["chain"].to_list() == ["", once, once, twice]
 
 
+def test_a_checkpoint_says_what_its_network_went_through_without_this_callback(tmp_path):
+    run(tmp_path, task(), [Shrink("l1", 0.5, after=1)], epochs=2).save_checkpoint(tmp_path / "small.ckpt")
+    measured = CompressionCallback(["fold"], [0.5], stages=["raw"])
+    trainer = trainer_for(tmp_path, [measured], 2)
+    trainer.test(task(), DataLoader(VAL, 32), ckpt_path=tmp_path / "small.ckpt", weights_only=True, verbose=False)
+    assert measured.rows["chain"].to_list() == ["l1@0.5 > tune", "l1@0.5 > tune > fold@0.5"]
+
+
 @pytest.mark.parametrize("method", ["fold", "lamp"])
 def test_a_run_that_an_older_version_began_goes_on(tmp_path, method):
     """Its checkpoint holds the report of all steps together as the state of this callback, and no chain."""

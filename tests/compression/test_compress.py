@@ -265,5 +265,5 @@ def test_round_to_reaches_the_network():
     assert any(group.after % 2 for group in plain.groups)
     assert all(group.after % 2 == 0 for group in report.groups)
     assert smaller(example).shape == build()(example).shape
-    with pytest.raises(UserError, match="round_to 0 must be at least 1 channel"):
+    with pytest.raises(UserError, match="round_to 0 must be a whole number of at least 1 channel"):
         compress(build(), example, "fold", 0.3, round_to=0)

@@ -158,6 +158,14 @@ def test_a_compressed_file_of_another_model_is_refused_by_its_name(trained, tmp_
         assert "\n" not in str(caught.value)
 
 
+def test_a_tuned_stage_that_is_kept_is_no_run_that_made_its_network_smaller(trained, tmp_path, capsys):
+    folder = compress(trained / "last.ckpt", tmp_path, "stages=[raw,tuned]", "profile.runtimes=[]")
+    assert (folder / "compressed" / "fold-r0.5-tuned.safetensors").exists()
+    shown = capsys.readouterr().out
+    assert "Dense accuracy" in shown
+    assert "while it trained" not in shown
+
+
 def test_an_export_that_fails_costs_a_warning(trained, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such operation")
@@ -190,6 +198,7 @@ def test_many_are_not_timed_and_none_is_kept_unless_asked_for(trained, tmp_path)
     plan = [Entry(DENSE, 0.0, "raw")] + [Entry(m, 0.5, s) for m in ("fold", "l1") for s in ("raw", "repaired")]
     assert wanted(True, plan, sweeping=True) == set(plan[1:])
     assert wanted(None, plan, sweeping=False) == {Entry("fold", 0.5, "repaired")}
+    assert wanted(None, plan[:1], sweeping=False) == set(), "the network has nothing for any of the stages"
     assert wanted(None, plan, sweeping=True) == wanted(False, plan, sweeping=False) == set()
 
 
