@@ -169,7 +169,7 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
 
 def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
     # The in-memory engine: the streaming one takes half as long again on many small files.
-    files = pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert", extra_columns="ignore")
+    files = pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert")
     return files.select(columns).collect(engine="in-memory")
 
 
