@@ -575,7 +575,7 @@ def document(result: Mapping[str, Any]) -> str:
     folds, prunes = max(row.fold_error for row in rows), max(row.prune_error for row in rows)
     whole = [row.architecture for row in rows if not row.groups and not row.failure]
     failed = [row.architecture for row in rows if row.failure]
-    return f"""# What the tracer understands
+    return f"""# Coverage of the tracer
 
 Written by `python -m benchmarks.coverage`: {len(rows)} architectures at full size (where a name says less, less) with
 random weights, seed {result["seed"]}, n = 1; {result["jobs"]} processes at a time. {where}.
@@ -595,7 +595,7 @@ Failed: {listed(failed)}.
   runs in it, all groups at once, the larger one of a trace with widths and of one with heads. Exactly 0 where norms
   round to single precision by themselves.
 - **trace s**: `channel_groups` with widths; **fold s**: `compress` at ratio {result["ratio"]:g} after it, wall seconds.
-- **memory**: the most that building, tracing and folding took, over the parameters' bytes. Of small networks most of it
+- **memory**: the most that building, tracing and folding took, over the parameters' bytes. In small networks most of it
   is torch.export's own.
 - **frozen**: how many channels stay and why, without those of the network's output. The 3 of most rows are the
   network's input.

@@ -147,7 +147,7 @@ def page(sides: dict[str, pl.DataFrame]) -> str:
             parts += [f"{OWNERS[name]}: dense {mean:.1f}% ({low:.1f} to {high:.1f})", "", *means_table(mine), ""]
         parts += [f"![curves](narrow_sweep_{optimizer}.png)", ""]
     parts += ["## Gap of folding to the better of l1 and l2", "", "![gap over ratio](narrow_sweep_gap.png)", ""]
-    parts += ["## What each setting changes", "", *effects_table(lines), ""]
+    parts += ["## Effect of each setting", "", *effects_table(lines), ""]
     if len(lines) == 2:
         parts += ["## Do the same recipes come out foldable?", "", *agreement(lines), ""]
     parts += ["## Every cell of ours", "", *cells_table(lines["ours"])]

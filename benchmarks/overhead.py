@@ -275,7 +275,7 @@ def report(result: dict[str, Any]) -> str:
     whole = [end["whole_s"] / bare_s(end) for end in ends]
     return "\n".join(
         [
-            "# What Lightning and the callback cost",
+            "# Cost of Lightning and of the callback",
             f"ResNet18 of width {config['width']}, channels-last, on random 3x32x32 pictures in memory; seed "
             f"{result['seed']}; {described(result['machine'], 'lightning')}. Written by "
             "`python -m benchmarks.overhead`. Seconds are wall time.",

@@ -555,7 +555,7 @@ def beside_the_bound(networks: dict[str, Any]) -> list[str]:
     head = ["network", "MiB to read", "GFLOP", "s as one product", "Gram matrices", "on a GPU, s", "clusters with Gram"]
     head += ["clusters / Gram", "nine networks / Gram"]
     text = (
-        "What no method that compares all channels can do without: reading every feature once, and half of a Gram "
+        "Every method that compares all channels needs this much: reading every feature once, and half of a Gram "
         "matrix (C²F operations). As one product: at the highest rate that a float32 product of 2048 x 2048 reached "
         "in the same run. CPU seconds (wall seconds)."
     )

@@ -103,7 +103,7 @@ def show(folder: Path, files: str) -> None:
     samples, dense, metric = f"{n:,} {split} samples", dense_value(rows), headline(rows)
     record = read_record(folder)
     shrinks = record is not None and (record["config"].get("shrink") or {}).get("method") is not None
-    # Of a run that made no network smaller, such files are of the stage of that name.
+    # A run that made no network smaller has files of this name from the stage `tuned`.
     tuned = next((folder / "compressed").glob(f"*-{TUNED}.safetensors"), None) if shrinks else None
     if tuned is not None:
         made = read_manifest(tuned)

@@ -87,7 +87,7 @@ def apply(block: str, root: Path, *options: str) -> None:
 
 
 def python(root: Path, *arguments: str, code: str | None = None) -> str:
-    """What Python prints in the copy; its own modules come first."""
+    """Python's output in the copy, whose own modules come first."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env = {**kept, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *arguments], cwd=root, input=code, env=env, capture_output=True, text=True)

@@ -50,7 +50,7 @@ def shown(found) -> list[str]:
 
 
 def test_cells_of_other_parts_have_gaps_of_their_own():
-    """What compares is decided in every cell, not by the first of them."""
+    """Every cell decides by itself which of its rows compare, not the first cell for all."""
     rows = [
         row(name, method, acc=acc, kind=kind, calibration="none", sizes="uniform", scope=scope)
         for name, scope in {"a": "hidden,residual", "b": "hidden"}.items()
