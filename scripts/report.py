@@ -74,13 +74,15 @@ def report(args: argparse.Namespace) -> None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
     sweep = load(args.runs, tuple(SCHEMA) if args.out else COLUMNS).where(args.where)
     by = [sweep.setting(name) for name in args.by]
-    print_cells(sweep)
+    for metric, part in sweep.by_metric().items():
+        print_cells(part)
+        for label, group in split(part.cells.filter(pl.col("state") == "done"), by):
+            rows = last_measurement(part.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
+            print_means(label, rows, len(group))
+            if args.plot is not None and not rows.is_empty():
+                name = "-".join(filter(None, (metric, label)))
+                written(plot_path(args.plot, name), partial(picture, label, rows))
     done = sweep.cells.filter(pl.col("state") == "done")
-    for label, group in split(done, by):
-        rows = last_measurement(sweep.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
-        print_means(label, rows, len(group))
-        if args.plot is not None and not rows.is_empty():
-            written(plot_path(args.plot, label), partial(picture, label, rows))
     print_speeds(read_speeds((args.runs / cell / SPEED for cell in done["cell"]), warn))
     if args.out is not None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
@@ -125,6 +127,22 @@ class Sweep:
                 raise UserError(f"no cell has {name}={shown(value)}; there are: {there}")
             kept = kept.filter(pl.Series(matches, dtype=pl.Boolean))
         return Sweep(kept, self.rows.join(kept.select("cell"), on="cell", how="semi", maintain_order="left"))
+
+    def by_metric(self) -> dict[str, "Sweep"]:
+        """The cells of every headline apart, for no mean is over two; "": all, where there is one headline alone.
+
+        Cells that have no rows are with the first.
+        """
+        found = set(self.rows["metric"].drop_nulls())
+        if len(found) < 2:
+            return {"": self}
+        parts: dict[str, Sweep] = {}
+        for name in (name for name in METRICS if name in found):
+            rows = self.rows.filter(pl.col("metric") == name)
+            own = self.cells["cell"].is_in(rows["cell"].unique().to_list())
+            bare = ~self.cells["cell"].is_in(self.rows["cell"].unique().to_list())
+            parts[name] = Sweep(self.cells.filter(own if parts else own | bare), rows)
+        return parts
 
     def differing(self) -> list[str]:
         """The settings that are not the same in all cells."""
@@ -273,7 +291,7 @@ def means_title(label: str, rows: pl.DataFrame) -> str:
     n = rows["cell"].n_unique()
     splits = " and ".join(sorted(set(rows["split"])))
     cells = f"{n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}"
-    return f"Mean {headline(rows).heading.lower()} over {cells}, {splits} samples"
+    return f"Mean {headline(rows).heading.lower().removeprefix('mean ')} over {cells}, {splits} samples"
 
 
 def joined(sweep: Sweep) -> pl.DataFrame:

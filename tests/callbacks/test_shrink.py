@@ -188,6 +188,7 @@ def test_rows_say_that_the_network_was_tuned_since(tmp_path, first):
     assert dense["chain"].to_list() == ["", once, once, twice]
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 def test_a_checkpoint_says_what_its_network_went_through_without_this_callback(tmp_path):
     run(tmp_path, task(), [Shrink("l1", 0.5, after=1)], epochs=2).save_checkpoint(tmp_path / "small.ckpt")
     measured = CompressionCallback(["fold"], [0.5], stages=["raw"])

@@ -97,6 +97,25 @@ def test_where_keeps_the_cells_that_meet_all_conditions(runs, report):
     assert "1 done, 0 running, 0 failed, 0 broken" in report(runs, "--where", "rho=null")
 
 
+def test_cells_of_another_headline_stand_apart(runs, report, tmp_path):
+    """No mean is over accuracies and IoUs."""
+    store = RowStore(add(runs, "g-7") / "rows.parquet")
+    store.rows = store.rows.with_columns(metric=pl.lit("miou"), miou=pl.col("acc") - 0.125, acc=pl.lit(1.0))
+    store.write()
+    lines = report(runs, "--plot", tmp_path / "plot.png", "--out", tmp_path / "rows.csv")
+    cells = [line for line in lines if re.match(r"([a-f]-)?\d (done|running|failed|broken) ", line)]
+    assert [line.split()[0] for line in cells] == ["c-3", "b-2", "a-1", "d-4", "e-5", "f-6", "7"]
+    assert cells[-1].endswith("77.5 67.5 47.5 +20.0")
+    assert [line.split(",")[0] for line in lines if line.startswith("Mean")] == [
+        "Mean accuracy (%) over 3 done cells",
+        "Mean iou (%) over 1 done cell",
+    ]
+    assert "3 done, 1 running, 1 failed, 1 broken" in lines
+    assert "1 done, 0 running, 0 failed, 0 broken" in lines
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["plot-acc.png", "plot-miou.png"]
+    assert set(pl.read_csv(tmp_path / "rows.csv")["metric"]) == {"acc", "miou"}
+
+
 def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
     lines = report(runs, "--by", "optim.name", "--by", "rho", "--plot", tmp_path / "plot.png")
     titles = [line.split(";")[0] for line in lines if line.startswith("Mean")]
