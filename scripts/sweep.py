@@ -33,8 +33,15 @@ def check_launcher(arguments: list[str]) -> None:
     for argument in arguments:
         name = argument.removeprefix("launcher=")
         plugin = LAUNCHERS.get(name)
-        if argument != name and plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+        if argument != name and plugin and not is_installed(plugin):
             sys.exit(f"error: launcher {name!r} is not installed; pip install 'foldability[{name}]'")
+
+
+def is_installed(plugin: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
+    except ModuleNotFoundError:  # no plugin at all is there
+        return False
 
 
 def write_job(cell: str, skipped: bool = False, reason: str = "") -> None:

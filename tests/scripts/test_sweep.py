@@ -251,8 +251,13 @@ def test_the_wandb_sweep_calls_the_same_script():
     assert search["early_terminate"]["min_iter"] >= config["compression"]["every_n_epochs"]
 
 
-def test_a_launcher_that_is_missing_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("any_plugin", [True, False])
+def test_a_launcher_that_is_missing_says_how_to_get_it(monkeypatch, any_plugin):
+    def find(name: str) -> None:
+        if not any_plugin:
+            raise ModuleNotFoundError("No module named 'hydra_plugins'")
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
     with pytest.raises(SystemExit, match=r"launcher 'ray' is not installed; pip install 'foldability\[ray\]'"):
         check_launcher(["scripts.train", "sweep=x", "launcher=ray"])
     check_launcher(["scripts.train", "launcher=local"])
