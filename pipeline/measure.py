@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from pipeline.compression import Compressed, Recipe
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.choose.layers import other_units
-from pipeline.compression.compress import check_finite, check_groups, check_ratios
+from pipeline.compression.compress import check_finite, check_groups, check_ratios, protected
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
@@ -202,6 +202,7 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
             groups = traces.of(net, example, recipe.scope.parts)
             check_groups(net, groups)
             other_units(net, groups, recipe.scope.units)
+            protected(groups, recipe.sizes.protect)
 
 
 def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, Any]) -> list[Row]:

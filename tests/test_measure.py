@@ -205,6 +205,18 @@ def test_masks_alone_need_no_channels_but_units_some():
         trace(chains(["l1+filters"], [0.5], ["raw"]), vit(), example, Traces())
 
 
+def test_a_name_that_protects_nothing_is_refused_before_anything_is_measured():
+    with pytest.raises(UserError, match="protect: no group's name begins with 'layer9'"):
+        trace(chains(["fold+protect=[layer9]"], [0.5]), build_model("resnet20", 4, 3), EVERYTHING[0][:1], Traces())
+
+
+def test_more_calibration_samples_than_there_are_is_no_number():
+    with pytest.warns(RuntimeWarning, match="asks for more samples"):
+        rows = rows_of(chains(["l1+data+size=12", "l1+data+size=13"], [0.5]), build_model("resnet20", 4, 3))
+    assert [row.status for row in rows] == ["ok", "ok", "failed"]
+    assert rows[2].reason == "size=13 asks for more samples than the 12 there are; raise repair_size="
+
+
 def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(pipeline.stages.stage, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
     net = build_model("resnet20", 4, 3)

@@ -19,6 +19,7 @@ from pipeline.compression.plan import history, numbers
 from pipeline.compression.report import Report
 from pipeline.compression.sizes.count import Counted
 from pipeline.compression.trace.graph import Example, channel_groups
+from pipeline.tables import UserError
 from pipeline.tasks.task import Batch, Task
 
 CALIBRATION = 512  # unlabelled samples that compensation looks at where a recipe does not say how many
@@ -110,6 +111,9 @@ class Supplies:
         if kind == "none":
             return None
         if kind == "data":
+            there = sum(map(samples, self.inputs))
+            if size is not None and there < size:
+                raise UserError(f"size={size} asks for more samples than the {there} there are; raise repair_size=")
             return first_samples(self.inputs, size or CALIBRATION)
         if size not in self.synthetic:
             count = {} if size is None else {"count": size}
