@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compression.calibrate.repair import kept_modes
 from pipeline.compression.trace.graph import call_arguments
 from pipeline.tasks import Task
 
@@ -50,10 +51,6 @@ def outputs(model: nn.Module, task: Task, batch: Any) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode; afterwards every module has its own mode back, also one that was frozen."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with kept_modes(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
+from pipeline.compression.calibrate.compensate import RIDGES
 from pipeline.compression.choose.layers import UNITS
 from pipeline.compression.choose.masks import MASKS
 from pipeline.compression.choose.methods import FEATURES, METHODS, SCALES
@@ -21,7 +22,6 @@ from pipeline.tables import UserError, call, check_options, pick
 
 AUTO = "auto"  # the method that picks another method for every ratio
 CALIBRATIONS = ("none", "synthetic", "data")
-SOLVE_ON = ("smaller", "dense")
 BUDGETS = ("uniform", "macs", "params")
 SPARES = ("output", "parameters")
 
@@ -291,7 +291,7 @@ def _check_names(recipe: Recipe) -> None:
     calibration, sizes, scope, features = recipe.calibration, recipe.sizes, recipe.scope, recipe.features
     named: Iterable[tuple[str, Sequence[str], Any]] = (
         ("pictures", CALIBRATIONS, calibration.pictures),
-        ("solve_on", SOLVE_ON, calibration.solve_on),
+        ("solve_on", tuple(RIDGES), calibration.solve_on),
         ("allocate", BUDGETS, sizes.allocate),
         ("spare", SPARES, sizes.spare),
         ("units", UNITS, scope.units),

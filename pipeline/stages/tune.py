@@ -1,15 +1,15 @@
 """Weights trained on labelled samples after a compression: those of the norms alone, or all of them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
-from pipeline.compression.trace.graph import call_arguments
+from pipeline.evaluate import outputs
 from pipeline.stages.stage import State, Supplies, number_text
 from pipeline.tables import UserError
 from pipeline.tasks.task import Batch, Task
@@ -95,23 +95,15 @@ def train_(
                 p.requires_grad_(p in tuned)
             for _ in range(epochs):
                 for batch in batches:
-                    _step_(model, batch, task.loss, task.inputs, optimizer)
+                    loss = task.loss(outputs(model, task, batch), batch)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
         finally:
             for p, flag in needed_grad.items():
                 p.requires_grad_(flag)
             for p in tuned:
                 p.grad = None
-
-
-def _step_(
-    model: nn.Module, batch: Batch, loss: Callable, inputs: Callable, optimizer: torch.optim.Optimizer
-) -> Tensor:
-    args, kwargs = call_arguments(inputs(batch))
-    value = loss(model(*args, **kwargs), batch)
-    optimizer.zero_grad()
-    value.backward()
-    optimizer.step()
-    return value
 
 
 def spelled(name: str, stage: Tune | TuneNorms) -> str:
@@ -125,6 +117,3 @@ def check_positive(name: str, **values: float) -> None:
     for key, value in values.items():
         if isinstance(value, str) or not 0 < value < math.inf:
             raise UserError(f"{name}: {key} {value} must be greater than 0, and finite")
-
-
-__all__: Sequence[str] = ["Tune", "TuneNorms", "tune_norms_"]
