@@ -243,35 +243,41 @@ def fold_labels(gram: Array, sizes: Sequence[int], refined: bool = True) -> dict
     return chosen
 
 
-STEPS = 512  # steps in which all channels of a group are dropped, at most: several at a time in a large group
+FLUSH = 64  # drops after which the matrices of surgeon_order are brought up to date, in one product
 RIDGE = 1e-3  # ridge on second moments of activations, relative to the mean of their diagonal
 
 
 def surgeon_order(moments: Array, contributions: Array) -> Array:
     """(C,): the channels in the order in which optimal brain surgeon drops them, the most expendable first.
 
-    moments: E[a aᵀ] (C, C) of activations a; contributions: VᵀV (C, C) of the readers V, which are solved anew after
-    every step. Both are kept up to date by the block form of the rank-one rules.
+    moments: E[a aᵀ] (C, C) of activations a; contributions: G = VᵀV (C, C) of the readers V, which are solved anew
+    after every drop. Dropping q costs G_qq / (H⁻¹)_qq, and changes H⁻¹ by -u uᵀ and G by -(p vᵀ + v pᵀ), with
+    u = H⁻¹ e_q / √(H⁻¹)_qq, v = H⁻¹ e_q / (H⁻¹)_qq and p = G e_q - G_qq v / 2. Single columns follow from the last
+    FLUSH changes, so that the work on whole matrices is a few large products.
     """
     count = len(moments)
-    inverse = np.linalg.inv(moments + RIDGE * np.diag(moments).mean() * np.eye(count, dtype=moments.dtype))
-    left = np.arange(count)
-    order = []
-    while len(left):
-        costs = np.diag(contributions) / np.diag(inverse)
-        step = -(-count // STEPS)
-        gone = np.argsort(costs, kind="stable")[:step]
-        stay = np.setdiff1d(np.arange(len(left)), gone)
-        order.append(left[gone])
-        # W' = W - W_gone U with U = (H⁻¹_gone,gone)⁻¹ H⁻¹_gone,stay, of which only WᵀW is needed
-        moved = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, stay)])
-        crossed = contributions[np.ix_(stay, gone)] @ moved
-        contributions = (
-            contributions[np.ix_(stay, stay)]
-            - crossed
-            - crossed.T
-            + moved.T @ contributions[np.ix_(gone, gone)] @ moved
-        )
-        inverse = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, gone)] @ moved
-        left = left[stay]
-    return np.concatenate(order)
+    inverse = np.linalg.inv(moments.astype(np.float64) + RIDGE * np.diag(moments).mean() * np.eye(count))
+    gains = contributions.astype(np.float64)
+    spread, loss = np.diag(inverse).copy(), np.diag(gains).copy()
+    order = np.empty(count, np.int64)
+    left = np.ones(count, bool)
+    changes = np.zeros((3, FLUSH, count))  # u, v and p of the drops since the matrices were brought up to date
+    u, v, p = changes
+    for i in range(count):
+        at = i % FLUSH
+        if i and not at:
+            inverse -= u.T @ u
+            gains -= (crossed := p.T @ v) + crossed.T
+            changes[:] = 0
+        q = order[i] = np.where(left, loss / spread, np.inf).argmin()
+        column = inverse[q] - u[:at, q] @ u[:at]
+        v[at] = column / column[q]
+        u[at] = column / np.sqrt(column[q])
+        p[at] = gains[q] - p[:at, q] @ v[:at] - v[:at, q] @ p[:at] - loss[q] / 2 * v[at]
+        spread -= u[at] ** 2
+        loss -= 2 * p[at] * v[at]
+        left[q] = False
+        # What is left of a dropped channel is rounding, which must not come back with a later drop.
+        spread[q], loss[q] = 1.0, 0.0
+        np.maximum(spread, np.finfo(float).tiny, out=spread)
+    return order
