@@ -26,7 +26,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.plan import history
-from pipeline.compression.recipe import about, recipes
+from pipeline.compression.recipe import Calibration, about, recipes
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import evaluate
@@ -292,7 +292,7 @@ def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Modu
     """A function that foretells a smaller network's fidelity (see predict.py), or gives None where it cannot."""
     if chains.predict:
         with once.instead("fidelity cannot be foretold"):
-            return judge(supplies.dense, supplies.pictures("synthetic", None), supplies.task.answers)
+            return judge(supplies.dense, supplies.pictures(Calibration("synthetic")), supplies.task.answers)
     return lambda smaller: None
 
 

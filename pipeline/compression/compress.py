@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from pipeline.compression.calibrate.batches import Batches, batches_of
-from pipeline.compression.calibrate.compensate import Seen, compensate_, observe
+from pipeline.compression.calibrate.blocks import compensate_blocks_
+from pipeline.compression.calibrate.compensate import Seen, compensate_, observe, second_moments
 from pipeline.compression.calibrate.outputs import Answers, Outputs
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.calibrate.synthetic import synthesize
+from pipeline.compression.calibrate.texts import unigram_texts, written_texts
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.choose.layers import other_units
 from pipeline.compression.choose.masks import masks_of
@@ -23,7 +25,7 @@ from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import apply, named_tensors, new_numbers, resized
 from pipeline.compression.merge.projection import Projection
 from pipeline.compression.plan import Plan, history, went_through_
-from pipeline.compression.recipe import AUTO, Recipe, parse, recipe, spell
+from pipeline.compression.recipe import AUTO, Calibration, Recipe, parse, recipe, spell
 from pipeline.compression.report import GroupReport, Report, group_report, layer_report, step_of
 from pipeline.compression.sizes.allocate import allocated
 from pipeline.compression.sizes.count import Counted, macs, parameters
@@ -60,6 +62,7 @@ class Network:
     answers: output -> (rows, classes), by which two networks are compared; None: all outputs side by side.
     full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
     counted: a cache of MACs for this architecture.
+    target: what readers are solved for on the pictures, a row of TARGETS.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class Network:
     seed: int = 0
     full: Mapping[str, int] | None = None
     counted: Counted = field(default_factory=Counted)
+    target: str = "mend"
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -77,7 +81,19 @@ class Network:
 
     @cached_property
     def seen(self) -> Seen | None:
-        return None if self.pictures is None else observe(self.model, self.groups, self.pictures)
+        """Rows of activations on the pictures; None without pictures, and where blocks are solved one by one."""
+        return None if self.pictures is None or self.blockwise else observe(self.model, self.groups, self.pictures)
+
+    @cached_property
+    def moments(self) -> Mapping[str, torch.Tensor]:
+        """Second moments of the readers' inputs where no rows are kept, because there are too many for all layers."""
+        if self.pictures is None or not self.blockwise:
+            return {}
+        return second_moments(self.model, self.groups, self.pictures)
+
+    @property
+    def blockwise(self) -> bool:
+        return self.target == "same"
 
     @cached_property
     def gradients(self) -> Gradients | None:
@@ -136,8 +152,8 @@ def compressions(
 
     pictures: unlabelled network inputs, or synthetic ones (`synthesize`), some hundred: one batch (what the model is
         called with), or a collection of batches that can be read again, such as a list. Methods then see activations
-        (taylor, fisher: gradients), and readers are solved on the pictures (ridge, solve_on: see compensate_).
-        A recipe that says "synthetic" makes its own where none are given.
+        (taylor, fisher: gradients), and readers are solved on the pictures (ridge, target: see compensate_).
+        A recipe that says "synthetic", "self" or "unigram" makes its own where none are given.
     answers: output of the network -> (rows, classes), by which two networks are compared and labels drawn, so that a
         token of a text counts as a picture does; None: all outputs of a sample side by side.
     judge_on: network inputs on which "auto" compares the candidates; None: the pictures, else synthetic ones.
@@ -146,7 +162,7 @@ def compressions(
     full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
     seed: for methods that draw at random.
     options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
-        approximate_repair; round_to, allocate, spare, protect; ridge, solve_on; and those of the method itself.
+        approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method itself.
 
     Raises UserError as `compress` does.
     """
@@ -163,9 +179,10 @@ def compressions(
     groups = channel_groups(bare, example, done.scope.parts) if groups is None else groups
     check_groups(bare, groups)
     if pictures is None and done.calibration.pictures != "none":
-        pictures = made_pictures(bare, example, done, seed)
+        pictures = made_pictures(bare, example, done.calibration, seed, answers)
     batches = None if pictures is None else batches_of(pictures)
-    net = Network(bare, example, groups, batches, answers, seed, full, counted)
+    target = done.calibration.target or ("mend" if batches is None else usual_target(batches))
+    net = Network(bare, example, groups, batches, answers, seed, full, counted, target)
     if done.kind == AUTO:
         return judged_copies(net, done, ratios, judge_on)
     return smaller_copies(net, done, ratios)
@@ -183,11 +200,19 @@ def wanted(method: str | Recipe, pictures: bool, options: Mapping[str, Any]) -> 
     return parse(method) if isinstance(method, str) else method
 
 
-def made_pictures(model: nn.Module, example: Example, recipe: Recipe, seed: int) -> torch.Tensor:
-    if recipe.calibration.pictures != "synthetic":
-        raise UserError(f"{spell(recipe)} looks at data; give unlabelled network inputs as pictures=")
-    count = {} if recipe.calibration.size is None else {"count": recipe.calibration.size}
-    return synthesize(model, example, seed=seed, **count)
+def made_pictures(
+    model: nn.Module, example: Example, calibration: Calibration, seed: int = 0, answers: Answers | None = None
+) -> torch.Tensor:
+    """Network inputs for this calibration that the network itself gives. UserError where it needs data."""
+    count: dict[str, Any] = {} if calibration.size is None else {"count": calibration.size}
+    if calibration.pictures == "synthetic":
+        return synthesize(model, example, seed=seed, **count)
+    if calibration.pictures == "unigram":
+        return unigram_texts(model, example, seed=seed, answers=answers, **count)
+    if calibration.pictures == "self":
+        drawn: dict[str, Any] = {"temperature": calibration.temperature, "answers": answers}
+        return written_texts(model, example, seed=seed, **drawn, **count)
+    raise UserError("this recipe looks at data; give unlabelled network inputs as pictures=")
 
 
 def judged_copies(
@@ -256,7 +281,15 @@ def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[i
     """{size: projection that the method chooses for this group, and its row of the report}"""
     described, inputs = recipe.features, net.seen.inputs if net.seen else {}
     weights = GroupWeights(
-        group, net.tensors, described.features, described.scale, described.norm, net.seed, inputs, net.gradients
+        group,
+        net.tensors,
+        described.features,
+        described.scale,
+        described.norm,
+        net.seed,
+        inputs,
+        net.gradients,
+        net.moments,
     )
     method = METHODS[recipe.method].choose
     found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
@@ -278,8 +311,8 @@ def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[fl
 def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Sequence[int]]) -> dict[float, list[int]]:
     budget = recipe.sizes.allocate
     beside = None
-    if net.seen and net.pictures and recipe.sizes.spare != "parameters":
-        beside = net.seen, Outputs(net.model, net.pictures, net.answers)
+    if net.pictures and recipe.sizes.spare != "parameters":
+        beside = Outputs(net.model, net.pictures, net.answers), partial(compensated_, net)
 
     def left_at(sizes: Sequence[int]) -> int:
         """Parameters or MACs of the network at these sizes, which do not depend on the channels that stay."""
@@ -306,9 +339,7 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
     smaller = apply(
         net.model, plan.groups, plan.projections, plan.joint_norms, approximate_repair=plan.approximate_repair
     )
-    if net.seen:
-        how = recipe.calibration
-        compensate_(smaller, net.model, plan, net.seen, ridge=how.ridge, solve_on=how.solve_on)
+    compensated_(net, smaller, plan, recipe.calibration.ridge)
     report = Report(
         method=recipe.method,
         ratio=float(ratio),
@@ -323,6 +354,21 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
         plan=plan,
     )
     return remembered(smaller, net.model, report)
+
+
+def compensated_(net: Network, smaller: nn.Module, plan: Plan, ridge: float | None = None) -> None:
+    """In place: solve the readers of a smaller network for the target, where there are pictures."""
+    if net.pictures is None:
+        return
+    if net.blockwise:
+        compensate_blocks_(smaller, net.model, plan, net.pictures, ridge)
+    elif net.seen:
+        compensate_(smaller, net.model, plan, net.seen, ridge=ridge, target=net.target)
+
+
+def usual_target(batches: Batches) -> str:
+    """The target where a recipe names none: networks of tokens lose least by "same", all others by "mend"."""
+    return "same" if batches.tokens else "mend"
 
 
 def first_channels(size: int, left: int) -> Projection:

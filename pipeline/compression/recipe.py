@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
-from pipeline.compression.calibrate.compensate import RIDGES
+from pipeline.compression.calibrate.compensate import TARGETS
 from pipeline.compression.choose.layers import UNITS
 from pipeline.compression.choose.masks import MASKS
 from pipeline.compression.choose.methods import FEATURES, METHODS, SCALES
@@ -21,7 +21,7 @@ from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.tables import UserError, call, check_options, pick
 
 AUTO = "auto"  # the method that picks another method for every ratio
-CALIBRATIONS = ("none", "synthetic", "data")
+CALIBRATIONS = ("none", "synthetic", "data", "self", "unigram")
 BUDGETS = ("uniform", "macs", "params")
 SPARES = ("output", "parameters")
 
@@ -30,16 +30,20 @@ SPARES = ("output", "parameters")
 class Calibration:
     """Unlabelled network inputs that methods look at, and on which the readers of the channels are solved anew.
 
-    pictures: "none", "synthetic" (made from the network itself), "data" (training samples).
+    pictures: "none", "data" (training samples), or what the network itself gives: "synthetic" (pictures), "self" (texts
+        that it writes), "unigram" (tokens drawn as often as it uses them).
     size: how many; None: the default of that kind.
-    solve_on: "smaller" (on what the smaller network computes) or "dense" (GRAIL); see compensate_.
-    ridge: how strongly solved readers keep to the cluster sums; None: the default of solve_on.
+    target: what readers are solved for, a row of TARGETS: "mend", "dense" (GRAIL) or "same"; None: "same" for networks
+        of tokens, else "mend"; see compensate_.
+    ridge: how strongly solved readers keep to the cluster sums; None: the default of the target.
+    temperature: of the texts that the network writes; smaller ones are more like one another.
     """
 
     pictures: str = "none"
     size: int | None = None
-    solve_on: str = "smaller"
+    target: str | None = None
     ridge: float | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -144,9 +148,11 @@ SECTIONS: dict[str, type] = {
 OPTIONS = {f.name: part for part, record in SECTIONS.items() for f in fields(record)}
 # Word: the options that it stands for.
 WORDS: dict[str, dict[str, Any]] = {
-    "grail": {"pictures": "data", "solve_on": "dense"},
+    "grail": {"pictures": "data", "target": "dense"},
     "synthetic": {"pictures": "synthetic"},
     "data": {"pictures": "data"},
+    "self": {"pictures": "self"},
+    "unigram": {"pictures": "unigram"},
     "ar": {"approximate_repair": True},
     "macs": {"allocate": "macs"},
     "params": {"allocate": "params"},
@@ -155,13 +161,17 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 
 
+# Options that were called otherwise: {old name: (name, {old value: value})}.
+RENAMED: dict[str, tuple[str, dict[str, str]]] = {"solve_on": ("target", {"smaller": "mend"})}
+
+
 def about(recipe: Recipe) -> dict[str, str]:
     """The properties that tell recipes apart: kind; calibration; sizes (uniform or a budget); scope (parts or units).
 
-    statistics: the source from which BatchNorm statistics are re-estimated: none, weights, synthetic or data.
+    statistics: the source from which BatchNorm statistics are re-estimated: none, weights, or that of the calibration.
     """
     calibration, units = recipe.calibration, recipe.scope.units
-    follows = calibration.pictures if calibration.solve_on == "smaller" else "none"
+    follows = "none" if calibration.target == "dense" else calibration.pictures
     return {
         "kind": recipe.kind,
         "calibration": calibration.pictures,
@@ -196,6 +206,8 @@ def recipe(method: str, label: str | None = None, **options: Any) -> Recipe:
         check_options(f"{label or method!r}, a mask of single weights,", MASKS[method], given, 3)
     for name, value in options.items():
         value = tuple(value) if isinstance(value, list) else value
+        name, values = RENAMED.get(name, (name, {}))
+        value = values.get(value, value) if isinstance(value, str) else value
         if name not in OPTIONS:
             own[name] = value
         elif value is not None:
@@ -291,7 +303,7 @@ def _check_names(recipe: Recipe) -> None:
     calibration, sizes, scope, features = recipe.calibration, recipe.sizes, recipe.scope, recipe.features
     named: Iterable[tuple[str, Sequence[str], Any]] = (
         ("pictures", CALIBRATIONS, calibration.pictures),
-        ("solve_on", tuple(RIDGES), calibration.solve_on),
+        ("target", tuple(TARGETS), calibration.target),
         ("allocate", BUDGETS, sizes.allocate),
         ("spare", SPARES, sizes.spare),
         ("units", UNITS, scope.units),
@@ -322,6 +334,12 @@ def _check_calibration(recipe: Recipe) -> None:
         raise UserError(f"{name}={value} says how readers are solved on pictures: give pictures=data or synthetic, too")
     if calibration.size is not None and not is_count(calibration.size):
         raise UserError(f"size {calibration.size} must be a whole number of at least 1 picture")
+    if calibration.temperature != 1 and calibration.pictures != "self":
+        raise UserError(
+            f"temperature={calibration.temperature} is of texts that the network writes: give pictures=self"
+        )
+    if not calibration.temperature > 0:
+        raise UserError(f"temperature {calibration.temperature} must be above 0")
     if calibration.ridge is not None and not calibration.ridge >= 0:
         raise UserError(f"ridge {calibration.ridge} must not be negative")
 

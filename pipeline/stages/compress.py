@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.compression import Recipe, compressions, parse, spell
 from pipeline.compression.compress import check_ratios
-from pipeline.compression.recipe import AUTO, about
+from pipeline.compression.recipe import AUTO, Calibration, about
 from pipeline.stages.stage import State, Supplies, number_text
 from pipeline.tables import UserError
 
@@ -65,12 +65,11 @@ def compressed(
 
     full: {group name: channels} that ratios count from; None: the network's own channels.
     """
-    calibration = recipe.calibration
-    given = {"pictures": supplies.pictures(calibration.pictures, calibration.size)}
+    given = {"pictures": supplies.pictures(recipe.calibration)}
     if recipe.kind != "mask":
         given |= {"groups": supplies.traces.of(state.model, supplies.example, recipe.scope.parts), "full": full}
     if recipe.method == AUTO and given["pictures"] is None:
-        given["judge_on"] = supplies.pictures("synthetic", None)
+        given["judge_on"] = supplies.pictures(Calibration("synthetic"))
     shared = {"counted": supplies.traces.counted, "seed": supplies.seed, "answers": supplies.task.answers}
     made = compressions(state.model, supplies.example, recipe, ratios, **shared, **given)
     # No generator, whose names would keep a network alive until the next one is made.

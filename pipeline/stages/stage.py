@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.compression.calibrate.batches import cut, samples
 from pipeline.compression.calibrate.repair import statistics
-from pipeline.compression.calibrate.synthetic import synthesize
+from pipeline.compression.compress import made_pictures
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.plan import history, numbers
+from pipeline.compression.recipe import Calibration
 from pipeline.compression.report import Report
 from pipeline.compression.sizes.count import Counted
 from pipeline.compression.trace.graph import Example, channel_groups
@@ -102,23 +103,24 @@ class Supplies:
         return [self.task.inputs(batch) for batch in self.batches]
 
     @cached_property
-    def synthetic(self) -> dict[int | None, Tensor]:
-        """{how many were asked for: pictures that the network itself synthesizes}"""
+    def made(self) -> dict[Calibration, Tensor]:
+        """{calibration: inputs that the network itself gave for it}"""
         return {}
 
-    def pictures(self, kind: str, size: int | None) -> Any:
-        """The samples for a recipe's calibration: None, synthetic pictures, or the first samples of the batches."""
-        if kind == "none":
+    def pictures(self, calibration: Calibration) -> Any:
+        """The samples for a calibration: None, the first samples of the batches, or inputs that the network gives."""
+        size = calibration.size
+        if calibration.pictures == "none":
             return None
-        if kind == "data":
+        if calibration.pictures == "data":
             there = sum(map(samples, self.inputs))
             if size is not None and there < size:
                 raise UserError(f"size={size} asks for more samples than the {there} there are; raise repair_size=")
             return first_samples(self.inputs, size or CALIBRATION)
-        if size not in self.synthetic:
-            count = {} if size is None else {"count": size}
-            self.synthetic[size] = synthesize(self.dense, self.example, seed=self.seed, **count)
-        return self.synthetic[size]
+        kind = Calibration(calibration.pictures, size, temperature=calibration.temperature)
+        if kind not in self.made:
+            self.made[kind] = made_pictures(self.dense, self.example, kind, self.seed, self.task.answers)
+        return self.made[kind]
 
     @cached_property
     def _statistics(self) -> dict[str, Tensor]:

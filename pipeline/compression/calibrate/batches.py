@@ -25,12 +25,13 @@ class Outline(NamedTuple):
     """The facts by which a batch is recognised in the next pass without being kept.
 
     samples: entries of its first dimension; shapes: those of one sample; total: the sum of all values, as text, so that
-        NaN equals itself
+        NaN equals itself; tokens: whether all its tensors hold whole numbers
     """
 
     samples: int
     shapes: tuple[object, ...]
     total: str
+    tokens: bool
 
 
 class Batches:
@@ -58,6 +59,11 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.outlines)
+
+    @property
+    def tokens(self) -> bool:
+        """Are the inputs token ids, and no measured values?"""
+        return self.outlines[0].tokens
 
     def _cuts(self) -> Iterator[Example]:
         for batch in self.given:
@@ -117,7 +123,7 @@ def largest(batch: Example) -> int:
 
 
 def outline(batch: Example) -> Outline:
-    count, total = samples(batch), 0.0
+    count, total, tokens = samples(batch), 0.0, True
     shapes: list[object] = []
     for leaf in tree_leaves(call_arguments(batch)):
         if not isinstance(leaf, Tensor):
@@ -125,4 +131,5 @@ def outline(batch: Example) -> Outline:
             continue
         shapes.append(tuple(leaf.shape[1:] if leaf.dim() and len(leaf) == count else leaf.shape))
         total += 0.0 if leaf.is_complex() else float(leaf.detach().sum(dtype=torch.float64))
-    return Outline(count, tuple(shapes), repr(total))
+        tokens = tokens and not (leaf.is_floating_point() or leaf.is_complex())
+    return Outline(count, tuple(shapes), repr(total), tokens)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.compression.calibrate.batches import Batches, batches_of
 from pipeline.compression.calibrate.lockstep import Stop, in_lockstep, one_by_one
 from pipeline.compression.calibrate.repair import STATISTICS, follow_, kept_modes, tracked_norms
-from pipeline.compression.calibrate.rows import Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
+from pipeline.compression.calibrate.rows import ROWS, Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
@@ -32,8 +32,20 @@ from pipeline.compression.plan import Plan
 from pipeline.compression.trace.graph import Example
 from pipeline.tables import pick
 
-# λ by solve_on. smaller: accuracy is the same within a point from 1e-3 to 1e-1; dense: as in GRAIL's paper.
-RIDGES = {"smaller": 1e-2, "dense": 1e-3}
+
+class Target(NamedTuple):
+    """What a layer is solved for. ridge: the usual λ; own: m is each input's own E[x'²], not their mean."""
+
+    ridge: float
+    own: bool = False
+
+
+# mend: the dense network's output, from what the smaller one computes; accuracy is the same within a point from 1e-3 to
+# 1e-1. dense: the same from the dense network's own inputs, as in GRAIL's paper. same: the layer's own output on the
+# inputs that reach it now (see blocks.py); where few channels carry most of the activations, as in language models, a
+# ridge by their mean would leave nothing of the others.
+TARGETS = {"mend": Target(1e-2), "dense": Target(1e-3), "same": Target(3e-2, own=True)}
+TOKENS = 2**17  # rows that second moments go by, at most; no row is kept
 
 
 class Moments(NamedTuple):
@@ -61,22 +73,45 @@ class Seen(NamedTuple):
     statistics: dict[str, Tensor]
 
 
-@torch.no_grad()
-def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example | Iterable[Example]) -> Seen:
-    """`Seen` of a model, from one pass over the pictures up to the last layer needed; pictures: see `batches_of`.
-
-    Raises UserError for pictures that cannot be read twice, and for a forward that calls layers in varying order.
-    """
-    batches = batches_of(pictures)
+def readers(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, nn.Module]:
+    """{weight: its layer}, of the readers of these groups that can be solved."""
     reads = {axis.tensor: axis.axis for group in groups for axis in group.reads if not axis.query}
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in reads}
-    layers = {name: layer for name, layer in layers.items() if input_dim(layer) == reads[name]}
+    return {name: layer for name, layer in layers.items() if input_dim(layer) == reads[name]}
+
+
+@torch.no_grad()
+def second_moments(model: nn.Module, groups: Iterable[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
+    """{weight: (inputs, inputs)}: Σ x xᵀ of the inputs of the readers, over rows drawn as `observe` draws them."""
+    layers = readers(model, groups)
+    found: dict[str, Tensor] = {}
+
+    def keep(i: int, stop: Stop) -> None:
+        rows = rows_of(stop.layer, stop.x, survey.inputs[stop.name], i)
+        found[stop.name] = rows.T @ rows if stop.name not in found else found[stop.name].addmm_(rows.T, rows)
+
+    with kept_modes(model):
+        survey = surveyed(model.eval(), layers, batches, limit=TOKENS)
+        one_by_one(model, {name: layers[name] for name in survey.order}, batches, keep)
+    return found
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example | Iterable[Example], rows: int = ROWS
+) -> Seen:
+    """`Seen` of a model, from one pass over the pictures up to the last layer needed; pictures: see `batches_of`.
+
+    rows: that are kept of each layer, at most.
+    Raises UserError for pictures that cannot be read twice, and for a forward that calls layers in varying order.
+    """
+    batches, layers = batches_of(pictures), readers(model, groups)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     moments: dict[str, list[Moments]] = defaultdict(list)
 
     def keep(i: int, stop: Stop) -> None:
-        name, layer, x = stop
+        name, layer, x = stop.name, stop.layer, stop.x
         if name not in layers:
             moments[name].append(moments_of(x))
             return
@@ -87,7 +122,7 @@ def observe(model: nn.Module, groups: Iterable[ChannelGroup], pictures: Example 
 
     with kept_modes(model):
         every = {**layers, **tracked_norms(model)}
-        survey = surveyed(model.eval(), every, batches)
+        survey = surveyed(model.eval(), every, batches, rows)
         one_by_one(model, {name: every[name] for name in survey.order}, batches, keep)
     pooled = {name: statistics_of(of_norm) for name, of_norm in moments.items()}
     statistics = {
@@ -104,23 +139,25 @@ def compensate_(
     seen: Seen,
     *,
     ridge: float | None = None,
-    solve_on: str = "smaller",
+    target: str = "mend",
 ) -> list[str]:
     """In place: update the BatchNorm statistics of `smaller` and solve its readers, in the order of the forward pass.
 
     smaller: the model after the plan; seen: observe(model, plan.groups, pictures).
-    solve_on: "smaller", or "dense" for GRAIL: x' are the cluster means of x, and statistics stay as they are.
-    ridge: λ of the module docstring; None: that of RIDGES.
+    target: a row of TARGETS. "dense", for GRAIL: x' are the cluster means of x, and statistics stay as they are. "same"
+        is right for a block and what reaches it now: see `compensate_blocks_`.
+    ridge: λ of the module docstring; None: that of TARGETS.
 
     A statistic changes by as much as it does on the pictures, so pictures need not be quite the training ones.
     Returns the weights that were solved. Other readers (queries; weights that a forward uses without calling their
-    layer, or more than once) keep their cluster sums. Raises UserError for an unknown solve_on, and for pictures that
+    layer, or more than once) keep their cluster sums. Raises UserError for an unknown target, and for pictures that
     are not those of `seen`.
     """
-    usual_ridge = pick("solve_on", RIDGES, solve_on)
+    usual = pick("target", TARGETS, target)
     if all(projection.is_identity for projection in plan.projections):
         return []
-    work = Compensation(smaller, model, plan, seen, usual_ridge if ridge is None else ridge, solve_on == "smaller")
+    usual = usual if ridge is None else usual._replace(ridge=ridge)
+    work = Compensation(smaller, model, plan, seen, usual, target != "dense")
     if work.mends:
         with kept_modes(smaller):
             in_lockstep(smaller.eval(), work.layers, seen.pictures, work.arrive, work.leave)
@@ -137,8 +174,8 @@ class Compensation:
     layers: {weight or norm: its layer}, in the order of the forward pass; solved: the weights that are done.
     """
 
-    def __init__(self, smaller: nn.Module, model: nn.Module, plan: Plan, seen: Seen, ridge: float, mends: bool) -> None:
-        self.plan, self.seen, self.ridge, self.mends = plan, seen, ridge, mends
+    def __init__(self, smaller: nn.Module, model: nn.Module, plan: Plan, seen: Seen, how: Target, mends: bool) -> None:
+        self.plan, self.seen, self.how, self.mends = plan, seen, how, mends
         self.solved: list[str] = []
         self.gathered: dict[str, Tensor] = {}
         self.moments: dict[str, list[Moments]] = defaultdict(list)
@@ -166,13 +203,13 @@ class Compensation:
 
     def arrive(self, i: int, stop: Stop) -> None:
         """Keep what a layer is given of batch i: moments of a norm's input, rows of a reader's."""
-        name, layer, x = stop
+        name, layer, x = stop.name, stop.layer, stop.x
         if name in self.norms:
             self.moments[name].append(moments_of(x))
             return
         patches = name in self.seen.outputs
-        counts = (self.seen.survey.patches if patches else self.seen.survey.inputs)[name]
-        gather_(self.gathered, name, (patches_of if patches else rows_of)(layer, x, counts, i), counts, i)
+        there = (self.seen.survey.patches if patches else self.seen.survey.inputs)[name]
+        gather_(self.gathered, name, (patches_of if patches else rows_of)(layer, x, there, i), there, i)
 
     def leave(self, name: str) -> None:
         """All batches have arrived at this layer: set its statistics, or solve its weight."""
@@ -196,7 +233,9 @@ class Compensation:
         now = wide(matrix(layer.weight, dim, taps))
         moments, missing = (inputs.T @ inputs).double(), (inputs.T @ (wanted - inputs @ now)).double()
         scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        moments.diagonal().add_(self.ridge * scale)
+        if self.how.own:
+            scale = moments.diagonal().clamp(min=1e-6 * scale)  # an input that is never seen is solved for, too
+        moments.diagonal().add_(self.how.ridge * scale)
         set_matrix_(layer.weight, dim, taps, now + torch.linalg.solve(moments, missing))
         self.solved.append(name)
 

@@ -31,21 +31,27 @@ class Done(BaseException):
 
 
 class Stop(NamedTuple):
-    """A forward that has reached a layer: the name by which the layer is watched, the layer, and its input."""
+    """A forward that has reached a module: the name by which it is watched, the module, and what it is called with."""
 
     name: str
     layer: Any
-    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def x(self) -> Tensor:
+        """The first argument: the input of a layer."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
 
 @contextmanager
 def watched(layers: Mapping[str, nn.Module], at: Callable[[Stop], None]) -> Iterator[None]:
     """Within, `at` is called before every call of these layers."""
 
-    def told(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        at(Stop(name, layer, given[0]))
+    def told(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        at(Stop(name, layer, args, kwargs))
 
-    handles = [layer.register_forward_pre_hook(partial(told, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(partial(told, n), with_kwargs=True) for n, layer in layers.items()]
     try:
         yield
     finally:
@@ -92,22 +98,14 @@ def in_lockstep(
 ) -> None:
     """Run all batches, side by side, up to the last of `layers`, which stand in the order of their calls.
 
-    arrive(i, stop): batch i has reached a layer. leave(name): all batches have reached it, and go on afterwards.
-    Raises UserError for a forward in another order.
+    arrive(i, stop): batch i has reached a layer. leave(name): all batches have reached it, and go on afterwards; it may
+    call the layer. Raises UserError for a forward in another order.
     """
-    if len(batches) == 1:
-
-        def both(i: int, stop: Stop) -> None:
-            arrive(i, stop)
-            leave(stop.name)
-
-        return one_by_one(model, layers, batches, both)
-
     running: Run | None = None
 
     def at(stop: Stop) -> None:
-        assert running is not None
-        running.wait(stop)
+        if running is not None:  # None while `leave` calls a layer itself
+            running.wait(stop)
 
     runs: list[Run] = []
     try:
@@ -117,6 +115,7 @@ def in_lockstep(
             for name in layers:
                 for i, running in enumerate(runs):
                     arrive(i, check_order(name, running.go()))
+                running = None
                 leave(name)
     finally:
         for run in runs:

@@ -4,7 +4,7 @@ A survey, forward passes of a few samples, counts all rows before the first batc
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,13 +27,20 @@ class Survey(NamedTuple):
     """Layers and rows that a pass over the batches will meet.
 
     order: the layers that every forward calls once, in the order of the calls
-    inputs: {layer: rows of its input in each batch}
-    patches: {layer: pixels of its output in each batch}, for layers that see patches (`sees_patches`)
+    inputs: {layer: rows of its input}
+    patches: {layer: pixels of its output}, for layers that see patches (`sees_patches`)
     """
 
     order: list[str]
-    inputs: dict[str, list[int]]
-    patches: dict[str, list[int]]
+    inputs: dict[str, "Rows"]
+    patches: dict[str, "Rows"]
+
+
+class Rows(NamedTuple):
+    """How many rows there are in each batch, and how many of all are drawn at most."""
+
+    counts: tuple[int, ...]
+    most: int
 
 
 class Call(NamedTuple):
@@ -45,9 +52,10 @@ class Call(NamedTuple):
     patches: int
 
 
-def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> Survey:
+def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, limit: int = ROWS) -> Survey:
     """The survey of a model: two forward passes of a few samples for every shape of samples in the batches.
 
+    limit: rows that are drawn of a layer, at most.
     Layers that are called twice are left out, for no one weight or statistic is right for both calls.
     """
     most: dict[tuple, int] = {}
@@ -65,17 +73,17 @@ def surveyed(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches
     single = [{id(layer) for layer, n in Counter(call.layer for call in kind).items() if n == 1} for kind in kinds]
     order = [call.name for call in kinds[0] if all(id(call.layer) in of_kind for of_kind in single)]
 
-    def expected(name: str, what: str) -> list[int]:
+    def expected(name: str, what: str) -> Rows:
         counts = []
         for one in batches.outlines:
             few, *pair = met[one.shapes]
             # Some rows come from no sample, such as those of a position bias: their number is the same in every batch.
             less, more = (sum(getattr(call, what) for call in found if call.name == name) for found in pair)
             counts.append(more + (one.samples - few) * (more - less))
-        return counts
+        return Rows(tuple(counts), limit)
 
     inputs, patches = ({name: expected(name, what) for name in order} for what in ("inputs", "patches"))
-    return Survey(order, inputs, {name: counts for name, counts in patches.items() if any(counts)})
+    return Survey(order, inputs, {name: rows for name, rows in patches.items() if any(rows.counts)})
 
 
 def calls(model: nn.Module, layers: Mapping[str, nn.Module], example: Example, enough: int = 0) -> list[Call]:
@@ -83,7 +91,7 @@ def calls(model: nn.Module, layers: Mapping[str, nn.Module], example: Example, e
     found: list[Call] = []
 
     def note(stop: Stop) -> None:
-        name, layer, x = stop
+        name, layer, x = stop.name, stop.layer, stop.x
         inputs = x.numel() // x.shape[channel_dim(layer)] if input_dim(layer) is not None else 0
         found.append(Call(name, layer, inputs, patches_in(layer, x) if sees_patches(layer) else 0))
         if len(found) == enough:
@@ -115,20 +123,20 @@ def sees_patches(layer: Any) -> bool:
     return type(layer).forward in PLAIN and max(*layer.kernel_size, *layer.stride) > 1
 
 
-def rows_of(layer: nn.Module, x: Tensor, counts: Sequence[int], i: int) -> Tensor:
-    """The rows drawn from a layer's input in batch i, (rows, inputs); counts: rows of each batch."""
+def rows_of(layer: nn.Module, x: Tensor, there: Rows, i: int) -> Tensor:
+    """The rows drawn from a layer's input in batch i, (rows, inputs)."""
     rows = x.movedim(channel_dim(layer), -1)
     rows = rows.reshape(-1, rows.shape[-1])
-    check_rows(layer, len(rows), counts[i])
-    return wide(rows[picked(counts, i)[1].to(x.device)])
+    check_rows(layer, len(rows), there.counts[i])
+    return wide(rows[picked(there, i)[1].to(x.device)])
 
 
-def patches_of(layer: Any, x: Tensor, counts: Sequence[int], i: int) -> Tensor:
-    """The patches of the output pixels drawn from batch i, (rows, inputs x taps); counts: pixels of each batch."""
+def patches_of(layer: Any, x: Tensor, there: Rows, i: int) -> Tensor:
+    """The patches of the output pixels drawn from batch i, (rows, inputs x taps)."""
     places = windows(layer, x)
     shape = places.shape[: 1 + len(layer.kernel_size)]
-    check_rows(layer, shape.numel(), counts[i])
-    return wide(places[torch.unravel_index(picked(counts, i)[1].to(x.device), shape)].flatten(1))
+    check_rows(layer, shape.numel(), there.counts[i])
+    return wide(places[torch.unravel_index(picked(there, i)[1].to(x.device), shape)].flatten(1))
 
 
 def patches_in(layer: Any, x: Tensor) -> int:
@@ -156,27 +164,27 @@ def check_rows(layer: nn.Module, found: int, expected: int) -> None:
         )
 
 
-def gather_(into: dict[str, Tensor], name: str, rows: Tensor, counts: Sequence[int], i: int) -> None:
+def gather_(into: dict[str, Tensor], name: str, rows: Tensor, there: Rows, i: int) -> None:
     """In place: put the rows drawn from batch i at their places among the drawn rows of all batches."""
-    slots = picked(counts, i)[0]
+    slots, everything = picked(there, i)[0], min(sum(there.counts), there.most)
     if name not in into:
-        if len(slots) == len(rows) == len(drawn(sum(counts))):  # all of them
+        if len(slots) == len(rows) == everything:
             into[name] = rows
             return
-        into[name] = rows.new_empty(len(drawn(sum(counts))), rows.shape[1])
+        into[name] = rows.new_empty(everything, rows.shape[1])
     into[name][slots.to(rows.device)] = rows
 
 
 @lru_cache(maxsize=256)
-def drawn(count: int) -> Tensor:
-    """(rows,) int64, at most ROWS of `count`, in no order; cached, as drawing from all pixels is as slow as a layer."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS].clone()
+def drawn(count: int, most: int) -> Tensor:
+    """(rows,) int64, at most `most` of `count`, in no order; cached, for it takes as long as a layer."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].clone()
 
 
-def picked(counts: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
+def picked(there: Rows, i: int) -> tuple[Tensor, Tensor]:
     """Rows drawn from batch i: their places among all drawn rows, and their places in the batch, each (n,) int64."""
-    rows, start = drawn(sum(counts)), sum(counts[:i])
-    slots = ((rows >= start) & (rows < start + counts[i])).nonzero().squeeze(1)
+    rows, start = drawn(sum(there.counts), there.most), sum(there.counts[:i])
+    slots = ((rows >= start) & (rows < start + there.counts[i])).nonzero().squeeze(1)
     return slots, rows[slots] - start
 
 

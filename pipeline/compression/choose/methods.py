@@ -47,6 +47,7 @@ class GroupWeights:
     seed: int = 0
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Gradients | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pick("features", dict.fromkeys(FEATURES), self.features)
@@ -128,12 +129,18 @@ class GroupWeights:
         """
         found = []
         for axis in self.group.reads:
-            if axis.tensor in self.inputs and not axis.query:
+            if axis.query or not (axis.tensor in self.inputs or axis.tensor in self.moments):
+                continue
+            # Where a channel is m inputs, each of them is one more row.
+            if axis.tensor in self.inputs:
                 seen = self.inputs[axis.tensor]
-                # (rows, C, m): where a channel is m inputs, each of them is one more row
                 rows = seen[:, axis.index.to(seen.device)].transpose(1, 2).flatten(0, 1)
-                moments = (rows.T @ rows).to("cpu", self.dtype)
-                found.append(moments / moments.trace().clamp(min=torch.finfo(torch.float32).tiny))
+                moments = rows.T @ rows
+            else:
+                every = self.moments[axis.tensor]
+                moments = torch.stack([every[places][:, places] for places in axis.index.T.to(every.device)]).sum(0)
+            moments = moments.to("cpu", self.dtype)
+            found.append(moments / moments.trace().clamp(min=torch.finfo(torch.float32).tiny))
         return torch.stack(found).mean(0) if found else None
 
     @cached_property

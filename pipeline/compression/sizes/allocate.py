@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.calibrate.compensate import Seen, compensate_
 from pipeline.compression.calibrate.outputs import Outputs
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import apply, named_tensors
@@ -27,6 +26,8 @@ AHEAD = 3  # levels that one step may go down, so that a costly level does not h
 
 # The projections of a group at some sizes, each with its relative parameter error
 Choose = Callable[[ChannelGroup, Sequence[int]], Mapping[int, tuple[Projection, float]]]
+# Solves the readers of a smaller network in place, after its plan
+Solve = Callable[[nn.Module, Plan], None]
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def allocated(
     model: nn.Module,
     example: Example,
     groups: ChannelGroups,
-    compared: tuple[Seen, Outputs] | None,
+    compared: tuple[Outputs, Solve] | None,
     choose: Choose,
     uniform: Mapping[float, Sequence[int]],
     budget: str,
@@ -43,7 +44,7 @@ def allocated(
 ) -> dict[float, list[int]]:
     """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
 
-    compared: `Seen` of the model on pictures, and its outputs there; None: sizes follow parameter errors.
+    compared: outputs of the model on pictures, and how readers are solved on them; None: sizes follow parameter errors.
     choose: the method, for one group. budget: one of BUDGETS.
     rounded: (size, fraction) -> channels that stay. exact: sizes -> MACs or parameters of the network; `costs` counts
         only the layers that the forward calls.
@@ -102,8 +103,8 @@ def output_errors(
     model: nn.Module,
     groups: ChannelGroups,
     tie: Sequence[int],
-    seen: Seen,
     dense: Outputs,
+    solve: Solve,
     choose: Choose,
     rounded: Callable[[int, float], int],
 ) -> Callable[[int], float]:
@@ -119,7 +120,7 @@ def output_errors(
     for k in sizes:
         of_tie, projections = [groups[i] for i in tie], [chosen[i][k][0] for i in tie]
         smaller = apply(model, of_tie, projections)
-        compensate_(smaller, model, Plan(ChannelGroups(tuple(of_tie)), projections), seen)
+        solve(smaller, Plan(ChannelGroups(tuple(of_tie)), projections))
         errors.append(sum(float((given - wanted).square().sum()) for given, wanted in dense.beside(smaller)) / spread)
     return monotone([*sizes, size], [*errors, 0.0])
 
