@@ -74,6 +74,8 @@ class ChannelGroup:
     tie: groups of one tie must keep the same number of channels (the heads of one layer)
     numbers: sizes that modules keep as Python numbers, which change with the size of the group
     cut_by: operations that tell these channels from others of the same tensors: chunk, attention
+    gated: whether a channel is the product of two others (SwiGLU), so that the mean of the factors of several channels
+        is not the mean of what they compute
     """
 
     name: str
@@ -86,6 +88,7 @@ class ChannelGroup:
     tie: str = ""
     numbers: tuple[Number, ...] = ()
     cut_by: tuple[str, ...] = ()
+    gated: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from pipeline.tables import UserError, pick
 
 FEATURES = ("writers", "readers", "writers+readers")
 SCALES = ("none", "tensor", "channel")
+TINY = 1e-30
+LLOYD = 5  # times that gated channels choose the representative that shows most of them, and clusters theirs
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,13 @@ class GroupWeights:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Gram matrix of the features, (C, C) of self.dtype on the CPU, multiplied where the network is."""
+        """Gram matrix of the features, (C, C) of self.dtype on the CPU, multiplied where the network is.
+
+        For gated channels it is that of what they compute, each weighted by the norm of its readers: H_ij |v_i| |v_j|.
+        """
+        if self.group.gated:
+            size = self.contributions.diagonal().clamp(min=0).sqrt()
+            return self.computed * size[:, None] * size
         total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
         for block in self.blocks():
             # NumPy computes only half of a symmetric product; a GPU may round products of float32 to a few digits.
@@ -144,8 +152,29 @@ class GroupWeights:
         return torch.stack(found).mean(0) if found else None
 
     @cached_property
+    def computed(self) -> Tensor:
+        """H (C, C): second moments of what gated channels compute, up to a factor: on pictures, else by their weights.
+
+        For inputs x that are white and Gaussian, products (g x)(u x) have the moments of Isserlis' theorem,
+        (g_i g_j)(u_i u_j) + (g_i u_j)(u_i g_j) + (g_i u_i)(g_j u_j): the second order of a smooth gate.
+        """
+        if self.activations is not None:
+            return self.activations
+        rows = [self.rows(axis) for axis in self.writers]
+        if len(rows) != 2 or rows[0].shape != rows[1].shape:
+            return torch.stack([r @ r.T for r in rows]).prod(0).cpu()
+        gate, up = rows
+        crossed, own = gate @ up.T, (gate * up).sum(1)
+        return ((gate @ gate.T) * (up @ up.T) + crossed * crossed.T + own[:, None] * own).cpu()
+
+    @cached_property
     def similarity(self) -> Tensor:
-        """The matrix that folding clusters by, (C, C): the Gram matrix, plus activations of equal trace if known."""
+        """The matrix that folding clusters by, (C, C): the Gram matrix, plus activations of equal trace if known.
+
+        Gated channels are alike whatever their sign, because readers can take it.
+        """
+        if self.group.gated:
+            return self.gram.abs()
         if self.activations is None or not self.gram.trace() > 0:
             return self.gram
         return self.gram / self.gram.trace() + self.activations
@@ -159,6 +188,27 @@ class GroupWeights:
     def error(self, projection: Projection) -> float:
         """Relative parameter error of the projection in these features."""
         return reconstruction_error(self.gram, projection)
+
+    def represented(self, projection: Projection) -> Projection:
+        """The projection, where clusters of gated channels have a member that stands for them.
+
+        No gated channel computes the mean of several. The best one can do is a multiple of one of them, H_ir / H_rr
+        times the representative r, which readers take, so that what is lost of channel i is H_ii - H_ir² / H_rr.
+        """
+        if not self.group.gated or projection.is_identity or int(projection.counts.max()) == 1:
+            return projection
+        labels, shown = projection.labels.clone(), self.gram.square() / self.gram.diagonal().clamp(min=TINY)
+        for _ in range(LLOYD):
+            kept = labels >= 0
+            gains = torch.zeros_like(shown[: int(labels.max()) + 1]).index_add_(0, labels[kept], shown[kept])
+            member = labels == torch.arange(len(gains))[:, None]
+            chosen = gains.masked_fill(~member, -1).argmax(1)
+            nearest = shown[:, chosen].argmax(1)
+            nearest[chosen] = torch.arange(len(chosen))
+            labels = torch.where(kept, nearest, -1)
+        stands = chosen[labels.clamp(min=0)]
+        scales = self.computed[torch.arange(len(labels)), stands] / self.computed.diagonal().clamp(min=TINY)[stands]
+        return Projection(labels, chosen, scales)
 
 
 Projections = dict[int, Projection]

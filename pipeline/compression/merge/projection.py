@@ -39,11 +39,16 @@ class Sums:
 class Projection:
     """labels: (C,) int64, the new channel of each old one, -1 = dropped.
 
-    Labels are renumbered so that new channels stand in the order of their first members. Raises ValueError for labels
-    that keep no channel or leave out a number.
+    chosen: (k,) int64, the member that stands for each cluster; None: writers take the mean of all members.
+    scales: (C,), how much of its representative a channel is: readers take scales * channel; None: 1 for all.
+
+    Labels are renumbered so that new channels stand in the order of their representatives, which are the first members
+    unless they are chosen. Raises ValueError for labels that keep no channel or leave out a number.
     """
 
     labels: Tensor
+    chosen: Tensor | None = None
+    scales: Tensor | None = None
 
     def __post_init__(self) -> None:
         labels = self.labels.detach().cpu().long()
@@ -55,8 +60,13 @@ class Projection:
         )
         if (first == len(labels)).any():
             raise ValueError(f"labels must use every number from 0 to {int(used.max())}")
+        if self.chosen is not None:
+            if not torch.equal(labels[self.chosen], torch.arange(len(first))):
+                raise ValueError("chosen must name one member of every cluster")
+            first = self.chosen.cpu()
         rank = first.argsort().argsort()
         object.__setattr__(self, "labels", torch.where(labels >= 0, rank[labels.clamp(min=0)], -1))
+        object.__setattr__(self, "chosen", None if self.chosen is None else first.sort().values)
 
     @cached_property
     def counts(self) -> Tensor:
@@ -65,7 +75,9 @@ class Projection:
 
     @cached_property
     def representatives(self) -> Tensor:
-        """The first channel of every cluster, ascending, (k,) int64: where the new channel will stand."""
+        """One channel of every cluster, ascending, (k,) int64: where the new channel will stand."""
+        if self.chosen is not None:
+            return self.chosen
         first = torch.full((len(self.counts),), len(self.labels))
         kept = self.labels >= 0
         return first.scatter_reduce(0, self.labels[kept], torch.arange(len(self.labels))[kept], "amin")
@@ -129,7 +141,12 @@ def reconstruction_error(gram: Tensor, projection: Projection) -> float:
     if projection.is_identity:
         return 0.0
     total = float(gram.diagonal().double().sum())
-    kept = kept_energy(gram.cpu().numpy(), projection.labels.numpy())
+    if projection.chosen is None:
+        kept = kept_energy(gram.cpu().numpy(), projection.labels.numpy())
+    else:  # what representatives show of their members
+        members = (projection.labels >= 0).nonzero().squeeze(1)
+        stands = projection.into[members]
+        kept = float((gram[members, stands].square() / gram.diagonal()[stands].clamp(min=1e-30)).double().sum())
     return (max(total - kept, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 

@@ -29,6 +29,7 @@ def compressed_tensors(
     edits: dict[tuple[str, int], list[_Edit]] = defaultdict(list)
     for group, projection in work:
         merges = bool(projection.counts.max() > 1)
+        merges = merges and projection.chosen is None
         by_norm = merge_norms(group, projection, tensors) if norm_scale and merges else {}
         if approximate_repair and merges:
             by_norm |= repaired_variances(group, projection, tensors, norm_scale)
@@ -39,7 +40,7 @@ def compressed_tensors(
             factor = temperature if axis.query else 1.0
             edits[axis.tensor, axis.axis].append(_Edit(axis, projection, False, factor=factor))
     edited: dict[str, Tensor] = {}
-    merges_of: dict[Any, tuple[Sums, Tensor]] = {}
+    merges_of: dict[Any, Merge] = {}
     # Written axes go before those that are only read: a merged norm sets its weight's rows from the columns as they
     # were. All groups of one axis go at once: the heads of a layer, and keys beside queries, share a weight.
     for (name, dim), of_axis in sorted(edits.items(), key=lambda item: not any(e.is_write for e in item[1])):
@@ -71,7 +72,7 @@ class _Edit:
     factor: float = 1.0
 
 
-def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, tuple[Sums, Tensor]]) -> Tensor:
+def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, "Merge"]) -> Tensor:
     """The tensor with these edits along `dim`, done as one projection of the whole axis.
 
     known: a cache of `_merge_of`: a weight, its bias and the norm behind it merge alike.
@@ -85,8 +86,8 @@ def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, t
     key = (size, *((e.axis.index.numpy().tobytes(), id(e.projection), e.is_write, e.factor) for e in edits))
     if key not in known:
         known[key] = _merge_of(size, edits)
-    sums, divisor = known[key]
-    merged = weighted_sum(tensor, sums, None, dim)
+    sums, divisor, weights = known[key]
+    merged = weighted_sum(tensor, sums, weights, dim)
     if len(divisor):
         merged /= divisor.to(tensor.device, merged.dtype).view(along(dim, tensor))
     for edit in edits:
@@ -97,15 +98,26 @@ def _edited(tensor: Tensor, dim: int, edits: Sequence[_Edit], known: dict[Any, t
     return merged.to(tensor.dtype)
 
 
-def _merge_of(size: int, edits: Sequence[_Edit]) -> tuple[Sums, Tensor]:
-    """(sums, divisor of each) of an axis with these edits; the divisors are empty where all are 1."""
+# The sums of an axis, the divisor of each (empty where all are 1), and the weight of each entry (None: 1 for all).
+Merge = tuple[Sums, Tensor, Tensor | None]
+
+
+def _merge_of(size: int, edits: Sequence[_Edit]) -> Merge:
+    """The merge of an axis with these edits."""
     into = torch.arange(size)  # for each position: the position that it is added to, -1 where it is dropped
-    divisor = torch.ones(size, dtype=torch.float64)
+    divisor, weights = torch.ones(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
     for edit in edits:
-        where, index = edit.projection.into, edit.axis.index
-        first = index[edit.projection.representatives]
+        projection, index = edit.projection, edit.axis.index
+        where, first = projection.into, index[projection.representatives]
+        if edit.is_write and projection.chosen is not None:  # the representative alone writes
+            where = torch.where(where == torch.arange(len(where)), where, -1)
         into[index] = torch.where(where[:, None] >= 0, index[where], -1)
-        divisor[first] = edit.projection.counts[:, None].double() if edit.is_write else 1 / edit.factor
+        if not edit.is_write:
+            divisor[first] = 1 / edit.factor
+            weights[index] = 1.0 if projection.scales is None else projection.scales.double()[:, None]
+        elif projection.chosen is None:
+            divisor[first] = projection.counts[:, None].double()
     sums = Sums.of(into)
     divisor = divisor[sums.stays]
-    return sums, divisor if (divisor != 1).any() else divisor[:0]
+    scaled = bool((weights != 1).any())
+    return sums, divisor if (divisor != 1).any() else divisor[:0], weights if scaled else None

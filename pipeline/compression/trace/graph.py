@@ -152,6 +152,7 @@ class Tracer:
         self.freezes: list[tuple[np.ndarray, str]] = []
         self.norms: list[Norm] = []
         self.added: list[Tensor] = []  # ids that an addition joins
+        self.gated: list[Tensor] = []  # ids of channels that are products of two others, element by element
         self.biases: set[str] = set()  # tensors that are biases of layers
         self.products: list[tuple[Tensor, Tensor, float]] = []  # queries, keys, temperature
         self.is_query, self.component = np.zeros(0, bool), np.zeros(0, np.int64)
@@ -389,7 +390,10 @@ class Tracer:
             for c in np.unique(component[tagged.numpy()]).tolist():
                 kinds[c].add(kind)
         blocks = {int(c) for rows, part in self.blocks if part == "head" for c in np.unique(component[rows.numpy()])}
-        added = {int(c) for summed in self.added for c in np.unique(component[_thin(summed)[0].numpy()])}
+        added, gated = (
+            {int(c) for ids in found for c in np.unique(component[_thin(ids)[0].numpy()])}
+            for found in (self.added, self.gated)
+        )
 
         def part_of(c: int) -> str:
             if c in blocks:
@@ -415,6 +419,7 @@ class Tracer:
             replace(
                 self._group(places, members, lines, part[members[0]]),
                 cut_by=tuple(sorted({by for by, *_ in kinds[members[0]]})),
+                gated=members[0] in gated,
             )
             for places, members in together
         ]

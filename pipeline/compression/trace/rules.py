@@ -92,6 +92,8 @@ def _meet(t: "Tracer", node: fx.Node) -> Any:
     if len(operands) == 1:  # with a number, or with itself
         return operands[0].expand(shape_of(node))
     x, y = operands
+    if op_name(node) in ("mul", "multiply") and x.shape == y.shape and not any(map(t.parameter, node.args)):
+        t.gated.append(x)
     return meet(t, x, y, shape_of(node), op_name(node) == "add")
 
 
