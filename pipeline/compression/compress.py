@@ -293,8 +293,7 @@ def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[i
     )
     method = METHODS[recipe.method].choose
     found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
-    merged = {k: weights.represented(projection) for k, projection in found.items()}
-    return {k: (projection, group_report(weights, projection)) for k, projection in merged.items()}
+    return {k: (projection, group_report(weights, projection)) for k, projection in found.items()}
 
 
 def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[float, list[int]]:

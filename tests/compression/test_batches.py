@@ -18,6 +18,7 @@ from pipeline.compression.calibrate.compensate import compensate_, observe
 from pipeline.compression.calibrate.outputs import Outputs
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.calibrate.repair import reference, repair_, statistics
+from pipeline.compression.calibrate.rows import ROWS
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.merge.modules import apply
 from pipeline.tables import UserError
@@ -47,10 +48,10 @@ def pruned(groups):
     return list(map(Projection, labels))
 
 
-def compensated(model, groups, pictures, **options):
+def compensated(model, groups, pictures, rows=ROWS, **options):
     projections = pruned(groups)
     smaller = apply(model, groups, projections)
-    compensate_(smaller, model, Plan(groups, projections), observe(model, groups, pictures), **options)
+    compensate_(smaller, model, Plan(groups, projections), observe(model, groups, pictures, rows), **options)
     return smaller.state_dict()
 
 
@@ -114,21 +115,15 @@ def test_uneven_batches_say_what_one_does(kind, dtype, limit, solved):
     assert distance(*(compensated(model, groups, seen.pictures) for seen in (parts, whole))) < solved
 
 
-@pytest.mark.parametrize("solve_on", ["smaller", "dense"])
-def test_a_bounded_number_of_rows_is_that_of_one_batch(solve_on, monkeypatch):
-    """There are more pixels than ROWS: the same ones are drawn, whichever batch they are in."""
-    monkeypatch.setattr("pipeline.compression.calibrate.rows.ROWS", 300)
-    monkeypatch.setattr("pipeline.compression.calibrate.rows.drawn", torch.no_grad()(drawn_of(300)))
+@pytest.mark.parametrize("target", ["mend", "dense"])
+def test_a_bounded_number_of_rows_is_that_of_one_batch(target):
+    """There are more pixels than rows to keep: the same ones are drawn, whichever batch they are in."""
     model, x = randomise_(KINDS["resnet18"]()).double(), data("resnet18", dtype=torch.float64)
     groups = channel_groups(model, x[:1])
-    seen = observe(model, groups, list(x.split(UNEVEN)))
+    seen = observe(model, groups, list(x.split(UNEVEN)), rows=300)
     assert max(len(rows) for rows in seen.inputs.values()) == 300
-    states = [compensated(model, groups, given, solve_on=solve_on) for given in (seen.pictures, x)]
+    states = [compensated(model, groups, given, rows=300, target=target) for given in (seen.pictures, x)]
     assert distance(*states) < 1e-8
-
-
-def drawn_of(most):
-    return lambda count: torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
 
 
 def test_texts_of_several_lengths_are_rows_of_one():

@@ -285,11 +285,11 @@ def test_networks_without_statistics_get_noise_and_tokens_an_error():
         synthesize(model, torch.zeros(1, 8, dtype=torch.long))
 
 
-def test_a_wrong_word_for_what_readers_are_solved_on_is_refused():
+def test_a_wrong_word_for_what_readers_are_solved_for_is_refused():
     model, x = randomise_(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))), torch.randn(5, 4)
     for ridge in (None, 1e-3):
-        with pytest.raises(UserError, match=r"unknown solve_on 'dens'.*choose from: dense, smaller"):
-            compress(model, x, "l1", 0.5, pictures=x, solve_on="dens", ridge=ridge)
+        with pytest.raises(UserError, match=r"unknown target 'dens'.*choose from: dense, mend, same"):
+            compress(model, x, "l1", 0.5, pictures=x, target="dens", ridge=ridge)
 
 
 @pytest.mark.gpu

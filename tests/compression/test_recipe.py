@@ -12,9 +12,10 @@ from pipeline.tables import UserError
 
 # Values of every option that differ from its default.
 UNUSUAL = {
-    "pictures": ["data", "synthetic"],
+    "pictures": ["data", "synthetic", "self", "unigram"],
     "size": [64],
-    "solve_on": ["dense"],
+    "target": ["mend", "dense", "same"],
+    "temperature": [0.7],
     "ridge": [0.0, 1e-3, 0.25],
     "allocate": ["macs", "params"],
     "spare": ["output", "parameters"],
@@ -92,8 +93,14 @@ def test_kinds_say_what_becomes_of_channels():
         ("fold+ar+data", "guesses variances that pictures measure: choose one"),
         ("auto+ar", r"auto decides on approximate_repair \(\+ar\) by itself"),
         ("fold+ridge=0.1", "ridge=0.1 says how readers are solved on pictures: give pictures=data or synthetic, too"),
-        ("fold+solve_on=dense", "solve_on=dense says how readers are solved on pictures"),
-        ("fold+data+solve_on=dens", r"unknown solve_on 'dens' \(did you mean 'dense'\?\); choose from: dense, smaller"),
+        ("fold+target=dense", "target=dense says how readers are solved on pictures"),
+        ("fold+data+target=dens", r"unknown target 'dens' \(did you mean 'dense'\?\); choose from: dense, mend, same"),
+        (
+            "fold+data+solve_on=dens",
+            r"unknown target 'dens' \(did you mean 'dense'\?\); choose from: dense, mend, same",
+        ),
+        ("fold+data+temperature=0.5", "temperature=0.5 is of texts that the network writes: give pictures=self"),
+        ("fold+self+temperature=0", "temperature 0 must be above 0"),
         ("fold+data+ridge=-1", "ridge -1 must not be negative"),
         ("fold+data+size=0", "size 0 must be a whole number of at least 1 picture"),
         ("fold+spare=parameters", "spare=parameters is an option of budgets: give allocate=macs or params, too"),
@@ -121,3 +128,8 @@ def test_labels_of_a_config_share_what_they_do_not_say():
     assert found["mix+data"].scope.parts == ("hidden", "residual", "head")
     assert found["lamp"] == parse("lamp")
     assert recipes(["fold", "l1"]) == {"fold": parse("fold"), "l1": parse("l1")}
+
+
+def test_the_old_name_of_an_option_is_read():
+    assert parse("l1+data+solve_on=dense") == parse("l1+grail")
+    assert recipe("mix", pictures="data", solve_on="smaller") == recipe("mix", pictures="data", target="mend")

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.compression.choose.cluster import LARGE, fold_labels, mixed_labels, special_folding, surgeon_order
+from pipeline.compression.choose.cluster import (
+    LARGE,
+    fold_labels,
+    greedy_order,
+    mixed_labels,
+    special_folding,
+    surgeon_order,
+)
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.group import Axis, ChannelGroup
 from pipeline.compression.merge.projection import Projection, reconstruction_error
@@ -23,7 +30,6 @@ from pipeline.tables import UserError, pick
 FEATURES = ("writers", "readers", "writers+readers")
 SCALES = ("none", "tensor", "channel")
 TINY = 1e-30
-LLOYD = 5  # times that gated channels choose the representative that shows most of them, and clusters theirs
 
 
 @dataclass(frozen=True)
@@ -169,12 +175,7 @@ class GroupWeights:
 
     @cached_property
     def similarity(self) -> Tensor:
-        """The matrix that folding clusters by, (C, C): the Gram matrix, plus activations of equal trace if known.
-
-        Gated channels are alike whatever their sign, because readers can take it.
-        """
-        if self.group.gated:
-            return self.gram.abs()
+        """The matrix that folding clusters by, (C, C): the Gram matrix, plus activations of equal trace if known."""
         if self.activations is None or not self.gram.trace() > 0:
             return self.gram
         return self.gram / self.gram.trace() + self.activations
@@ -189,26 +190,26 @@ class GroupWeights:
         """Relative parameter error of the projection in these features."""
         return reconstruction_error(self.gram, projection)
 
-    def represented(self, projection: Projection) -> Projection:
-        """The projection, where clusters of gated channels have a member that stands for them.
+    @cached_property
+    def shown(self) -> Tensor:
+        """(C, C): how much of channel i's energy channel r shows, G_ir² / G_rr in the Gram matrix G; all of its own."""
+        return self.gram.square() / self.gram.diagonal().clamp(min=TINY)
+
+    @cached_property
+    def by_greed(self) -> Tensor:
+        """(C,) int64: gated channels in the order in which they become representatives of all others."""
+        return torch.from_numpy(greedy_order(self.shown.numpy()))
+
+    def represented(self, chosen: Tensor) -> Projection:
+        """The folding of gated channels onto those chosen, (k,) int64, each onto the one that shows most of it.
 
         No gated channel computes the mean of several. The best one can do is a multiple of one of them, H_ir / H_rr
         times the representative r, which readers take, so that what is lost of channel i is H_ii - H_ir² / H_rr.
         """
-        if not self.group.gated or projection.is_identity or int(projection.counts.max()) == 1:
-            return projection
-        labels, shown = projection.labels.clone(), self.gram.square() / self.gram.diagonal().clamp(min=TINY)
-        for _ in range(LLOYD):
-            kept = labels >= 0
-            gains = torch.zeros_like(shown[: int(labels.max()) + 1]).index_add_(0, labels[kept], shown[kept])
-            member = labels == torch.arange(len(gains))[:, None]
-            chosen = gains.masked_fill(~member, -1).argmax(1)
-            nearest = shown[:, chosen].argmax(1)
-            nearest[chosen] = torch.arange(len(chosen))
-            labels = torch.where(kept, nearest, -1)
-        stands = chosen[labels.clamp(min=0)]
-        scales = self.computed[torch.arange(len(labels)), stands] / self.computed.diagonal().clamp(min=TINY)[stands]
-        return Projection(labels, chosen, scales)
+        labels = self.shown[:, chosen].argmax(1)
+        labels[chosen] = torch.arange(len(chosen))
+        stands, energy = chosen[labels], self.computed.diagonal().clamp(min=TINY)
+        return Projection(labels, chosen, self.computed[torch.arange(len(labels)), stands] / energy[stands])
 
 
 Projections = dict[int, Projection]
@@ -217,8 +218,11 @@ Projections = dict[int, Projection]
 def fold(weights: GroupWeights, sizes: Sequence[int], *, refine: bool = True) -> Projections:
     """Merge similar channels: Ward's clusters, refined by single moves, never worse than the special folding.
 
-    After model folding (Wang et al. 2025, arXiv:2502.10216), whose k-means this replaces.
+    After model folding (Wang et al. 2025, arXiv:2502.10216), whose k-means this replaces. Gated channels fold onto
+    representatives, chosen greedily so that they show most of the others.
     """
+    if weights.group.gated:
+        return {k: weights.represented(weights.by_greed[:k]) for k in sizes}
     labels = fold_labels(weights.similarity.numpy(), sizes, refine)
     return {k: Projection(torch.from_numpy(labels[k])) for k in sizes}
 
@@ -255,8 +259,13 @@ def random(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
 
 def random_fold(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Merge channels drawn by `seed`, in clusters as even as can be: the gain of folding without a look at weights."""
+    """Merge channels drawn by `seed`, in clusters as even as can be: the gain of folding without a look at weights.
+
+    Gated channels fold onto representatives drawn by `seed`.
+    """
     order = torch.randperm(weights.group.size, generator=torch.Generator().manual_seed(weights.seed))
+    if weights.group.gated:
+        return {k: weights.represented(order[:k]) for k in sizes}
     labels = torch.empty_like(order)
     found = {}
     for k in sizes:
@@ -266,18 +275,34 @@ def random_fold(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
 
 
 def special(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """The folding of theorem 1 of "Cut Less, Fold More": all but the k - 1 largest channels become one."""
+    """The folding of theorem 1 of "Cut Less, Fold More": all but the k - 1 largest channels become one.
+
+    The k largest of gated channels are representatives.
+    """
+    if weights.group.gated:
+        largest = weights.gram.diagonal().argsort(descending=True, stable=True)
+        return {k: weights.represented(largest[:k]) for k in sizes}
     return {k: Projection(torch.from_numpy(special_folding(weights.gram.numpy(), k))) for k in sizes}
 
 
 def mix(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Merge some channels and drop others: folding with one more cluster, around zero."""
+    """Merge some channels and drop others: folding with one more cluster, around zero.
+
+    No gated channel is dropped, for a multiple of another one is never worse than zero.
+    """
+    if weights.group.gated:
+        return fold(weights, sizes)
     labels = mixed_labels(weights.similarity.numpy(), sizes)
     return {k: Projection(torch.from_numpy(labels[k])) for k in sizes}
 
 
 def kmeans(weights: GroupWeights, sizes: Sequence[int]) -> Projections:
-    """Merge by k-means (scikit-learn, k-means++ once), as the study does, but on our features: for comparison."""
+    """Merge by k-means (scikit-learn, k-means++ once), as the study does, but on our features: for comparison.
+
+    UserError for gated channels, which have no means.
+    """
+    if weights.group.gated:
+        raise UserError(f"kmeans needs means, and channels of {weights.group.name} are products of two: use fold")
     from sklearn.cluster import KMeans
 
     # Rows with the group's Gram matrix stand for its features: C of them instead of thousands.
