@@ -61,7 +61,7 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
         try:
             checkpoint = resumable(folder / CHECKPOINT)
             if trainer.is_global_zero and not sweeping:
-                counts = f"{len(data.train_data):,} pictures to train on, {len(data.val_data):,} to validate"
+                counts = f"{len(data.train_data):,} {data.unit} to train on, {len(data.val_data):,} to validate"
                 print(f"{folder.name}: {counts}" + (", going on from the last epoch" if checkpoint else ""))
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
             # The test is of the weights in the file, which with EMA are the averaged ones, also where no epoch was left

@@ -44,6 +44,8 @@ class PictureData(LightningDataModule):
     download: fetch the set when it is not in root
     """
 
+    kind, unit = "pictures", "pictures"
+
     def __init__(
         self,
         name: str,
@@ -118,6 +120,26 @@ class PictureData(LightningDataModule):
             "val": everything.subset(val),
         }
 
+    def facts(self) -> dict[str, int]:
+        """The arguments of `pipeline.models.build_model` that these data decide."""
+        return {"classes": self.num_classes, "channels": self.channels}
+
+    def preparation(self) -> dict[str, Any]:
+        """How pictures are made ready and what the outputs mean, for use of the network elsewhere."""
+        test = self.test_data
+        return {"size": self.size, "mean": list(test.mean), "std": list(test.std), "classes": list(self.classes)}
+
+    def told(self) -> str:
+        """A line that says how pictures are made ready: wrong preparation only lowers the accuracy, without an error"""
+        mean, std = (
+            ", ".join(f"{value:.3g}" for value in values) for values in (self.test_data.mean, self.test_data.std)
+        )
+        size, count = self.size, len(self.test_data)
+        return (
+            f"{count:,} pictures of {size}x{size}, {self.num_classes} classes, "
+            f"normalised by mean {mean} and std {std} (data.mean=)"
+        )
+
     @property
     def train_data(self) -> Pictures:
         return self.asked_for("train")
@@ -182,6 +204,12 @@ class PictureData(LightningDataModule):
         if self.workers is not None:
             return self.workers
         return 0 if pictures.in_memory else suggested_max_num_workers(self.trainer.num_devices if self.trainer else 1)
+
+
+def module_of(name: str) -> type[PictureData]:
+    """The data module that serves a row of DATASETS. UserError, with the known names, for any other."""
+    pick("data set", DATASETS, name)
+    return PictureData
 
 
 def part_of(labels: torch.Tensor, option: str, size: int | None, seed: int) -> torch.Tensor:
