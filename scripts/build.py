@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from callbacks import CompressionCallback, EpochSeed, Shrink
+from callbacks import CompressionCallback, EpochSeed, Shrink, Throughput
 from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
 from callbacks.shrink import TUNED, ratios_of_steps
@@ -32,7 +32,6 @@ from pipeline.loggers import WANDB_MODES, wandb_logger
 from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
-from pipeline.optim import build_optimizer
 from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import TASKS, USUAL, Task
@@ -65,7 +64,7 @@ def check(config: Config) -> None:
 
 # Settings that are younger than cells that people have, with the values at which they change nothing: a cell's name
 # leaves them out there.
-AT_REST: dict[str, tuple[Any, ...]] = {"task.name": (None,), "compile": (False,)}
+AT_REST: dict[str, tuple[Any, ...]] = {"task.name": (None,), "compile": (False,), "optim.decay": ("all",)}
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
 WHERE = (
@@ -204,7 +203,8 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
     net = build_net(config, data)
     net = net.to(memory_format=torch.channels_last)  # convolutions train 1.7 times as fast on a CPU
     optim = config["optim"]
-    loss = {key: optim[key] for key in ("l1", "l2", "sam")} | {"label_smoothing": config["label_smoothing"]}
+    loss = {key: optim[key] for key in ("l1", "l2", "sam", "decay")}
+    loss |= {key: config[key] for key in ("label_smoothing", "compile")}
     shrink, epochs = config["shrink"], config["trainer"]["max_epochs"]
     restarts = [epoch / epochs for epoch in shrink_steps(config)] if shrink["rewind"] else []
     task = call(
@@ -212,12 +212,12 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
         Training,
         net=net,
         task=task_of(config, data),
-        optim=without(optim, "schedule", "l1", "l2", "sam", "ema"),
+        optim=without(optim, "schedule", "l1", "l2", "sam", "ema", "decay"),
         schedule=optim["schedule"],
         restarts=restarts,
         **loss,
     )
-    build_optimizer(net.parameters(), **task.optim)  # a trial, so that wrong options are refused before training starts
+    task.build_optimizer()  # a trial, so that wrong options are refused before training starts
     return task
 
 
@@ -270,6 +270,10 @@ def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> lis
     return [shrink]
 
 
+def build_throughput(data: LightningDataModule) -> list[Callback]:
+    return [Throughput()] if data.kind == "text" else []
+
+
 def row_context(config: Config, cell: str) -> dict[str, Any]:
     """The fields of a Row that the config decides."""
     model = config["model"]
@@ -283,17 +287,21 @@ def build_trainer(
     cell: str,
     folder: Path,
     compression: CompressionCallback,
-    shrink: Sequence[Callback] = (),
+    more: Sequence[Callback] = (),
     quiet: bool = False,
 ) -> Trainer:
-    """The Trainer of a run. quiet: no progress bars, because those of many cells would overwrite each other."""
+    """The Trainer of a run.
+
+    more: callbacks that come before the one that compresses
+    quiet: no progress bars, because those of many cells would overwrite each other
+    """
     options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
     taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(options)
     if taken:
         raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
     callbacks: list[Callback] = [
         EpochSeed(config["seed"]),
-        *shrink,
+        *more,
         compression,
         latest_checkpoint(folder),
     ]
