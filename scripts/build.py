@@ -119,6 +119,9 @@ def without(config: Config, *keys: str) -> Config:
     return {key: value for key, value in config.items() if key not in keys}
 
 
+OF_PICTURES = ("mixup", "cutmix", "mean", "std")  # settings in base.yaml that other data do not have
+
+
 def build_data(config: Config) -> LightningDataModule:
     return load_data(**data_options(config))
 
@@ -130,6 +133,8 @@ def data_options(config: Config) -> Config:
     cropped: other pictures have one size, which is then the network's.
     """
     options = {**config["data"], "seed": config["seed"]}
+    if module_of(options["name"]).kind != "pictures":
+        options = {key: value for key, value in options.items() if key not in OF_PICTURES or value}
     known = None if options.get("preprocessing") else input_config(**config["model"])
     if known is None:
         return {**options, "usual": None}
