@@ -119,6 +119,7 @@ def without(config: Config, *keys: str) -> Config:
     return {key: value for key, value in config.items() if key not in keys}
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # in a folder of Hugging Face
 OF_PICTURES = ("mixup", "cutmix", "mean", "std")  # settings in base.yaml that other data do not have
 
 
@@ -135,6 +136,8 @@ def data_options(config: Config) -> Config:
     options = {**config["data"], "seed": config["seed"]}
     if module_of(options["name"]).kind != "pictures":
         options = {key: value for key, value in options.items() if key not in OF_PICTURES or value}
+    if options.get("tokenizer", "") is None:
+        options |= tokenizer_of(config["model"])
     known = None if options.get("preprocessing") else input_config(**config["model"])
     if known is None:
         return {**options, "usual": None}
@@ -142,6 +145,19 @@ def data_options(config: Config) -> Config:
         if "crop_pct" in options and options[key] is None:
             options[key] = getattr(known, key)
     return {**options, "usual": [list(known.mean), list(known.std)]}
+
+
+def tokenizer_of(model: Config) -> Config:
+    """Arguments of the data by which a text is read as the model was trained; a model of ours takes any tokenizer."""
+    if "architecture" not in model:
+        return {"tokenizer": "bpe"}
+    source = Path(model["architecture"]).expanduser()
+    if source.is_dir() and not any((source / name).is_file() for name in TOKENIZERS):
+        raise UserError(
+            f"{source} has no tokenizer ({TOKENIZERS[0]}); give the one that it was trained with as data.tokenizer, "
+            "and with it data.vocabulary=null"
+        )
+    return {"tokenizer": str(source), "vocabulary": None}
 
 
 def load_data(usual: list[list[float]] | None, **options: Any) -> LightningDataModule:
@@ -232,6 +248,7 @@ def build_compression(config: Config, cell: str, folder: Path, data: LightningDa
         "compression",
         CompressionCallback,
         **options,
+        task=task_of(config, data),
         rows=folder / ROWS,
         save_to=folder / "compressed" if config["compression"]["save"] else None,
         architecture=architecture_of(config, data),
@@ -268,6 +285,7 @@ def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> lis
         "shrink",
         Shrink,
         **options,
+        task=task_of(config, data),
         save_to=folder / "compressed" / file,
         architecture=architecture_of(config, data),
         seed=config["seed"],

@@ -36,6 +36,7 @@ from pipeline.batches import Passes, sample
 from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
+from pipeline.data.module import module_of
 from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import RUNTIMES, profile
@@ -65,6 +66,7 @@ from scripts.train import quiet
 
 TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # settings that say how a run trained
 SHORT = ("methods", "ratios", "stages", "parts", "save")  # short for compression.methods, ...
+BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),
@@ -78,9 +80,13 @@ def main(config: DictConfig) -> None:
 
 
 def completed(config: DictConfig) -> DictConfig:
-    """The config, where a checkpoint folder of Hugging Face is also the architecture if none is set."""
+    """The config, where a checkpoint folder of Hugging Face or a GGUF file is also the architecture if none is set."""
+    if config.profile.batch_sizes is None:
+        config.profile.batch_sizes = BATCH_SIZES[module_of(config.data.name).kind]
     if OmegaConf.is_missing(config.model, "architecture") and config.checkpoint is not None:
         config.model.architecture = config.checkpoint
+        if str(config.checkpoint).endswith(".gguf"):  # whose weights the architecture brings
+            config.checkpoint = None
     return config
 
 

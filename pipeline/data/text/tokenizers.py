@@ -133,10 +133,15 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Fast:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, a tokenizer.json or a folder with one, or a name of the hub; code that comes with one is never run."""
+    """`bytes`, a tokenizer.json or a folder with one, that of a GGUF file, or a name of the hub.
+
+    Code that comes with one is never run.
+    """
     if name == "bytes":
         return Bytes()
     path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return from_transformers(name, path.parent, gguf_file=path.name)
     if path.is_file():
         return from_file(path)
     if path.is_dir() and (path / TOKENIZER).is_file() and not (path / "tokenizer_config.json").is_file():
@@ -158,9 +163,10 @@ def from_file(path: Path) -> Fast:
     return Fast(backend, next((i for i in ids if isinstance(i, int)), None))
 
 
-def from_transformers(name: str, path: Path) -> Fast:
+def from_transformers(name: str, path: Path, **options: str) -> Fast:
     transformers = optional(f"tokenizer {name!r}", "transformers")
-    load = partial(transformers.AutoTokenizer.from_pretrained, path if path.is_dir() else name, trust_remote_code=False)
+    source = path if path.is_dir() else name
+    load = partial(transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=False, **options)
     try:
         try:
             found = load(local_files_only=True)  # without a network, asking the hub first takes 20 s
