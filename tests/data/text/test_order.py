@@ -7,8 +7,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from texts import ready
 from torch.utils.data import Dataset
 
+from callbacks.loaders import twin
 from pipeline.data.text.order import ResumableLoader, Shuffle
 from pipeline.tables import UserError
+
+pytestmark = [  # Lightning's remarks
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*number of training batches:UserWarning"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have overridden:UserWarning"),
+]
 
 
 class Numbers(Dataset):
@@ -69,6 +80,14 @@ def test_a_stopped_epoch_goes_on_with_what_was_not_seen(workers, world, epoch):
         assert batches(rest) == batches(whole), "the next epoch starts at its start"
 
 
+def test_a_copy_starts_at_the_start_and_leaves_the_place_alone():
+    first, rest = loader(), loader()
+    seen = batches(first, 3)
+    rest.load_state_dict(first.state_dict())
+    assert batches(twin(rest)) == batches(loader())
+    assert seen + batches(rest) == batches(loader())
+
+
 def test_a_run_of_two_processes_goes_on_with_one():
     first = [loader(rank, 2) for rank in range(2)]
     seen = [index for made in first for batch in batches(made, 3) for index in batch]
@@ -112,7 +131,7 @@ class Watcher(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fitted(tmp_path, checkpoint=None, workers=0):
+def fitted(tmp_path, checkpoint=None, workers=0, **options):
     """Batches of three epochs, or of what a checkpoint leaves of them; every step writes a checkpoint."""
     model = Watcher()
     trainer = Trainer(
@@ -123,6 +142,7 @@ def fitted(tmp_path, checkpoint=None, workers=0):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     data = ready(tmp_path, texts=TEXTS, workers=workers, batch_size=8)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -132,11 +152,6 @@ def fitted(tmp_path, checkpoint=None, workers=0):
 TEXTS = [f"{number} counts for one" for number in range(60)]
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*number of training batches:UserWarning")
-@pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("steps", [4, 7, 10])
 def test_lightning_goes_on_inside_an_epoch(tmp_path, workers, steps):
@@ -145,3 +160,9 @@ def test_lightning_goes_on_inside_an_epoch(tmp_path, workers, steps):
     assert len(whole) == 21
     assert whole[:7] != whole[7:14]
     assert fitted(tmp_path, tmp_path / f"step={steps}.ckpt", workers) == whole[steps:]
+
+
+def test_lightning_may_overfit_a_few_batches(tmp_path):
+    seen = fitted(tmp_path, overfit_batches=2)
+    assert len(seen) == 6
+    assert seen[:2] == seen[2:4]
