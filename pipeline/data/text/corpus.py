@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from tqdm import tqdm
 
 from pipeline.tables import UserError, first_line
 
@@ -49,7 +50,10 @@ class Plan:
     def streams(self) -> dict[str, Stream]:
         """The test part first, because a document that it has is left out of training."""
         test = {} if self.source.test is None else {"test": self.source.test}
-        return {part: cleaned(stream) for part, stream in {**test, "train": self.source.train}.items()}
+        return {
+            part: cleaned(stream, f"{self.name} {part}")
+            for part, stream in {**test, "train": self.source.train}.items()
+        }
 
     def found(self) -> tuple[Path, Tokenizer | None]:
         """(folder of the corpus, its tokenizer, None for a BPE, which is made from the text)"""
@@ -63,9 +67,11 @@ class Plan:
         return self.cache.expanduser() / "text" / f"{self.name}-{key}", tokenizer
 
 
-def cleaned(stream: Stream) -> Stream:
+def cleaned(stream: Stream, name: str) -> Stream:
+    """The stream without half characters, and with a bar that shows how far it is, unless nobody sees one."""
+
     def clean(skip: int) -> Iterator[str]:
-        return map(whole, stream(skip))
+        return map(whole, tqdm(stream(skip), name, initial=skip, unit=" documents", leave=False, disable=None))
 
     return clean
 

@@ -36,8 +36,8 @@ def chosen(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def parts(tokens: Tokens, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Part]:
-    """{"train", "val", "test"}: the test part is the same for every seed. Of few documents, the last stretch is the
-    test part and the one before it the validation part, both measured in bytes of text."""
+    """{"train", "val", "test"}: the test part is the same for every seed. Where documents are few, the last
+    stretch is the test part and the one before it the validation part, both measured in bytes of text."""
     digests = np.unique(tokens.documents["digest"][tokens.documents["tokens"] > 0])
     if too_few(digests):
         return stretches(tokens, val_fraction, test_fraction)

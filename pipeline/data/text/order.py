@@ -32,9 +32,15 @@ class ResumableLoader(DataLoader):
     _place = (0, 0)  # epoch, windows of all processes that were handed out in it
     _resumed = False
 
+    def __copy__(self) -> "ResumableLoader":
+        """A copy starts at the start: whoever looks at batches beside the training does so through a copy."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__, _resumed=False)
+        return made
+
     def __iter__(self) -> Iterator[Any]:
         # Lightning asks for the iterator before it sets the epoch. A generator looks at it when the first batch is due.
-        epoch, (epoch_then, windows) = self.sampler.epoch, self._place
+        epoch, (epoch_then, windows) = getattr(self.sampler, "epoch", 0), self._place
         done = windows // self.step if self._resumed and epoch == epoch_then else 0
         self.__dict__["_resumed"] = False
         rest = self.rest(done)
@@ -44,8 +50,8 @@ class ResumableLoader(DataLoader):
 
     @property
     def step(self) -> int:
-        """Windows in one batch of all processes."""
-        return self.batch_size * self.sampler.num_replicas
+        """Windows in one batch of all processes. Lightning's overfit_batches puts a sampler of its own in the place."""
+        return self.batch_size * getattr(self.sampler, "num_replicas", 1)
 
     def rest(self, done: int) -> DataLoader:
         """This loader without its first `done` batches."""
@@ -61,7 +67,12 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         epoch, windows = self._place
-        return {"epoch": epoch, "windows": windows, "size": len(self.dataset), "seed": self.sampler.seed}
+        return {
+            "epoch": epoch,
+            "windows": windows,
+            "size": len(self.dataset),
+            "seed": getattr(self.sampler, "seed", None),
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at this place. UserError for one in the order of another set of windows or of another seed."""

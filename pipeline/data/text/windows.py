@@ -29,7 +29,6 @@ class Windows(Dataset):
     """
 
     collate = staticmethod(collate)
-    in_memory = True  # memory maps are as fast as memory: worker processes would only cost time
 
     def __init__(self, part: Part, context: int, padding: int | None = None, rows: Tensor | None = None) -> None:
         self.part, self.context, self.padding = part, context, padding
