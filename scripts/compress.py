@@ -42,6 +42,7 @@ from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import RUNTIMES, profile
 from pipeline.measure import Chains, Entry, Host, Inputs, Once, chains, measure, trace
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
+from pipeline.models.huggingface_folder import export_huggingface
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
@@ -71,6 +72,7 @@ BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),
     "program": (".pt2", export_program),
+    "huggingface": ("", export_huggingface),  # a folder
 }
 
 
