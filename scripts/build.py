@@ -68,7 +68,7 @@ AT_REST: dict[str, tuple[Any, ...]] = {"task.name": (None,), "compile": (False,)
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
 WHERE = (
-    "paths wandb device named data.root data.workers data.download data.cache trainer.accelerator "
+    "paths wandb device named save_every_n_steps data.root data.workers data.download data.cache trainer.accelerator "
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
 ).split()
 
@@ -326,7 +326,7 @@ def build_trainer(
         EpochSeed(config["seed"]),
         *more,
         compression,
-        latest_checkpoint(folder),
+        *call("checkpoints", latest_checkpoint, folder, config["save_every_n_steps"]),
     ]
     callbacks += call("optim", averaging, ema=config["optim"]["ema"])
     if options["enable_progress_bar"]:

@@ -277,5 +277,5 @@ def test_weight_decay_may_be_for_matrices_alone():
     assert groups[0.3] == ["conv.weight", "out.weight"]
     assert groups[0.0] == sorted({*names.values()} - {"conv.weight", "out.weight"})
     assert decayed(net) == list(net.parameters())
-    with pytest.raises(UserError, match="unknown decay 'matrix'.*choose from: all, matrices"):
+    with pytest.raises(UserError, match=r"unknown decay 'matrix'.*choose from: all, matrices"):
         decayed(net, "matrix")

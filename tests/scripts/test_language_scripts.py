@@ -6,6 +6,7 @@ import torch
 from composing import TINY, composed, composed_compress, shrunk
 from tiny_models import write_language_model
 
+from callbacks import Throughput
 from pipeline.compressed import load
 from pipeline.data.text.tokenizers import train_bpe
 from pipeline.results import read
@@ -101,6 +102,33 @@ def test_a_tiny_llama_trains_and_what_it_keeps_loads(story, tmp_path, capsys):
     trained = {**config, "checkpoint": str(cell / "last.ckpt"), "profile": {}, "export": [], "device": "cpu"}
     net = build_net(trained, build_data(config))
     assert manifest["params_before"] == sum(p.numel() for p in net.parameters())
+
+
+def test_a_training_that_was_cut_off_goes_on_within_an_epoch(story, tmp_path, monkeypatch):
+    def configured(runs):
+        options = [option for option in TINY if "limit_" not in option]
+        every = ["save_every_n_steps=4", "compression.every_n_epochs=0", f"paths.runs={tmp_path / runs}"]
+        config = composed("experiment=llama_tiny", *options, *every, "trainer.max_epochs=2")
+        config = shrunk(config, {"text": story, "cache": str(tmp_path / "cache")})
+        config["data"].update({"name": "text", "root": str(story), "train_size": 80, "batch_size": 8})
+        return config
+
+    whole = train(configured("whole"))
+    seen = []
+
+    def batch_end(self, trainer, *args):
+        seen.append(trainer.global_step)
+        if trainer.global_step == 16 and len(seen) == 16:
+            raise KeyError("cut off")
+
+    monkeypatch.setattr(Throughput, "on_train_batch_end", batch_end)
+    with pytest.raises(KeyError):
+        train(configured("cut"))
+    cut = train(configured("cut"))
+    assert seen == [*range(1, 17), *range(13, 21)], "on from the last file, of step 12, in the second epoch"
+    states = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, cut)]
+    assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+    assert whole.name == cut.name, "when files are kept is no part of a cell"
 
 
 # Names that cells had before there were tasks.
