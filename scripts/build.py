@@ -301,7 +301,7 @@ def row_context(config: Config, cell: str) -> dict[str, Any]:
     """The fields of a Row that the config decides."""
     model = config["model"]
     name = model.get("architecture", model["name"])
-    name = Path(name).name if Path(name).is_dir() else name
+    name = Path(name).name if Path(name).exists() else name
     return {"cell": cell, "model": name, "data": config["data"]["name"], "seed": config["seed"]}
 
 

@@ -1,7 +1,8 @@
 """Image classifiers of Hugging Face transformers, from a folder or from the hub."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def auto_model(
     transformers = optional("transformers", "huggingface")
     transformers.logging.disable_progress_bar()
     source, file = source_of(architecture)
-    with loading(source):
+    # Bars of transformers can be switched off, but for the one of GGUF files.
+    with loading(source), redirect_stderr(StringIO()) if file else nullcontext():
         config, unknown = transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=False, return_unused_kwargs=True, **file, **options
         )
