@@ -60,6 +60,10 @@ def build_model(name: str, *facts: int, **options: Any) -> nn.Module:
         if kind != needed and any(fact in options for fact in names):
             own = ", ".join(other for other in MODELS if reads(other) == kind)
             raise UserError(f"model {name!r} reads {needed}, the data are {kind}; choose other data, or from: {own}")
+    for fact in READS[needed][len(facts) :]:  # by position, so that errors list the model's own options alone
+        if fact not in options:
+            break
+        facts = (*facts, options.pop(fact))
     return call(f"model {name!r}", builder, *facts, **options)
 
 
