@@ -62,7 +62,7 @@ def build_model(name: str, *facts: int, **options: Any) -> nn.Module:
             raise UserError(f"model {name!r} reads {needed}, the data are {kind}; choose other data, or from: {own}")
     for fact in READS[needed][len(facts) :]:  # by position, so that errors list the model's own options alone
         if fact not in options:
-            break
+            raise TypeError(f"missing argument of model {name!r}: {fact!r}")
         facts = (*facts, options.pop(fact))
     return call(f"model {name!r}", builder, *facts, **options)
 
