@@ -44,6 +44,7 @@ def test_a_folder_of_hugging_face_is_compressed_in_one_command(folder, text, tmp
     assert "windows of 16 tokens" in shown
     assert "Dense perplexity" in shown
     assert "batch 8" in shown
+    assert "Smaller networks, 1 in all" in shown
     rows = read(cell / "rows.parquet")
     assert set(rows["status"]) == {"ok"}, set(rows["reason"])
     assert set(rows["task"]) == {"language"}
