@@ -3,5 +3,6 @@
 from callbacks.compression import CompressionCallback
 from callbacks.resume import EpochSeed
 from callbacks.shrink import Shrink
+from callbacks.throughput import Throughput
 
-__all__ = ["CompressionCallback", "EpochSeed", "Shrink"]
+__all__ = ["CompressionCallback", "EpochSeed", "Shrink", "Throughput"]

@@ -43,14 +43,16 @@ class EpochSeed(Callback):
         torch.manual_seed(int(state))
 
 
-def latest_checkpoint(folder: str | Path) -> ModelCheckpoint:
-    """A callback that keeps `folder`/last.ckpt of the newest epoch, written after all that the epoch measures.
+def latest_checkpoint(folder: str | Path, every_n_steps: int | None = None) -> list[ModelCheckpoint]:
+    """Callbacks that keep `folder`/last.ckpt of the newest epoch, written after all that the epoch measures.
 
-    It does not use save_last=True with save_top_k=0, which writes only when training has ended.
+    every_n_steps: also write it after so many steps within an epoch, for data that go on in the middle of one (texts).
+
+    save_last=True with save_top_k=0 is not used, because it writes only when training has ended.
     """
-    return ModelCheckpoint(
-        folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    options: dict[str, Any] = {"filename": "last", "save_top_k": 1, "enable_version_counter": False}
+    of_steps = [ModelCheckpoint(folder, every_n_train_steps=every_n_steps, **options)] if every_n_steps else []
+    return [*of_steps, ModelCheckpoint(folder, save_on_train_epoch_end=True, **options)]
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

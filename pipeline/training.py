@@ -9,12 +9,13 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from pipeline.compression.merge.modules import named_tensors, resized
 from pipeline.compression.plan import steps_of, went_through_
 from pipeline.compression.trace.graph import call_arguments
-from pipeline.optim import build_optimizer, build_schedule
+from pipeline.optim import build_optimizer, build_schedule, decayed
 from pipeline.optim.sam import Ascent, frozen_statistics
 from pipeline.tables import UserError, call, pick
 from pipeline.tasks import Task
@@ -66,6 +67,8 @@ class Training(LightningModule):
     sam: {"rho" (0: none), "adaptive", "bn_second_pass": "freeze" BatchNorm's running statistics in SAM's second pass
         or "update" them twice a batch}; see pipeline.optim.sam
     restarts: fractions of the training at which the schedule starts anew
+    decay: a row of pipeline.optim.DECAYS: what the optimizer's weight decay is for
+    compile: train with torch.compile; the network is measured without
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Training(LightningModule):
         l2: float = 0.0,
         sam: Mapping[str, Any] | None = None,
         restarts: Sequence[float] = (),
+        decay: str = "all",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.net, self.task = net, task
@@ -89,6 +94,8 @@ class Training(LightningModule):
         if label_smoothing > 1:
             raise UserError(f"label_smoothing {label_smoothing} must be in 0..1")
         self.label_smoothing, self.l1, self.l2 = label_smoothing, l1, l2
+        self.decay, self.compile_net = decay, compile
+        self.compiled: tuple[nn.Module, nn.Module] | None = None  # a tuple, so that it is no part of the state_dict
         self.ascent = call("optim.sam", self.build_ascent, **(sam or {}))
         self.train_loss = Sums(2, mean)
         self.sums = nn.ModuleDict(
@@ -108,7 +115,14 @@ class Training(LightningModule):
         return [name for name in self.task.metrics if (split, name) != ("train", "loss")]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.net(*args, **kwargs)
+        return (self.fast if self.compile_net and self.training else self.net)(*args, **kwargs)
+
+    @property
+    def fast(self) -> Callable[..., Any]:
+        """The compiled network, with the same parameters; made anew when the network becomes another one (Shrink)."""
+        if self.compiled is None or self.compiled[0] is not self.net:
+            self.compiled = self.net, torch.compile(self.net)
+        return self.compiled[1]
 
     def on_fit_start(self) -> None:
         """UserError for strategies and precisions under which SAM would be silently off or wrong."""
@@ -184,8 +198,11 @@ class Training(LightningModule):
             shown = split != "train" and name == self.task.metrics[0]
             self.log(f"{split}/{name}", sums, prog_bar=shown, on_step=False, on_epoch=True)
 
+    def build_optimizer(self) -> Optimizer:
+        return build_optimizer(decayed(self.net, self.decay), **self.optim)
+
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = build_optimizer(self.net.parameters(), **self.optim)
+        optimizer = self.build_optimizer()
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, steps, self.schedule, self.restarts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

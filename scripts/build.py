@@ -1,6 +1,7 @@
 """Builds the objects that a resolved config names. Config objects stop here: parts get plain arguments."""
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from callbacks import CompressionCallback, EpochSeed, Shrink
+from callbacks import CompressionCallback, EpochSeed, Shrink, Throughput
 from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
 from callbacks.shrink import TUNED, ratios_of_steps
@@ -25,16 +26,15 @@ from pipeline.cells import flat
 from pipeline.compressed import load_as
 from pipeline.compression.checkpoint import is_compressed, source_of
 from pipeline.data import DATASETS
-from pipeline.data.module import PictureData
+from pipeline.data.module import module_of
 from pipeline.data.picture_set import DataSource, PictureSet
 from pipeline.loggers import WANDB_MODES, wandb_logger
 from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
-from pipeline.optim import build_optimizer
 from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
-from pipeline.tasks import Classification
+from pipeline.tasks import TASKS, USUAL, Task
 from pipeline.training import Training
 
 Config = dict[str, Any]
@@ -62,9 +62,13 @@ def check(config: Config) -> None:
     pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
 
 
+# Settings that are younger than cells that people have, with the values at which they change nothing: a cell's name
+# leaves them out there.
+AT_REST: dict[str, tuple[Any, ...]] = {"task.name": (None,), "compile": (False,), "optim.decay": ("all",)}
+
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
 WHERE = (
-    "paths wandb device named data.root data.workers data.download data.cache trainer.accelerator "
+    "paths wandb device named save_every_n_steps data.root data.workers data.download data.cache trainer.accelerator "
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
 ).split()
 
@@ -73,6 +77,8 @@ def cell_of(config: Config) -> str:
     """Name of the run, with a hash of every setting that changes its results: those of WHERE do not."""
     what = {key: value for key, value in flat(config).items() if not under(key, WHERE)}
     source = DATASETS.get(config["data"]["name"])
+    usual = {**AT_REST, "task.name": (None, source and USUAL[module_of(config["data"]["name"]).kind])}
+    what = {key: value for key, value in what.items() if value not in usual.get(key, ())}
     if source and source.root_names_data:
         what["data.root"] = Path(config["data"]["root"]).name
     if config["checkpoint"] is not None:
@@ -82,6 +88,8 @@ def cell_of(config: Config) -> str:
     architecture = Path(str(config["model"].get("architecture", "")))
     if architecture.name and architecture.is_dir():  # a folder of Hugging Face is the same wherever it lies
         what["model.architecture"] = architecture.name
+    if architecture.suffix == ".gguf" and architecture.is_file():
+        what["model.architecture"] = file_hash(str(architecture))
     # 1 and 1.0 are the same learning rate
     what = {key: float(value) if isinstance(value, int) else value for key, value in what.items()}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -111,7 +119,11 @@ def without(config: Config, *keys: str) -> Config:
     return {key: value for key, value in config.items() if key not in keys}
 
 
-def build_data(config: Config) -> PictureData:
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # in a folder of Hugging Face
+OF_PICTURES = ("mixup", "cutmix", "mean", "std")  # settings in base.yaml that other data do not have
+
+
+def build_data(config: Config) -> LightningDataModule:
     return load_data(**data_options(config))
 
 
@@ -122,6 +134,10 @@ def data_options(config: Config) -> Config:
     cropped: other pictures have one size, which is then the network's.
     """
     options = {**config["data"], "seed": config["seed"]}
+    if module_of(options["name"]).kind != "pictures":
+        options = {key: value for key, value in options.items() if key not in OF_PICTURES or value}
+    if options.get("tokenizer", "") is None:
+        options |= tokenizer_of(config["model"])
     known = None if options.get("preprocessing") else input_config(**config["model"])
     if known is None:
         return {**options, "usual": None}
@@ -131,9 +147,22 @@ def data_options(config: Config) -> Config:
     return {**options, "usual": [list(known.mean), list(known.std)]}
 
 
-def load_data(usual: list[list[float]] | None, **options: Any) -> PictureData:
+def tokenizer_of(model: Config) -> Config:
+    """Arguments of the data by which a text is read as the model was trained; a model of ours takes any tokenizer."""
+    if "architecture" not in model:
+        return {"tokenizer": "bpe"}
+    source = Path(model["architecture"]).expanduser()
+    if source.is_dir() and not any((source / name).is_file() for name in TOKENIZERS):
+        raise UserError(
+            f"{source} has no tokenizer ({TOKENIZERS[0]}); give the one that it was trained with as data.tokenizer, "
+            "and with it data.vocabulary=null"
+        )
+    return {"tokenizer": str(source), "vocabulary": None}
+
+
+def load_data(usual: list[list[float]] | None, **options: Any) -> LightningDataModule:
     """The data, ready to use. usual: mean and std to normalise by unless options set others; None: those of the set."""
-    data = call("data", PictureData, **options)
+    data = call("data", module_of(options["name"]), **options)
     if usual is not None:
         data.source = normalised_by(data.source, *usual)
     data.prepare_data()
@@ -158,19 +187,19 @@ def without_weights(model: Config) -> Config:
     return {**model, **({"pretrained": None} if "pretrained" in model else {}), **linear}
 
 
-def architecture_of(config: Config, data: PictureData) -> Config:
+def architecture_of(config: Config, data: LightningDataModule) -> Config:
     """The architecture from which `pipeline.compressed.load` builds a network of this config."""
-    return {**without_weights(config["model"]), "classes": data.num_classes, "channels": data.channels}
+    return {**without_weights(config["model"]), **data.facts()}
 
 
-def build_net(config: Config, data: PictureData, tell: bool = False) -> nn.Module:
+def build_net(config: Config, data: LightningDataModule, tell: bool = False) -> nn.Module:
     """The network, with the weights of the checkpoint where one is given: a compressed one is as small as its file.
 
     tell: print which tensors of the file are left out.
     """
     path = config["checkpoint"]
     model = config["model"] if path is None else without_weights(config["model"])
-    net = build_model(classes=data.num_classes, channels=data.channels, **model)
+    net = build_model(**model, **data.facts())
     if path is not None and is_compressed(path):
         return load_as(path, model["name"], net)
     if path is not None:
@@ -181,33 +210,45 @@ def build_net(config: Config, data: PictureData, tell: bool = False) -> nn.Modul
     return net
 
 
-def build_task(config: Config, data: PictureData) -> Training:
+def task_of(config: Config, data: LightningDataModule) -> Task:
+    """What is trained on and measured: the task that config names, else that of the data."""
+    usual, facts = USUAL[data.kind], data.facts()
+    name = config["task"]["name"] or usual
+    builder = pick("task", TASKS, name)
+    if next(iter(inspect.signature(builder).parameters)) not in facts:
+        raise UserError(f"task {name!r} is not for {data.unit}; leave it out for {usual!r}, or choose other data")
+    return call("task", builder, **facts, **without(config["task"], "name"))
+
+
+def build_task(config: Config, data: LightningDataModule) -> Training:
     net = build_net(config, data)
     net = net.to(memory_format=torch.channels_last)  # convolutions train 1.7 times as fast on a CPU
     optim = config["optim"]
-    loss = {key: optim[key] for key in ("l1", "l2", "sam")} | {"label_smoothing": config["label_smoothing"]}
+    loss = {key: optim[key] for key in ("l1", "l2", "sam", "decay")}
+    loss |= {key: config[key] for key in ("label_smoothing", "compile")}
     shrink, epochs = config["shrink"], config["trainer"]["max_epochs"]
     restarts = [epoch / epochs for epoch in shrink_steps(config)] if shrink["rewind"] else []
     task = call(
         "optim",
         Training,
         net=net,
-        task=Classification("multiclass", "logits", classes=data.num_classes),
-        optim=without(optim, "schedule", "l1", "l2", "sam", "ema"),
+        task=task_of(config, data),
+        optim=without(optim, "schedule", "l1", "l2", "sam", "ema", "decay"),
         schedule=optim["schedule"],
         restarts=restarts,
         **loss,
     )
-    build_optimizer(net.parameters(), **task.optim)  # a trial, so that wrong options are refused before training starts
+    task.build_optimizer()  # a trial, so that wrong options are refused before training starts
     return task
 
 
-def build_compression(config: Config, cell: str, folder: Path, data: PictureData) -> CompressionCallback:
+def build_compression(config: Config, cell: str, folder: Path, data: LightningDataModule) -> CompressionCallback:
     options = without(config["compression"], "save")
     return call(
         "compression",
         CompressionCallback,
         **options,
+        task=task_of(config, data),
         rows=folder / ROWS,
         save_to=folder / "compressed" if config["compression"]["save"] else None,
         architecture=architecture_of(config, data),
@@ -216,7 +257,7 @@ def build_compression(config: Config, cell: str, folder: Path, data: PictureData
     )
 
 
-def check_validation(config: Config, data: PictureData) -> None:
+def check_validation(config: Config, data: LightningDataModule) -> None:
     """UserError where training would measure on validation samples and there are none."""
     if len(data.val_data) or not (config["compression"]["every_n_epochs"] or config["shrink"]["method"]):
         return
@@ -234,7 +275,7 @@ def shrink_steps(config: Config) -> dict[int, float]:
     return call("shrink", ratios_of_steps, **without(options, "method", "rewind"))
 
 
-def build_shrink(config: Config, folder: Path, data: PictureData) -> list[Callback]:
+def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> list[Callback]:
     if config["shrink"]["method"] is None:
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
@@ -244,6 +285,7 @@ def build_shrink(config: Config, folder: Path, data: PictureData) -> list[Callba
         "shrink",
         Shrink,
         **options,
+        task=task_of(config, data),
         save_to=folder / "compressed" / file,
         architecture=architecture_of(config, data),
         seed=config["seed"],
@@ -251,11 +293,15 @@ def build_shrink(config: Config, folder: Path, data: PictureData) -> list[Callba
     return [shrink]
 
 
+def build_throughput(data: LightningDataModule) -> list[Callback]:
+    return [Throughput()] if data.kind == "text" else []
+
+
 def row_context(config: Config, cell: str) -> dict[str, Any]:
     """The fields of a Row that the config decides."""
     model = config["model"]
     name = model.get("architecture", model["name"])
-    name = Path(name).name if Path(name).is_dir() else name
+    name = Path(name).name if Path(name).exists() else name
     return {"cell": cell, "model": name, "data": config["data"]["name"], "seed": config["seed"]}
 
 
@@ -264,19 +310,23 @@ def build_trainer(
     cell: str,
     folder: Path,
     compression: CompressionCallback,
-    shrink: Sequence[Callback] = (),
+    more: Sequence[Callback] = (),
     quiet: bool = False,
 ) -> Trainer:
-    """The Trainer of a run. quiet: no progress bars, because those of many cells would overwrite each other."""
+    """The Trainer of a run.
+
+    more: callbacks that come before the one that compresses
+    quiet: no progress bars, because those of many cells would overwrite each other
+    """
     options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
     taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(options)
     if taken:
         raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
     callbacks: list[Callback] = [
         EpochSeed(config["seed"]),
-        *shrink,
+        *more,
         compression,
-        latest_checkpoint(folder),
+        *call("checkpoints", latest_checkpoint, folder, config["save_every_n_steps"]),
     ]
     callbacks += call("optim", averaging, ema=config["optim"]["ema"])
     if options["enable_progress_bar"]:

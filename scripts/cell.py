@@ -117,6 +117,7 @@ def show(folder: Path, files: str) -> None:
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {samples}")
     print_speeds(read_speeds([folder / SPEED]))
     kept = sorted((folder / "compressed").rglob("*.safetensors"))
+    kept = [path for path in kept if not (path.parent / "config.json").exists()]  # no folders of Hugging Face
     if kept:
         size = f"{sum(path.stat().st_size for path in kept) / 1e6:,.1f} MB"
         print(f"Smaller networks, {len(kept)} in all, are in {folder.name}/compressed ({size}); to use one:")

@@ -26,6 +26,8 @@ import hydra
 import lightning
 import polars as pl
 import torch
+from lightning import LightningDataModule
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -34,16 +36,16 @@ from pipeline.batches import Passes, sample
 from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.data.module import PictureData
+from pipeline.data.module import module_of
 from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import RUNTIMES, profile
 from pipeline.measure import Chains, Entry, Host, Inputs, Once, chains, measure, trace
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
+from pipeline.models.huggingface_folder import export_huggingface
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
-from pipeline.tasks import Classification
 from pipeline.tasks.task import Batch
 from scripts.build import (
     WHERE,
@@ -54,6 +56,7 @@ from scripts.build import (
     file_hash,
     load_data,
     row_context,
+    task_of,
     under,
     without,
     without_weights,
@@ -64,10 +67,12 @@ from scripts.train import quiet
 
 TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # settings that say how a run trained
 SHORT = ("methods", "ratios", "stages", "parts", "save")  # short for compression.methods, ...
+BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),
     "program": (".pt2", export_program),
+    "huggingface": ("", export_huggingface),  # a folder
 }
 
 
@@ -77,9 +82,13 @@ def main(config: DictConfig) -> None:
 
 
 def completed(config: DictConfig) -> DictConfig:
-    """The config, where a checkpoint folder of Hugging Face is also the architecture if none is set."""
+    """The config, where a checkpoint folder of Hugging Face or a GGUF file is also the architecture if none is set."""
+    if config.profile.batch_sizes is None:
+        config.profile.batch_sizes = BATCH_SIZES[module_of(config.data.name).kind]
     if OmegaConf.is_missing(config.model, "architecture") and config.checkpoint is not None:
         config.model.architecture = config.checkpoint
+        if str(config.checkpoint).endswith(".gguf"):  # whose weights the architecture brings
+            config.checkpoint = None
     return config
 
 
@@ -136,19 +145,19 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
     trace(tree, net, data.example, traces)
-    task = settle(net, Classification(), next(iter(data.test_dataloader())))
+    task = settle(net, task_of(config, data), next(iter(data.test_dataloader())))
     keep = wanted(config["compression"]["save"], tree.entries(net), sweeping)
     if exports and not keep:
         raise UserError("export= writes the networks that are kept, and none are kept; add save=true")
     if not sweeping:
-        print(told(pictures_of(data), len(data.test_data)), flush=True)
+        print(data.told(), flush=True)
     example = data.example.to(device)
     speeds = Speeds(net, timing, example, {key: context[key] for key in ("cell", "model", "data")})
     named = {"architecture": architecture_of(config, data), "source": source(config)}
     once = Once()
 
     def move(batch: Batch) -> Batch:
-        return batch[0].to(device), batch[1].to(device)
+        return move_data_to_device(batch, device)
 
     def inputs() -> Inputs:
         training: Sequence[Batch] = []
@@ -161,7 +170,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
         path = folder / "compressed" / entry.file
         if entry in keep:
             with once.instead(f"{path} cannot be written"):
-                save_compressed(compressed, path, {"stage": entry.stage, "pictures": pictures_of(data)}, **named)
+                save_compressed(compressed, path, {"stage": entry.stage, data.unit: data.preparation()}, **named)
             for suffix, write in exports:
                 with once.instead(f"{entry} cannot be exported"):
                     write(compressed.model, example, path.with_suffix(suffix))
@@ -270,21 +279,6 @@ def source(config: Config) -> dict[str, str]:
     return {} if path is None else {"file": Path(path).name, "sha256": file_hash(path)}
 
 
-def pictures_of(data: PictureData) -> dict[str, Any]:
-    """How pictures are made ready and what the outputs mean, for use of the network elsewhere."""
-    test = data.test_data
-    return {"size": data.size, "mean": list(test.mean), "std": list(test.std), "classes": list(data.classes)}
-
-
-def told(pictures: Config, count: int) -> str:
-    """A line that says how pictures are made ready: wrong preparation only lowers the accuracy, without any error."""
-    mean, std = (", ".join(f"{value:.3g}" for value in pictures[key]) for key in ("mean", "std"))
-    classes, size = len(pictures["classes"]), pictures["size"]
-    return (
-        f"{count:,} pictures of {size}x{size}, {classes} classes, normalised by mean {mean} and std {std} (data.mean=)"
-    )
-
-
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     store = RowStore(folder / ROWS)
     store.add(rows)
@@ -292,7 +286,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 
 
 @lru_cache(1)
-def data_of(options: str) -> PictureData:
+def data_of(options: str) -> LightningDataModule:
     """The data, once for all checkpoints of a process."""
     return load_data(**json.loads(options))
 

@@ -24,6 +24,7 @@ from scripts.build import (
     build_data,
     build_shrink,
     build_task,
+    build_throughput,
     build_trainer,
     check_validation,
 )
@@ -54,14 +55,14 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     task = build_task(config, data)
     check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
-    shrink = build_shrink(config, folder, data)
+    more = [*build_shrink(config, folder, data), *build_throughput(data)]
 
     def train() -> None:
-        trainer = build_trainer(config, folder.name, folder, compression, shrink, quiet=sweeping)
+        trainer = build_trainer(config, folder.name, folder, compression, more, quiet=sweeping)
         try:
             checkpoint = resumable(folder / CHECKPOINT)
             if trainer.is_global_zero and not sweeping:
-                counts = f"{len(data.train_data):,} pictures to train on, {len(data.val_data):,} to validate"
+                counts = f"{len(data.train_data):,} {data.unit} to train on, {len(data.val_data):,} to validate"
                 print(f"{folder.name}: {counts}" + (", going on from the last epoch" if checkpoint else ""))
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
             # The test is of the weights in the file, which with EMA are the averaged ones, also where no epoch was left

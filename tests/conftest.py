@@ -103,6 +103,15 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
+def story(tmp_path):
+    """A text file that a language model can train on: 40 short documents, so that every part of it has some."""
+    words = np.random.default_rng(0).choice(["the cat", "a dog", "sat", "ran", "on", "to", "mat", "door"], (40, 60))
+    path = tmp_path / "story.txt"
+    path.write_text("<|endoftext|>".join(" ".join(row) for row in words))
+    return path
+
+
+@pytest.fixture
 def make_folder(tmp_path):
     """A picture folder of two classes, one picture (height, width[, 3]) of each in train and in test."""
 

@@ -91,3 +91,31 @@ def test_inputs_are_what_the_task_says():
 def test_a_task_that_is_not_known_yet_is_refused():
     with pytest.raises(UserError, match="say kind=, one of: multiclass"):
         Training(HEAD, Classification(), **OPTIONS)
+
+
+def test_a_compiled_network_trains_and_the_plain_one_is_measured(tmp_path, monkeypatch):
+    calls = []
+
+    def compiled(net):
+        def run(*args, **kwargs):
+            calls.append(net.training)
+            return net(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    weights = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        module = Training(net, Classification("multiclass", classes=3), **OPTIONS, compile=compile)
+        fit(module, LABELS, LABELS, tmp_path)
+        weights.append(module.state_dict())
+    assert calls == [True] * 6, "three batches in each of two epochs"
+    assert list(weights[0]) == list(weights[1])
+    torch.testing.assert_close(*weights)
+    module.net = nn.Sequential(*module.net)
+    assert module.fast is not module.net
+    module.train()
+    module(INPUTS)
+    assert module.compiled[0] is module.net, "a network that was made smaller is compiled anew"

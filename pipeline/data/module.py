@@ -1,4 +1,4 @@
-"""The LightningDataModule of any data set in DATASETS."""
+"""The LightningDataModule of any data set of pictures, and `module_of`, which finds that of any set in DATASETS."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,16 @@ from pipeline.tables import UserError, call, pick
 
 from . import DATASETS
 from .augment import augmentation, check_alpha, check_steps, mixing
-from .picture_set import Portion
+from .picture_set import DataSource, Portion
 from .pictures import Pictures, collate
 from .split import split
+from .text.module import TextData, check_numbers
 
 
 class PictureData(LightningDataModule):
     """Train, validation and test pictures of one set.
+
+    `facts`, `preparation`, `told`, `kind` and `unit` are those of TextData, too, so nothing has to ask which it is.
 
     After `prepare_data()` and `setup()`, which a Trainer calls:
     train_data, val_data, test_data: Pictures; only train_data is augmented
@@ -44,6 +47,8 @@ class PictureData(LightningDataModule):
     download: fetch the set when it is not in root
     """
 
+    kind, unit = "pictures", "pictures"
+
     def __init__(
         self,
         name: str,
@@ -64,17 +69,11 @@ class PictureData(LightningDataModule):
         **options: Any,
     ):
         super().__init__()
-        self.source = pick("data set", DATASETS, name)
+        self.source = pick("data set", rows(self.kind), name)
         check_steps(augment)
         check_alpha("mixup", mixup)
         check_alpha("cutmix", cutmix)
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"val_fraction {val_fraction} must be in 0 <= f < 1")
-        for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
-            if value < 1:
-                raise UserError(f"{key} {value} must be at least 1")
-        if workers is not None and workers < 0:
-            raise UserError(f"workers {workers} must be at least 0")
+        check_numbers(batch_size, eval_batch_size, workers, val_fraction=val_fraction)
         self.name, self.augment, self.batch_size, self.eval_batch_size = name, augment, batch_size, eval_batch_size
         self.mixup, self.cutmix = mixup, cutmix
         self.val_fraction, self.seed = val_fraction, seed
@@ -130,6 +129,23 @@ class PictureData(LightningDataModule):
     def repair_data(self) -> Pictures:
         return self.asked_for("repair")
 
+    def facts(self) -> dict[str, Any]:
+        """What a network has to know of the data: arguments of `build_model`."""
+        return {"classes": self.num_classes, "channels": self.channels}
+
+    def preparation(self) -> dict[str, Any]:
+        """How pictures are made ready and what the outputs mean, for use of the network elsewhere."""
+        mean, std = self.test_data.mean, self.test_data.std
+        return {"size": self.size, "mean": list(mean), "std": list(std), "classes": list(self.classes)}
+
+    def told(self) -> str:
+        """A line that says how pictures are made ready: wrong preparation only lowers accuracy, without any error."""
+        mean, std = (", ".join(f"{value:.3g}" for value in self.preparation()[key]) for key in ("mean", "std"))
+        return (
+            f"{len(self.test_data):,} pictures of {self.size}x{self.size}, {len(self.classes)} classes, normalised by "
+            f"mean {mean} and std {std} (data.mean=)"
+        )
+
     def asked_for(self, name: str) -> Pictures:
         if self.of_training is None:
             raise UserError(
@@ -182,6 +198,19 @@ class PictureData(LightningDataModule):
         if self.workers is not None:
             return self.workers
         return 0 if pictures.in_memory else suggested_max_num_workers(self.trainer.num_devices if self.trainer else 1)
+
+
+MODULES: dict[str, type[PictureData] | type[TextData]] = {module.kind: module for module in (PictureData, TextData)}
+
+
+def module_of(name: str) -> type[PictureData] | type[TextData]:
+    """The data module that serves a row of DATASETS. UserError, with the known names, for any other."""
+    return MODULES[pick("data set", DATASETS, name).kind]
+
+
+def rows(kind: str) -> dict[str, DataSource]:
+    """The rows of DATASETS that one data module serves."""
+    return {name: source for name, source in DATASETS.items() if source.kind == kind}
 
 
 def part_of(labels: torch.Tensor, option: str, size: int | None, seed: int) -> torch.Tensor:

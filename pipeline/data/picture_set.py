@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,11 +58,13 @@ class DataSource:
     """A row of DATASETS: `load(**options)` reads the set from disk, `fetch(root)` downloads it where it is missing.
 
     root_names_data: does the root decide which pictures these are? Else it only says where well-known ones lie.
+    kind: "pictures", or "text", whose `load` returns a Source of documents; decides which data module serves it
     """
 
-    load: Callable[..., PictureSet]
+    load: Callable[..., Any]
     fetch: Callable[..., None] | None = None
     root_names_data: bool = False
+    kind: str = "pictures"
 
 
 def picture_set(train: Portion, test: Portion, classes: list[str]) -> PictureSet:

@@ -1,8 +1,11 @@
-"""MODELS: every architecture by name. A builder takes the number of classes and of input channels, and its own options.
+"""MODELS: every architecture by name. A builder takes the facts of the data and its own options.
+
+Facts are `classes` and `channels` of pictures, `vocabulary` and `context` of texts.
 
 Adding a model is one row here and, where it needs code, one file.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +13,14 @@ from torch import nn
 
 from pipeline.models.cifar_resnet import resnet20, resnet32
 from pipeline.models.huggingface_models import huggingface_input, huggingface_model
+from pipeline.models.language_models import language_model, llama
 from pipeline.models.library import InputConfig
 from pipeline.models.open_clip_models import open_clip_input, open_clip_model
 from pipeline.models.resnet import preact_resnet18, resnet18
 from pipeline.models.simple_vit import simple_vit
 from pipeline.models.timm_models import timm_input, timm_model
 from pipeline.models.torchvision_models import torchvision_input, torchvision_model
-from pipeline.tables import call, pick
+from pipeline.tables import UserError, call, pick
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -28,6 +32,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "torchvision": torchvision_model,
     "open_clip": open_clip_model,
     "huggingface": huggingface_model,
+    "llama": llama,
+    "language_model": language_model,
 }
 
 # By model name: a function of the builder's options that gives the pictures which the library's model was trained on.
@@ -39,9 +45,32 @@ INPUTS: dict[str, Callable[..., InputConfig | None]] = {
 }
 
 
-def build_model(name: str, classes: int, channels: int, **options: Any) -> nn.Module:
-    """The network called `name` for (B, channels, H, W) pictures; its weights are fresh unless `pretrained` is set."""
-    return call(f"model {name!r}", pick("model", MODELS, name), classes, channels, **options)
+READS = {"pictures": ("classes", "channels"), "text": ("vocabulary", "context")}  # facts of the data, by their kind
+
+
+def build_model(name: str, *facts: int, **options: Any) -> nn.Module:
+    """The network called `name`; its weights are fresh unless `pretrained` is set.
+
+    facts: the first arguments of the builder, of the data (see READS); they may also stand among the options.
+    Raises UserError for a model of pictures that is given facts of texts, and the reverse.
+    """
+    builder = pick("model", MODELS, name)
+    needed = reads(name)
+    for kind, names in READS.items():
+        if kind != needed and any(fact in options for fact in names):
+            own = ", ".join(other for other in MODELS if reads(other) == kind)
+            raise UserError(f"model {name!r} reads {needed}, the data are {kind}; choose other data, or from: {own}")
+    for fact in READS[needed][len(facts) :]:  # by position, so that errors list the model's own options alone
+        if fact not in options:
+            raise TypeError(f"missing argument of model {name!r}: {fact!r}")
+        facts = (*facts, options.pop(fact))
+    return call(f"model {name!r}", builder, *facts, **options)
+
+
+def reads(name: str) -> str:
+    """The kind of data that a model reads: "pictures" or "text"."""
+    first = next(iter(inspect.signature(MODELS[name]).parameters))
+    return next(kind for kind, names in READS.items() if first in names)
 
 
 def input_config(name: str, **options: Any) -> InputConfig | None:

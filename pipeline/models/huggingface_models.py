@@ -1,7 +1,8 @@
 """Image classifiers of Hugging Face transformers, from a folder or from the hub."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,12 @@ RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 SETTINGS = "preprocessor_config.json"
 
 
-class ImageClassifier(nn.Module):
-    """(B, channels, H, W) pictures to (B, classes) logits, around a model that returns its logits in a record."""
+class Wrapped(nn.Module):
+    """Around a model of transformers, so that it takes and gives plain tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(pixel_values=x).logits
 
     def names_of_today(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file under the names that this version of transformers has for them.
@@ -48,6 +46,13 @@ class ImageClassifier(nn.Module):
         return {f"model.{name}": tensor for name, tensor in known.items()}
 
 
+class ImageClassifier(Wrapped):
+    """(B, channels, H, W) pictures to (B, classes) logits, around a model that returns its logits in a record."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(pixel_values=x).logits
+
+
 def huggingface_model(
     classes: int, channels: int, architecture: str, pretrained: bool = True, **options: Any
 ) -> nn.Module:
@@ -57,29 +62,48 @@ def huggingface_model(
         never run
     pretrained: with its weights; the classifier is new unless it has as many classes
     """
-    transformers = optional("transformers", "huggingface")
-    source = source_of(architecture)
-    with loading(source):
-        config, unknown = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=False, num_labels=classes, return_unused_kwargs=True, **options
-        )
-        if unknown:
-            raise UserError(f"the config of {architecture} has no {min(unknown)!r}")
+
+    def check(config: Any) -> None:
         expected = getattr(config, "num_channels", channels)
         if expected != channels:
             raise UserError(f"{architecture} takes {expected} channels, these pictures have {channels}; use model=timm")
-        auto = transformers.AutoModelForImageClassification
+
+    options["num_labels"] = classes
+    return ImageClassifier(auto_model("AutoModelForImageClassification", architecture, pretrained, check, options))
+
+
+def auto_model(
+    auto: str, architecture: str, pretrained: bool, check: Callable[[Any], None], options: Mapping[str, Any]
+) -> nn.Module:
+    """The model that a class of transformers, `auto`, makes for this architecture, in float32 and in training mode.
+
+    check: raises where the config does not fit the data; options: change the config
+    """
+    transformers = optional("transformers", "huggingface")
+    transformers.logging.disable_progress_bar()
+    source, file = source_of(architecture)
+    # Bars of transformers can be switched off, but for the one of GGUF files.
+    with loading(source), redirect_stderr(StringIO()) if file else nullcontext():
+        config, unknown = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, return_unused_kwargs=True, **file, **options
+        )
+        unknown.pop("gguf_file", None)
+        if unknown:
+            raise UserError(f"the config of {architecture} has no {min(unknown)!r}")
+        check(config)
+        factory = getattr(transformers, auto)
         if not pretrained:
-            return ImageClassifier(auto.from_config(config, dtype=torch.float32))
-        model = auto.from_pretrained(
+            return factory.from_config(config, dtype=torch.float32)
+        model = factory.from_pretrained(
             source,
             config=config,
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the classifier may have other classes
+            ignore_mismatched_sizes=True,  # a classifier may have other classes
             dtype=torch.float32,  # whatever the file's is
+            **file,
         )
-    return ImageClassifier(model.train())
+    return model.train()
 
 
 def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
@@ -88,7 +112,7 @@ def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
     Where that file would squash pictures to a square, we crop them.
     """
     transformers = optional("transformers", "huggingface")
-    source = source_of(architecture)
+    source, _ = source_of(architecture)
     if source.is_dir() and not (source / SETTINGS).is_file():
         return None
     with loading(source):
@@ -106,12 +130,15 @@ def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
     )
 
 
-def source_of(architecture: str) -> Path:
-    """The path of a local folder, or a name on the hub, which looks like a path."""
+def source_of(architecture: str) -> tuple[Path, dict[str, str]]:
+    """(path of a local folder, or a name on the hub, which looks like a path; {"gguf_file": name} of a GGUF in it)"""
     source = Path(architecture).expanduser()
+    if source.suffix == ".gguf" and source.is_file():
+        optional("gguf", "gguf")
+        return source.parent, {"gguf_file": source.name}
     if not source.is_dir() and (architecture.startswith((".", "~", "/")) or len(source.parts) > 2):
         raise UserError(f"no folder {source}; give one that has config.json, or a name on the hub")
-    return source
+    return source, {}
 
 
 def loading(source: Path) -> AbstractContextManager[None]:

@@ -13,6 +13,32 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pipeline.tables import UserError, call, pick
 
+# By name: a function of a network that gives the parameters, or groups of them, for an optimizer with weight decay.
+DECAYS: dict[str, Callable[[nn.Module], list[Any]]] = {
+    "all": lambda net: list(net.parameters()),
+    "matrices": lambda net: matrices_alone(net),
+}
+
+
+def decayed(net: nn.Module, decay: str = "all") -> list[Any]:
+    """The network's parameters for `build_optimizer`. decay: a row of DECAYS, which says what weight decay is for"""
+    return pick("decay", DECAYS, decay)(net)
+
+
+def matrices_alone(net: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: weights of layers, and without weight decay norms, biases and embeddings.
+
+    Weight decay holds back the size of a layer's output, which a norm's scale sets anew and an embedding's rows, each
+    with a gradient in few steps, only lose. A last layer that is tied to an embedding is one.
+    """
+    embeddings = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in net.parameters():
+        parts[parameter.dim() > 1 and id(parameter) not in embeddings].append(parameter)
+    groups = [{"params": parts[True]}, {"params": parts[False], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 # Every optimizer of timm can be had by its name, too: see timm_optimizers.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -22,8 +48,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], name: str, lr: float, **options: Any) -> Optimizer:
-    """The optimizer called `name` at learning rate `lr`: a row of OPTIMIZERS, else timm's of that name."""
+def build_optimizer(parameters: Iterable[Any], name: str, lr: float, **options: Any) -> Optimizer:
+    """The optimizer called `name` at learning rate `lr`: a row of OPTIMIZERS, else timm's of that name.
+
+    parameters: they, or groups of them (see `decayed`)
+    """
     # timm takes a second or more to import, so it is imported only for a name that is not in OPTIMIZERS.
     table = OPTIMIZERS if name in OPTIMIZERS else timm_optimizers() | OPTIMIZERS
     return call(f"optimizer {name!r}", pick("optimizer", table, name), parameters, lr=lr, **options)
@@ -58,19 +87,24 @@ def constant() -> Factor:
     return lambda step, steps: 1.0
 
 
-def cosine(end: float = 0.0, warmup: float = 0.0) -> Factor:
+def cosine(end: float = 0.0, warmup: float = 0.0, warmup_steps: int = 0) -> Factor:
     """Half a cosine down to the fraction `end` (arXiv:1608.03983, without restarts).
 
     warmup: fraction of the steps over which the learning rate first rises in a line (arXiv:1706.02677)
+    warmup_steps: the same as a number of steps; a training that has fewer rises to its end
     """
     check_fraction("end", end)
     check_fraction("warmup", warmup, below=True)
+    if not (warmup_steps >= 0 and warmup_steps % 1 == 0):
+        raise UserError(f"warmup_steps {warmup_steps} must be a whole number of at least 0")
+    if warmup and warmup_steps:
+        raise UserError(f"warmup {warmup} and warmup_steps {warmup_steps} say the same twice; choose one")
 
     def factor(step: int, steps: int) -> float:
-        rise = warmup * steps
+        rise = warmup_steps or warmup * steps
         if step < rise:
             return min((step + 1) / rise, 1.0)  # no step is spent at 0
-        return half_cosine(1.0, end, (step - rise) / (steps - rise))
+        return half_cosine(1.0, end, (step - rise) / (steps - rise or 1))
 
     return factor
 

@@ -1,8 +1,18 @@
 """A task says how a batch is taken apart, trained on and measured: one file a task."""
 
-from .classification import Classification
-from .language import Language
+from collections.abc import Callable
+
+from .classification import Classification, of_pictures
+from .language import Language, of_texts
 from .metrics import METRICS, Metric
 from .task import Example, Task
 
-__all__ = ["METRICS", "Classification", "Example", "Language", "Metric", "Task"]
+__all__ = ["METRICS", "TASKS", "USUAL", "Classification", "Example", "Language", "Metric", "Task"]
+
+# By name: a builder that takes the facts of the data (see pipeline.models) and the task's own options.
+TASKS: dict[str, Callable[..., Task]] = {
+    "classification": of_pictures,
+    "language": of_texts,
+}
+# By the kind of data: the task where none is named.
+USUAL = {"pictures": "classification", "text": "language"}

@@ -143,3 +143,10 @@ class Classification(Task):
         elif self.ignore_index is not None:
             options["ignore_index"] = self.ignore_index
         return F.cross_entropy(scores, labels, **options)
+
+
+def of_pictures(
+    classes: int, channels: int, kind: str = "multiclass", outputs: str = "logits", ignore_index: int | None = None
+) -> Classification:
+    """The task of a network for `classes` classes, known before the first batch."""
+    return Classification(kind, outputs, ignore_index=ignore_index, classes=classes)

@@ -97,6 +97,11 @@ class Language(Task):
         return widened(Layout(output=self.output).scores(output))
 
 
+def of_texts(vocabulary: int, context: int) -> Language:
+    """The task of a network that predicts tokens of any vocabulary."""
+    return Language()
+
+
 def token_ids(batch: Any) -> Tensor:
     """(N, T) of a batch. UserError where it has none."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch

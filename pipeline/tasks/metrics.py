@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Metric:
     """How people read a number, and which of two numbers is the better one.
 
-    scale, unit, digits: a value v is read as f"{scale * v:.{digits}f}{unit}"
+    scale, unit, digits: a value v is read as f"{scale * v:.{digits}f}{unit}", unless it is huge
     log: compared on a log axis; foldability is then an area under the logarithm
     """
 
@@ -27,11 +27,16 @@ class Metric:
 
     def text(self, value: float) -> str:
         """The value as a sentence has it: "71.3%", "0.412 nats"."""
-        return f"{self.scale * value:.{self.digits}f}{self.unit}"
+        return f"{self.number(value)}{self.unit}"
 
     def short(self, value: float) -> str:
         """The value as a column has it, without unit: aligned to the right, seven places wide."""
-        return f"{self.scale * value:7.{self.digits}f}"
+        return f"{self.number(value):>7}"
+
+    def number(self, value: float) -> str:
+        """From a million on with an exponent, as perplexities of broken networks need it."""
+        scaled = self.scale * value
+        return f"{scaled:.{self.digits}f}" if not 1e6 <= scaled < float("inf") else f"{scaled:.1e}"
 
 
 METRICS = {

@@ -276,7 +276,7 @@ def test_download_can_be_refused(tmp_path, monkeypatch):
 
 
 def test_any_folders_are_named_by_their_root():
-    assert {name for name, source in DATASETS.items() if source.root_names_data} == {"folder", "imagenet"}
+    assert {name for name, source in DATASETS.items() if source.root_names_data} == {"folder", "imagenet", "text"}
 
 
 def test_options_reach_the_set(cifar_folder):

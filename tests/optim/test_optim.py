@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from pipeline.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule, timm_optimizers
+from pipeline.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule, decayed, timm_optimizers
 from pipeline.tables import UserError
 
 EVERY = sorted(timm_optimizers() | OPTIMIZERS)
@@ -213,6 +213,8 @@ def test_every_schedule_resumes_exactly(name, stop):
         ({"name": "one_cycle", "warmup": -0.1}, r"warmup -0\.1 must be in 0 <= f < 1"),
         ({"name": "cosine", "end": -0.1}, r"end -0\.1 must be in 0 <= f <= 1"),
         ({"name": "cosine", "end": float("nan")}, r"end nan must be in 0 <= f <= 1"),
+        ({"name": "cosine", "warmup_steps": 1.5}, r"warmup_steps 1\.5 must be a whole number of at least 0"),
+        ({"name": "cosine", "warmup": 0.1, "warmup_steps": 5}, r"warmup 0\.1 and warmup_steps 5 .*choose one"),
         ({"name": "cyclic", "up": 1.1}, r"up 1\.1 must be in 0 <= f <= 1"),
         ({"name": "cyclic", "low": -1}, r"low -1 must be in 0 <= f <= 1"),
         ({"name": "cyclic", "cycles": 0}, "cycles 0 must be a whole number of at least 1"),
@@ -240,3 +242,40 @@ def test_a_schedule_that_starts_anew_is_two_of_them(name):
 
     assert rates(20, [0.4]) == pytest.approx(rates(8) + rates(12))
     assert rates(20, [0.0, 0.5]) == pytest.approx(rates(10) * 2)
+
+
+def test_warmup_in_steps_is_that_share_of_the_training():
+    def rates(**options):
+        optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = build_schedule(optimizer, 40, {"name": "cosine", "end": 0.1, **options})
+        found = []
+        for _ in range(41):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(warmup_steps=10) == pytest.approx(rates(warmup=0.25))
+    assert max(rates(warmup_steps=10)) == rates(warmup_steps=10)[10] == 1.0
+    assert rates(warmup_steps=10)[-1] == pytest.approx(0.1)
+    assert rates(warmup_steps=80)[39] == 0.5, "a short trial of a long training's schedule rises to its end"
+    assert rates(warmup_steps=40)[-1] == pytest.approx(1.0)
+
+
+def test_weight_decay_may_be_for_matrices_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(5, 3), nn.LayerNorm(3)
+            self.conv, self.out, self.last = nn.Conv1d(1, 2, 2), nn.Linear(3, 4), nn.Linear(3, 5, bias=False)
+            self.last.weight = self.embed.weight  # tied
+
+    net = Net()
+    names = {id(p): name for name, p in net.named_parameters()}
+    optimizer = build_optimizer(decayed(net, "matrices"), "adamw", 0.1, weight_decay=0.3)
+    groups = {group["weight_decay"]: sorted(names[id(p)] for p in group["params"]) for group in optimizer.param_groups}
+    assert groups[0.3] == ["conv.weight", "out.weight"]
+    assert groups[0.0] == sorted({*names.values()} - {"conv.weight", "out.weight"})
+    assert decayed(net) == list(net.parameters())
+    with pytest.raises(UserError, match=r"unknown decay 'matrix'.*choose from: all, matrices"):
+        decayed(net, "matrix")

@@ -196,7 +196,7 @@ def test_a_gradient_without_direction_moves_nothing(value):
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(base, tmp_path):
     def run(epochs: int, checkpoint=None) -> Training:
         fitted = task(BASES[base], {"rho": 0.05}, dropout=0.3)
-        callbacks = [EpochSeed(7), latest_checkpoint(tmp_path), StopAfter(epochs)]
+        callbacks = [EpochSeed(7), *latest_checkpoint(tmp_path), StopAfter(epochs)]
         fit = trainer(max_epochs=4, enable_checkpointing=True, callbacks=callbacks)
         fit.fit(fitted, loader(5, shuffle=True), ckpt_path=checkpoint, weights_only=True)
         return fitted

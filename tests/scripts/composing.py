@@ -56,6 +56,14 @@ def shrunk(config: dict, roots: dict) -> dict:
     if data["name"] in roots:
         data["root"] = str(roots[data["name"]])
     data.update({"batch_size": 8, "val_fraction": 0.25})
+    if "context" in data:
+        made = {"root": str(roots["text"]), "tokenizer": "bytes", "vocabulary": None, "cache": roots["cache"]}
+        data.update({"context": 16, "test_size": 8, "val_size": 8, "eval_batch_size": 4, **made})
+        data.update({"name": "text"} if data["name"] == "c4" else {})
+        for key in ("documents", "test_documents", "root" if data["name"] == "pydoc" else None):
+            data.pop(key, None)
+    if model["name"] == "llama":
+        model.update({"hidden": 16, "ffn": 24, "layers": 2, "heads": 4, "kv_heads": 2})
     if "width" in model:
         model["width"] = 4
     if model["name"] == "timm":
@@ -69,7 +77,7 @@ def shrunk(config: dict, roots: dict) -> dict:
         model.update({**TINY_CLIP, "pretrained": None})
         if model["head"] == "zero_shot":
             model["class_names"] = list("abcdefghij")
-    data.update({key: None for key in ("train_size", "test_size", "size") if key in data})
+    data.update({key: None for key in ("train_size", "test_size", "size") if key in data and "context" not in data})
     if data["name"] == "imagenet":
         data.update({"size": 32, "cache": None})
     return config

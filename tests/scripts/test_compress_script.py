@@ -395,7 +395,7 @@ def test_short_names_and_file_names_on_the_command_line(tmp_path):
         (["profile.runtimes=eager"], r"profile\.runtimes must be a list, such as \[eager\]"),
         (["profile.batch_sizes=[0]"], "batch size 0 must be at least 1"),
         (["+profile.warmup=3"], "profile has no option 'warmup'"),
-        (["export=[onxn]"], "unknown export 'onxn'.*choose from: onnx, program"),
+        (["export=[onxn]"], "unknown export 'onxn'.*choose from: huggingface, onnx, program"),
         (["export=[program]", "save=false"], r"export= writes .* that are kept, and none are kept; add save=true"),
         (["parts=[hiden]"], "unknown part 'hiden'.*choose from: head, hidden, residual, width"),
         (["parts=[width,head]"], "parts can hold 'width' or 'head', not both"),

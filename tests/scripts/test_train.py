@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from composing import TINY, composed, grid, options, shrunk
-from tiny_models import write_huggingface_vit
+from tiny_models import write_huggingface_vit, write_language_model
 
 from pipeline.compressed import load
 from pipeline.compression.plan import history
+from pipeline.data import TEXTS
 from pipeline.results import read
 from pipeline.tables import UserError
 from scripts.build import build_data, build_task, cell_of
@@ -21,8 +22,11 @@ from scripts.train import run
 
 
 @pytest.fixture
-def roots(cifar_npz, cifar_folder, fashion):
-    return {"cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion, "imagenet": cifar_folder}
+def roots(cifar_npz, cifar_folder, fashion, story, tmp_path):
+    of_texts = {"text": story, "cache": str(tmp_path / "cache")}
+    return {
+        "cifar10": cifar_npz, "folder": cifar_folder, "fashion_mnist": fashion, "imagenet": cifar_folder, **of_texts
+    }  # fmt: skip
 
 
 # Models of other libraries, which take colour pictures. All but torchvision's (a SqueezeNet here) have norms.
@@ -45,6 +49,13 @@ def test_every_config_builds_and_runs_one_batch(group, name, roots, tmp_path):
         data = ["data=cifar10", "compression.stages=[raw]"]
     if (group, name) == ("model", "huggingface"):
         data += [f"model.architecture={write_huggingface_vit(tmp_path / 'vit')}"]
+    if group == "model" and name in ("language_model", "llama_60m", "llama_130m", "llama_tiny"):
+        data = ["data=text", "data.root=set-below", "compression.stages=[raw]", "trainer.gradient_clip_val=1.0"]
+    if (group, name) == ("model", "language_model"):
+        folder = write_language_model(tmp_path / "llama", vocab_size=257)
+        data += [f"model.architecture={folder}", "model.checkpointing=true"]
+    if group == "data" and name in TEXTS:
+        data = ["model=llama_tiny", "compression.stages=[raw]", *["data.root=set-below"] * (name == "text")]
     if (group, name) == ("optim", "timm"):
         data += ["optim.name=lion", "optim.lr=1e-4"]
     if name in ("folder", "imagenet", "vit_b32_imagenet"):
