@@ -1,6 +1,6 @@
 """compress(model, example, method, ratio) -> a smaller model and a report of what was done to it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from numbers import Real
@@ -27,8 +27,9 @@ from pipeline.compression.merge.projection import Projection
 from pipeline.compression.plan import Plan, history, went_through_
 from pipeline.compression.recipe import AUTO, Calibration, Recipe, parse, recipe, spell
 from pipeline.compression.report import GroupReport, Report, group_report, layer_report, step_of
-from pipeline.compression.sizes.allocate import allocated
+from pipeline.compression.sizes.allocate import Errors, allocated, monotone, output_errors, parameter_errors
 from pipeline.compression.sizes.count import Counted, macs, parameters
+from pipeline.compression.sizes.sensitivity import loss_errors, output_slopes
 from pipeline.compression.trace.graph import Example, channel_groups
 from pipeline.tables import UserError, call, pick
 
@@ -86,10 +87,8 @@ class Network:
 
     @cached_property
     def moments(self) -> Mapping[str, torch.Tensor]:
-        """Second moments of the readers' inputs where no rows are kept, because there are too many for all layers."""
-        if self.pictures is None or not self.blockwise:
-            return {}
-        return second_moments(self.model, self.groups, self.pictures)
+        """Second moments of the readers' inputs; {} without pictures."""
+        return {} if self.pictures is None else second_moments(self.model, self.groups, self.pictures)
 
     @property
     def blockwise(self) -> bool:
@@ -289,7 +288,7 @@ def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[i
         net.seed,
         inputs,
         net.gradients,
-        net.moments,
+        net.moments if net.blockwise else {},
     )
     method = METHODS[recipe.method].choose
     found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
@@ -310,9 +309,9 @@ def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[fl
 
 def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Sequence[int]]) -> dict[float, list[int]]:
     budget = recipe.sizes.allocate
-    beside = None
-    if net.pictures and recipe.sizes.spare != "parameters":
-        beside = Outputs(net.model, net.pictures, net.answers), partial(compensated_, net)
+
+    def rounded(size: int, left: float) -> int:
+        return channels_left(size, 1 - left, recipe.sizes.round_to)
 
     def left_at(sizes: Sequence[int]) -> int:
         """Parameters or MACs of the network at these sizes, which do not depend on the channels that stay."""
@@ -320,17 +319,33 @@ def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Seq
         smaller = apply(net.model, net.groups, kept)
         return parameters(smaller) if budget == "params" else macs(smaller, net.example, net.counted)
 
-    return allocated(
-        net.model,
-        net.example,
-        net.groups,
-        beside,
-        lambda group, sizes: {k: (p, row.error) for k, (p, row) in choices(net, recipe, group, sizes).items()},
-        uniform,
-        budget,
-        lambda size, left: channels_left(size, 1 - left, recipe.sizes.round_to),
-        left_at,
-    )
+    errors = errors_of(net, recipe, rounded)
+    return allocated(net.model, net.example, net.groups, errors, uniform, budget, rounded, left_at)
+
+
+def errors_of(
+    net: Network, recipe: Recipe, rounded: Callable[[int, float], int]
+) -> Callable[[Sequence[int], Sequence[int]], Errors]:
+    """(places of the groups of one tie, sizes) -> the error that the recipe's budget goes by, as a function of size."""
+    model, groups, spare = net.model, net.groups, recipe.sizes.spare or ("loss" if net.blockwise else "output")
+
+    def choose(group: ChannelGroup, sizes: Sequence[int]) -> dict[int, tuple[Projection, float]]:
+        return {k: (p, row.error) for k, (p, row) in choices(net, recipe, group, sizes).items()}
+
+    if net.pictures is None or spare == "parameters":
+        return lambda tie, sizes: parameter_errors(model, groups, tie, sizes, choose)
+    if spare == "output":
+        dense, solve = Outputs(model, net.pictures, net.answers), partial(compensated_, net)
+        return lambda tie, _: output_errors(model, groups, tie, dense, solve, choose, rounded)
+    slopes = output_slopes(model, groups, net.pictures, net.seed, net.answers)
+
+    def of_loss(tie: Sequence[int], sizes: Sequence[int]) -> Errors:
+        chosen = [choose(groups[i], sizes) for i in tie]
+        projections = {k: [of_group[k][0] for of_group in chosen] for k in sizes}
+        found = loss_errors([groups[i] for i in tie], net.tensors, net.moments, slopes, projections)
+        return monotone(sorted(sizes), [found[k] for k in sorted(sizes)])
+
+    return of_loss
 
 
 def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -> Compressed:

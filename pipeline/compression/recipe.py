@@ -23,7 +23,7 @@ from pipeline.tables import UserError, call, check_options, pick
 AUTO = "auto"  # the method that picks another method for every ratio
 CALIBRATIONS = ("none", "synthetic", "data", "self", "unigram")
 BUDGETS = ("uniform", "macs", "params")
-SPARES = ("output", "parameters")
+SPARES = ("output", "loss", "parameters")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Sizes:
 
     allocate: "uniform" (every group loses the same fraction), or a budget, "macs" or "params": no more of it is left
         than by uniform sizes, and groups whose compression costs less error lose more.
-    spare: the error that a budget goes by: "output" (of the network, on the pictures) or "parameters" (parameter error
-        of the method); None: "output" where there are pictures.
+    spare: the error that a budget goes by: "output" (of the network, on the pictures), "loss" (its rise, foretold from
+        gradients) or "parameters" (parameter error of the method); None: "loss" where readers are solved for the same,
+        else "output", and "parameters" without pictures.
     round_to: channels stay in multiples of this. protect: groups that keep all channels, by name or its beginning.
     """
 
@@ -353,5 +354,5 @@ def _check_sizes(sizes: Sizes, calibration: Calibration) -> None:
         raise UserError(f"round_to {sizes.round_to} must be a whole number of at least 1 channel")
     if sizes.spare is not None and sizes.allocate == "uniform":
         raise UserError(f"spare={sizes.spare} is an option of budgets: give allocate=macs or params, too")
-    if sizes.spare == "output" and calibration.pictures == "none":
-        raise UserError("spare=output compares outputs on pictures, so it needs pictures (or spare=parameters)")
+    if sizes.spare in ("output", "loss") and calibration.pictures == "none":
+        raise UserError(f"spare={sizes.spare} is measured on pictures, so it needs pictures (or spare=parameters)")

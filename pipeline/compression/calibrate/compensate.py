@@ -82,7 +82,7 @@ def readers(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, nn.Mo
 
 @torch.no_grad()
 def second_moments(model: nn.Module, groups: Iterable[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
-    """{weight: (inputs, inputs)}: Σ x xᵀ of the inputs of the readers, over rows drawn as `observe` draws them."""
+    """{weight: (inputs, inputs)}: Σ x xᵀ over the rows of a sample, the mean over samples, of the readers' inputs x."""
     layers = readers(model, groups)
     found: dict[str, Tensor] = {}
 
@@ -93,6 +93,9 @@ def second_moments(model: nn.Module, groups: Iterable[ChannelGroup], batches: Ba
     with kept_modes(model):
         survey = surveyed(model.eval(), layers, batches, limit=TOKENS)
         one_by_one(model, {name: layers[name] for name in survey.order}, batches, keep)
+    for name, moments in found.items():
+        rows = sum(survey.inputs[name].counts)
+        moments.mul_(rows / min(rows, TOKENS) / batches.count)
     return found
 
 

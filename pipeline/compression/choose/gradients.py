@@ -97,21 +97,25 @@ def sample_gradients(
     generator = torch.Generator().manual_seed(seed)
     for leaf in leaves.values():
         leaf.requires_grad_()
-    for single in _singles(batches_of(pictures)):
+    for single in islice(singles(batches_of(pictures)), SAMPLES):
         args, kwargs = call_arguments(single)
         with torch.enable_grad():
-            logits = _logits(functional_call(net, named, args, kwargs), answers)
-            label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
-            loss = F.cross_entropy(logits, label.to(logits.device), reduction="sum")
+            loss = drawn_loss(functional_call(net, named, args, kwargs), answers, generator)
             slopes = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         of_leaf = dict(zip(leaves, slopes, strict=True))
         yield {name: of_leaf[id(tensors[name])] for name in named}
 
 
-def _singles(batches: Batches) -> Iterator[Example]:
-    """Each of the first SAMPLES samples alone."""
-    singles = (cut(batch, i, i + 1) for batch in batches for i in range(samples(batch)))
-    return islice(singles, SAMPLES)
+def singles(batches: Batches) -> Iterator[Example]:
+    """Each sample alone."""
+    return (cut(batch, i, i + 1) for batch in batches for i in range(samples(batch)))
+
+
+def drawn_loss(output: object, answers: Answers | None, draw: torch.Generator) -> Tensor:
+    """() cross-entropy of a network's output on one sample with labels drawn from its own softmax, summed over rows."""
+    logits = _logits(output, answers)
+    label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=draw).squeeze(1)
+    return F.cross_entropy(logits, label.to(logits.device), reduction="sum")
 
 
 def _logits(output: object, answers: Answers | None) -> Tensor:

@@ -1,9 +1,10 @@
 """How many channels each group keeps, under one budget for the whole network.
 
 The error of each group is measured: the group alone is compressed to some sizes and compensated, and the output of the
-network on the pictures is compared with the dense one's. Without pictures, the method's parameter error stands in for
-it (see parameter_errors). Errors are taken to add up, and sizes are found greedily: of all steps that save anything,
-the one with the least error per MAC (or parameter) saved comes next, until the budget of the uniform ratio is reached.
+network on the pictures is compared with the dense one's; or the rise of the loss is foretold from its gradients (see
+sensitivity.py). Without pictures, the method's parameter error stands in for it (see parameter_errors). Errors are
+taken to add up, and sizes are found greedily: of all steps that save anything, the one with the least error per MAC (or
+parameter) saved comes next, until the budget of the uniform ratio is reached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ AHEAD = 3  # levels that one step may go down, so that a costly level does not h
 Choose = Callable[[ChannelGroup, Sequence[int]], Mapping[int, tuple[Projection, float]]]
 # Solves the readers of a smaller network in place, after its plan
 Solve = Callable[[nn.Module, Plan], None]
+# The error that the network has where the groups of one tie alone have some size, as a function of that size
+Errors = Callable[[int], float]
 
 
 @torch.no_grad()
@@ -35,8 +38,7 @@ def allocated(
     model: nn.Module,
     example: Example,
     groups: ChannelGroups,
-    compared: tuple[Outputs, Solve] | None,
-    choose: Choose,
+    errors_of: Callable[[Sequence[int], Sequence[int]], Errors],
     uniform: Mapping[float, Sequence[int]],
     budget: str,
     rounded: Callable[[int, float], int],
@@ -44,8 +46,7 @@ def allocated(
 ) -> dict[float, list[int]]:
     """{ratio: channels left of every group}, with no more MACs or parameters than `uniform` leaves at that ratio.
 
-    compared: outputs of the model on pictures, and how readers are solved on them; None: sizes follow parameter errors.
-    choose: the method, for one group. budget: one of BUDGETS.
+    errors_of: (places of the groups of one tie, sizes that they may have) -> their errors. budget: one of BUDGETS.
     rounded: (size, fraction) -> channels that stay. exact: sizes -> MACs or parameters of the network; `costs` counts
         only the layers that the forward calls.
     A group that keeps all its channels in `uniform` keeps them here. Groups of one tie get the same size.
@@ -53,12 +54,7 @@ def allocated(
     cost = costs(model, example, groups, budget)
     free = [tie for tie in groups.ties if any(sizes[tie[0]] < groups[tie[0]].size for sizes in uniform.values())]
     levels = [sorted({rounded(groups[tie[0]].size, f) for f in LEVELS}, reverse=True) for tie in free]
-    if compared is None:
-        errors = [
-            parameter_errors(model, groups, tie, of_tie, choose) for tie, of_tie in zip(free, levels, strict=True)
-        ]
-    else:
-        errors = [output_errors(model, groups, tie, *compared, choose, rounded) for tie in free]
+    errors = [errors_of(tie, of_tie) for tie, of_tie in zip(free, levels, strict=True)]
 
     def sizes_at(place: Sequence[int]) -> list[int]:
         sizes = [group.size for group in groups]
@@ -107,8 +103,8 @@ def output_errors(
     solve: Solve,
     choose: Choose,
     rounded: Callable[[int, float], int],
-) -> Callable[[int], float]:
-    """A function from the size of one tie's groups to the relative squared error of the network's output on pictures.
+) -> Errors:
+    """The relative squared error of the network's output on pictures.
 
     dense: the model's outputs on the same pictures. The error is monotone, and linear between measured sizes.
     """
@@ -127,8 +123,8 @@ def output_errors(
 
 def parameter_errors(
     model: nn.Module, groups: ChannelGroups, tie: Sequence[int], sizes: Sequence[int], choose: Choose
-) -> Callable[[int], float]:
-    """A function from the size of one tie's groups to their parameter error, relative to what is kept.
+) -> Errors:
+    """The parameter error of the groups, relative to what is kept.
 
     This is e / (1 - e) of the squared relative error e, so that no group is emptied, once for each weight that writes
     or reads the group: a residual stream reaches many layers (e alone, each group once, was worse than uniform sizes).
@@ -142,7 +138,7 @@ def parameter_errors(
     return monotone(sizes, [errors[k] for k in sizes])
 
 
-def monotone(sizes: Sequence[int], errors: Sequence[float]) -> Callable[[int], float]:
+def monotone(sizes: Sequence[int], errors: Sequence[float]) -> Errors:
     """A function from size to error, from ascending sizes: never smaller for fewer channels, linear in between."""
     curve = np.maximum.accumulate(errors[::-1])[::-1]
     return lambda k: float(np.interp(k, sizes, curve))
