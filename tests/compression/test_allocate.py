@@ -133,8 +133,8 @@ def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget, spare
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocate": "macs", "spare": "output"}, "spare=output compares outputs on pictures, so it needs pictures"),
-        ({"allocate": "macs", "spare": "outputs"}, "unknown spare 'outputs'.*; choose from: output, parameters"),
+        ({"allocate": "macs", "spare": "output"}, "spare=output is measured on pictures, so it needs pictures"),
+        ({"allocate": "macs", "spare": "outputs"}, "unknown spare 'outputs'.*; choose from: loss, output, parameters"),
         ({"allocate": "flops"}, "unknown allocate 'flops'; choose from: macs, params, uniform"),
         ({"protect": ["layer9"]}, "no group's name begins with 'layer9'; there are conv1"),
     ],

@@ -4,8 +4,9 @@ A reader W that gave W x and now gives W' x' changes the loss by ½ E[(gᵀ(W x 
 loss by the reader's output under labels that the network itself draws: the Gauss-Newton approximation, in which the
 gradient itself has no part because its mean is 0. With g and x taken as independent, as in K-FAC (Martens and Grosse
 2015, arXiv:1503.05671), this is ½ tr(F Δ) of two small matrices, F = E[g gᵀ] and the second moments Δ of the error that
-solving W' by least squares leaves. Layers differ by a factor of twenty and more in what a lost channel costs, as
-only F says.
+solving W' by least squares leaves. An error near the whole contribution of a layer costs more than its second order
+says, so it is divided by the square of the part that is kept. Layers differ by a factor of twenty and more in what a
+lost channel costs, as only F says.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,14 +27,15 @@ from pipeline.compression.merge.tensors import merged_inputs
 from pipeline.compression.trace.graph import call_arguments
 from pipeline.tables import UserError
 
-SAMPLES = 16  # whose gradients are looked at, each with a backward pass of its own
+ROWS, SAMPLES = 4096, 256  # whose gradients are looked at, at most; each sample has a backward pass of its own
+LEAST = 1e-3  # part of a layer's contribution that counts as kept, at least
 RIDGE = 1e-2  # on each channel's own second moment, as where readers are solved
 
 
 def output_slopes(
     model: nn.Module, groups: Iterable[ChannelGroup], batches: Batches, seed: int = 0, answers: Answers | None = None
 ) -> dict[str, Tensor]:
-    """{weight: F (outputs, outputs)} of the readers of these groups, the mean over the rows of the first SAMPLES.
+    """{weight: F (outputs, outputs)} of the readers of these groups, the mean over the rows of the first samples.
 
     Raises UserError where a reader is no linear layer, for F is of its outputs and not of their pixels.
     """
@@ -54,6 +56,8 @@ def output_slopes(
     generator = torch.Generator().manual_seed(seed)
     try:
         for single in islice(singles(batches), SAMPLES):
+            if max(rows.values()) >= ROWS:
+                break
             given.clear()
             args, kwargs = call_arguments(single)
             with torch.enable_grad():
@@ -89,14 +93,14 @@ def loss_errors(
         weight, seen, slope = (t.double().cpu() for t in (tensors[name], moments[name], slopes[name]))
         w = matrix(weight, dim, taps=False)  # (inputs, outputs)
         whole = w @ slope
-        all_of_it = float((whole * (seen @ w)).sum())
+        all_of_it = max(float((whole * (seen @ w)).sum()), torch.finfo(torch.float64).tiny)
         for size, chosen in projections.items():
             if all(projection.is_identity for projection in chosen):
                 continue
             half = merged_inputs(seen, name, groups, chosen)  # (inputs, left)
-            left = merged_inputs(half.T, name, groups, chosen)
-            left.diagonal().add_(RIDGE * left.diagonal().clamp(min=1e-6 * left.diagonal().mean()))
-            wanted = half.T @ w
-            kept = float((wanted * (torch.linalg.solve(left, wanted) @ slope)).sum())
-            found[size] += max(all_of_it - kept, 0.0) / 2
+            left, wanted = merged_inputs(half.T, name, groups, chosen), half.T @ w
+            ridge = RIDGE * left.diagonal().clamp(min=1e-6 * left.diagonal().mean())
+            solved = torch.linalg.solve(left + ridge.diag(), wanted)  # (left, outputs)
+            kept = float(((2 * wanted - left @ solved) * (solved @ slope)).sum())
+            found[size] += max(all_of_it - kept, 0.0) / 2 / max(kept / all_of_it, LEAST) ** 2
     return found
