@@ -1,7 +1,11 @@
-"""Weights trained on labelled samples after a compression: those of the norms alone, or all of them."""
+"""Weights trained after a compression, those of the norms alone or all of them: on labelled samples, or on own texts.
+
+A language model that was compressed can learn from texts that it wrote before (on=self): each next token is a draw from
+the dense network's prediction, so the expected gradient is that of distilling it, and no data is needed.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -9,27 +13,38 @@ import torch
 from torch import nn
 
 from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
+from pipeline.compression.recipe import Calibration
 from pipeline.evaluate import outputs
 from pipeline.stages.stage import State, Supplies, number_text
-from pipeline.tables import UserError
+from pipeline.tables import UserError, pick
 from pipeline.tasks.task import Batch, Task
+
+# The samples that are trained on, and what they need: the training data with its labels, or texts that the dense
+# network itself writes, which hold their own targets.
+SOURCES = {"data": frozenset({"labels"}), "self": frozenset[str]()}
+TEXTS = 8  # own texts in a batch
 
 
 @dataclass(frozen=True)
 class TuneNorms:
-    """Train the gains and shifts of all norms, and nothing else; Adam with lr, one step a batch.
+    """Train the gains and shifts of all norms, and nothing else; Adam with lr, one step a batch. on: a row of SOURCES.
 
     The study calls this REPAIR for ViT and CLIP (one supervised epoch on LayerNorm parameters). Its results are a stage
     of their own because it sees labels.
     """
 
     lr: float = 1e-3
+    on: str = "data"
 
-    needs = frozenset({"labels"})
     facts = MappingProxyType({})
 
     def __post_init__(self) -> None:
+        pick("on", SOURCES, self.on)
         check_positive("tune_norms", lr=self.lr)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return SOURCES[self.on]
 
     def __str__(self) -> str:
         return spelled("tune_norms", self)
@@ -38,24 +53,29 @@ class TuneNorms:
         return "" if norm_parameters(model) else "no norm has a gain or a shift"
 
     def run(self, state: State, supplies: Supplies) -> State:
-        tune_norms_(state.model, supplies.batches, supplies.task, self.lr)
+        tune_norms_(state.model, samples_on(self.on, supplies), supplies.task, self.lr)
         return state
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Train all weights on the labelled samples; Adam with lr, `epochs` passes over them."""
+    """Train all weights; Adam with lr, `epochs` passes over the samples. on: a row of SOURCES."""
 
     epochs: int = 1
     lr: float = 1e-4
+    on: str = "data"
 
-    needs = frozenset({"labels"})
     facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
 
     def __post_init__(self) -> None:
+        pick("on", SOURCES, self.on)
         check_positive("tune", epochs=self.epochs, lr=self.lr)
         if not isinstance(self.epochs, int):
             raise UserError(f"tune: epochs {self.epochs} must be a whole number")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return SOURCES[self.on]
 
     def __str__(self) -> str:
         return spelled("tune", self)
@@ -66,8 +86,18 @@ class Tune:
     def run(self, state: State, supplies: Supplies) -> State:
         with kept_modes(state.model):
             state.model.train()
-            train_(state.model, set(state.model.parameters()), supplies.batches, supplies.task, self.lr, self.epochs)
+            samples = samples_on(self.on, supplies)
+            train_(state.model, set(state.model.parameters()), samples, supplies.task, self.lr, self.epochs)
         return state
+
+
+def samples_on(source: str, supplies: Supplies) -> Sequence[Batch]:
+    """Batches to train on, from a row of SOURCES. UserError for own texts where the task is not language modelling."""
+    if source == "data":
+        return supplies.batches
+    if supplies.task.name != "language":
+        raise UserError(f"on={source} trains on texts, and the task is {supplies.task.name}: choose on=data")
+    return supplies.pictures(Calibration(source)).split(TEXTS)
 
 
 def tune_norms_(model: nn.Module, batches: Iterable[Batch], task: Task, lr: float = 1e-3) -> bool:
@@ -109,7 +139,8 @@ def train_(
 def spelled(name: str, stage: Tune | TuneNorms) -> str:
     """The spelling, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
     usual = type(stage)()
-    options = [f"{key}={number_text(value)}" for key, value in vars(stage).items() if value != getattr(usual, key)]
+    given = {key: value for key, value in vars(stage).items() if value != getattr(usual, key)}
+    options = [f"{key}={value if isinstance(value, str) else number_text(value)}" for key, value in given.items()]
     return f"{name}({','.join(options)})" if options else name
 
 

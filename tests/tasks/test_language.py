@@ -9,11 +9,16 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import CompressionCallback
+from pipeline.compression.calibrate.texts import written_texts
 from pipeline.evaluate import evaluate, settle
+from pipeline.measure import Host, Inputs, chains, measure
+from pipeline.stages import Supplies, parse_chain
+from pipeline.stages.tune import samples_on
 from pipeline.tables import UserError
-from pipeline.tasks import METRICS, Language
+from pipeline.tasks import METRICS, Classification, Language
 
 transformers = pytest.importorskip("transformers")
+CONTEXT = {"cell": "c", "model": "llama", "data": "made", "seed": 0, "epoch": 0, "step": 0}
 VOCABULARY, IDS = 31, torch.randint(31, (20, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -138,3 +143,25 @@ def test_the_callback_measures_a_language_model(tmp_path):
     assert METRICS["perplexity"].log
     gap, pruned = (float(trainer.callback_metrics[f"foldability/{name}_raw"]) for name in ("gap", "l1"))
     assert gap == pytest.approx(pruned - area, abs=1e-5), "lower is better"
+
+
+def test_own_texts_train_a_compressed_model_without_data():
+    """It fits them better afterwards, and no labelled sample is asked for."""
+    net = llama()
+    with torch.no_grad():
+        net.lm_head.weight.mul_(20)  # predictions that say something
+    tree = chains(["l2"], [0.5], ["raw", "tune(on=self,epochs=5,lr=0.0003)", "tune_norms(on=self)"], parts=["hidden"])
+    assert not tree.needs
+    texts = written_texts(net, IDS[:1], answers=Language().answers)  # those that the chain writes, too
+    host = Host(Language(), lambda: Inputs(IDS[:1], {"test": [texts]}, []), ("test",))
+    raw, tuned, norms = (row for row in measure(net, tree, host, CONTEXT) if row.method == "l2")
+    assert tuned.perplexity < raw.perplexity
+    assert norms.perplexity < raw.perplexity
+    assert norms.chain == "l2@0.5 > tune_norms(on=self)"
+
+
+def test_own_texts_are_for_language_alone():
+    with pytest.raises(UserError, match="on=self trains on texts, and the task is classification: choose on=data"):
+        samples_on("self", Supplies(torch.nn.Linear(2, 2), torch.zeros(1, 2), Classification()))
+    with pytest.raises(UserError, match=r"unknown on 'own'.*choose from: data, self"):
+        parse_chain("tune(on=own)")
