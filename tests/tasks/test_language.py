@@ -157,7 +157,7 @@ def test_own_texts_train_a_compressed_model_without_data():
     raw, tuned, norms = (row for row in measure(net, tree, host, CONTEXT) if row.method == "l2")
     assert tuned.perplexity < raw.perplexity
     assert norms.perplexity < raw.perplexity
-    assert norms.chain == "l2@0.5 > tune_norms(on=self)"
+    assert norms.chain == "l2+parts=[hidden]@0.5 > tune_norms(on=self)"
 
 
 def test_own_texts_are_for_language_alone():

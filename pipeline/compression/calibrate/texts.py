@@ -60,20 +60,21 @@ def written(
 
 def stepper(model: nn.Module, answers: Answers | None) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     """(texts (N, t), what the last step kept) -> (logits of the next token (N, vocabulary), what this step keeps)."""
-    answers = answers or first_scores
+    answers, writer = answers or first_scores, writer_in(model)
 
     def last(output: Any, count: int) -> Tensor:
         logits = answers(output)
         return logits.reshape(count, -1, logits.shape[-1])[:, -1].float()
 
     def keeping(texts: Tensor, kept: Any) -> tuple[Tensor, Any]:
-        output = model(input_ids=texts if kept is None else texts[:, -1:], past_key_values=kept, use_cache=True)
+        assert writer is not None
+        output = writer(input_ids=texts if kept is None else texts[:, -1:], past_key_values=kept, use_cache=True)
         return last(output, len(texts)), output.past_key_values
 
     def again(texts: Tensor, _: Any) -> tuple[Tensor, Any]:
         return last(model(texts), len(texts)), None
 
-    return keeping if callable(getattr(model, "prepare_inputs_for_generation", None)) else again
+    return again if writer is None else keeping
 
 
 @torch.no_grad()
@@ -108,9 +109,14 @@ def first_scores(output: Any) -> Tensor:
     return float_leaves(output)[0]
 
 
+def writer_in(model: nn.Module) -> nn.Module | None:
+    """The model of transformers that this one is or holds, which keeps keys and values; None: there is none."""
+    return next((m for m in model.modules() if callable(getattr(m, "prepare_inputs_for_generation", None))), None)
+
+
 def first_token(model: nn.Module, ids: Tensor) -> int:
     """The id that starts a text: the model's own, else the first of the example."""
-    own = getattr(getattr(model, "config", None), "bos_token_id", None)
+    own = getattr(getattr(writer_in(model) or model, "config", None), "bos_token_id", None)
     return int(ids[0, 0]) if own is None else int(own)
 
 
