@@ -4,7 +4,7 @@
     python -m benchmarks.calibration --code ../before       # the same with another checkout, whose batch is one tensor
 
 Each row is `compress` at ratio 0.5 in a process of its own, with random weights: a ResNet50 on pictures of 224 pixels,
-and a LLaMA of 135 million parameters on texts of 1,024 tokens, where only the FFN is made smaller. Channels are pruned
+and a LLaMA of 135 million parameters on texts of 1,024 tokens (short: 256), where only the FFN is made smaller. Channels are pruned
 by their norm, because clustering costs the same whatever the data is. Memory is the resident set at its highest, less
 the resident set with the network and the data before.
 """
@@ -12,6 +12,7 @@ the resident set with the network and the data before.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import nn
 
 from benchmarks.common import alone, described, machine, spent, write
 
-ROWS = (("resnet50", 64), ("resnet50", 512), ("llama", 8), ("llama", 128))  # network, samples
+# Network, samples
+ROWS = (("resnet50", 64), ("resnet50", 512), ("llama_short", 64), ("llama", 8), ("llama", 128))
 LIMIT_GB = 4.0
 
 
@@ -32,7 +34,7 @@ def resnet50(count: int) -> tuple[nn.Module, Any, Any, dict[str, Any]]:
     return timm.create_model("resnet50"), data[:1], data, {}
 
 
-def llama(count: int) -> tuple[nn.Module, Any, Any, dict[str, Any]]:
+def llama(count: int, length: int = 1024) -> tuple[nn.Module, Any, Any, dict[str, Any]]:
     """(network, example, data, options)"""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,11 +48,11 @@ def llama(count: int) -> tuple[nn.Module, Any, Any, dict[str, Any]]:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    tokens = torch.randint(49152, (count, 1024), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(49152, (count, length), generator=torch.Generator().manual_seed(0))
     return LlamaForCausalLM(config), {"input_ids": tokens[:1, :64]}, {"input_ids": tokens}, {"parts": ["hidden"]}
 
 
-NETWORKS = {"resnet50": resnet50, "llama": llama}
+NETWORKS = {"resnet50": resnet50, "llama": llama, "llama_short": partial(llama, length=256)}
 
 
 def measured(name: str, count: int, threads: int, code: str) -> dict[str, Any]:

@@ -3,8 +3,10 @@
     python -m benchmarks.language smollm2 --network SmolLM2-135M-Instruct.Q4_1.gguf --c4 c4.parquet --wikitext wiki.txt
     python -m benchmarks.language stories --network stories260K/hf --c4 tinystories.txt
 
-Rows go to benchmarks/results/language.json as they are made; a row that is there is not made again. Every number is a
-perplexity on texts that chose nothing: the first 400 documents of C4 calibrate, the next 200 chose the defaults, and
+    python -m benchmarks.language page      # docs/language.md and its picture, from the rows that are there
+
+Rows go to benchmarks/results/language_<network>.json as they are made; what is there is not made again. Every number is
+a perplexity on texts that chose nothing: the first 400 documents of C4 calibrate, the next 200 chose the defaults, and
 those from 600 on are reported, as are all of WikiText-2's. Only feed-forward channels go. Evaluation runs in bfloat16,
 which changes the dense perplexity by less than a thousandth.
 """
@@ -22,7 +24,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import machine, rounded, timed
+from benchmarks.common import machine, rounded, timed, write_below
 from pipeline.compression import METHODS, Plan, Projection, Recipe, channel_groups, parse
 from pipeline.compression.calibrate import compensate
 from pipeline.compression.calibrate.batches import batches_of
@@ -41,8 +43,11 @@ from pipeline.models import build_model
 from pipeline.stages import State, Supplies, parse_tail
 from pipeline.tasks import Language
 
-RESULTS = Path(__file__).parent / "results" / "language.json"
+RESULTS = Path(__file__).parent / "results"
 TASK = Language()
+PAGE, MARK = Path("docs/language.md"), "<!-- written by benchmarks.language -->"
+SEES = re.compile(r"data|self|unigram|wanda-sp|flap|grail")  # plans that look at texts
+DRAWN = ("fold", "l2", "wanda-sp", "flap", "grail", "fold+self", "obs+data", "obs+self", "obs+self+params")
 CALIBRATE, CHOOSE = 400, 200  # documents
 # Network: tokens of a window, windows to calibrate on, ratios.
 SETTINGS = {
@@ -244,9 +249,9 @@ def documents_of(path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=SETTINGS)
-    parser.add_argument("--network", type=Path, required=True)
-    parser.add_argument("--c4", type=Path, required=True, help="documents to calibrate on and to report")
+    parser.add_argument("name", choices=[*SETTINGS, "page"])
+    parser.add_argument("--network", type=Path)
+    parser.add_argument("--c4", type=Path, help="documents to calibrate on and to report")
     parser.add_argument("--wikitext", type=Path, help="a second text to report")
     parser.add_argument("--own", type=Path, help="a file of ids that the network wrote; it is made where it is missing")
     parser.add_argument("--plans", nargs="*", default=PLANS)
@@ -255,7 +260,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="to report on, of each text")
     parser.add_argument("--tokenizer", type=Path, help="where it does not lie with the network")
     parser.add_argument("--label", help="name of the network in the rows")
-    run(parser.parse_args())
+    given = parser.parse_args()
+    page() if given.name == "page" else run(given)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -282,7 +288,8 @@ def run(given: argparse.Namespace) -> None:
             torch.save(texts["self"], given.own)
     groups = channel_groups(net, texts["data"][:1], ["hidden"])
     label = given.label or given.name
-    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    results = RESULTS / f"language_{label}.json"
+    rows = json.loads(results.read_text()) if results.is_file() else []
 
     def done(plan: str, ratio: float) -> bool:
         key = (label, plan, ratio, count)
@@ -294,7 +301,7 @@ def run(given: argparse.Namespace) -> None:
         told = {"tokens": {name: text.numel() for name, text in tests.items()}, "machine": machine("transformers")}
         row = {"network": label, "plan": plan, "ratio": ratio, "windows": count, "window": size}
         rows.append(rounded({**row, "perplexity": found, **size_of, **told}))
-        RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        results.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         print(f"{label} {plan} {ratio:g}: {found} {seconds:.0f} s", flush=True)
 
     if not done("dense", 0.0):
@@ -305,6 +312,64 @@ def run(given: argparse.Namespace) -> None:
         for ratio, smaller in made(plan, net, groups, texts, left) if left else ():
             add(plan, ratio, smaller, time.perf_counter() - start)
             start = time.perf_counter()
+
+
+def page() -> None:
+    """Tables and the picture of docs/language.md."""
+    lines = []
+    for path in sorted(RESULTS.glob("language_*.json")):
+        rows = json.loads(path.read_text())
+        for text in rows[0]["perplexity"]:
+            lines += [*table(rows, text), ""]
+    write_below(PAGE, MARK, "Language models", lines)
+    picture()
+
+
+def table(rows: Sequence[dict[str, Any]], text: str) -> list[str]:
+    """One network on one text, a line for each plan and number of windows."""
+    dense = next(row for row in rows if row["plan"] == "dense")
+    ratios = sorted({row["ratio"] for row in rows} - {0.0})
+    found = {(row["plan"], row["windows"], row["ratio"]): row["perplexity"][text] for row in rows}
+    plans = list(dict.fromkeys((row["plan"], row["windows"]) for row in rows if row["plan"] != "dense"))
+
+    def told(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+    return [
+        f"### {dense['network']} on {text}: dense {dense['perplexity'][text]:.2f}, {dense['tokens'][text]:,} tokens",
+        "",
+        "| recipe | texts | " + " | ".join(f"{ratio:.0%} gone" for ratio in ratios) + " |",
+        "|---|---|" + "---|" * len(ratios),
+        *(
+            f"| {plan} | {windows if SEES.search(plan) else ''} | "
+            + " | ".join(told(found.get((plan, windows, ratio))) for ratio in ratios)
+            + " |"
+            for plan, windows in plans
+        ),
+    ]
+
+
+def picture() -> None:
+    """Perplexity over the ratio, one panel for each network, on a log axis."""
+    import matplotlib.pyplot as plt
+
+    paths = sorted(RESULTS.glob("language_*.json"))
+    figure, axes = plt.subplots(1, len(paths), figsize=(5 * len(paths), 4.2), squeeze=False, layout="constrained")
+    for axis, path in zip(axes[0], paths, strict=True):
+        rows = json.loads(path.read_text())
+        text = next(iter(rows[0]["perplexity"]))
+        dense = rows[0]["perplexity"][text]
+        for plan in DRAWN:
+            usual = SETTINGS[rows[0]["network"]][1] if rows[0]["network"] in SETTINGS else rows[-1]["windows"]
+            points = [(r["ratio"], r["perplexity"][text]) for r in rows if r["plan"] == plan and r["windows"] == usual]
+            if points:
+                axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)
+        axis.set(yscale="log", xlabel="feed-forward channels removed", title=f"{rows[0]['network']}, {text}")
+        axis.set_ylim(top=dense * 60)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("perplexity")
+    figure.savefig(PAGE.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":
