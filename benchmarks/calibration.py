@@ -4,9 +4,9 @@
     python -m benchmarks.calibration --code ../before       # the same with another checkout, whose batch is one tensor
 
 Each row is `compress` at ratio 0.5 in a process of its own, with random weights: a ResNet50 on pictures of 224 pixels,
-and a LLaMA of 135 million parameters on texts of 1,024 tokens (short: 256), where only the FFN is made smaller. Channels are pruned
-by their norm, because clustering costs the same whatever the data is. Memory is the resident set at its highest, less
-the resident set with the network and the data before.
+and a LLaMA of 135 million parameters on texts of 1,024 tokens (short: 256), where only the FFN is made smaller.
+Channels are pruned by their norm, because clustering costs the same whatever the data is. Memory is the resident set
+at its highest, less the resident set with the network and the data before.
 """
 
 import argparse

@@ -81,7 +81,8 @@ def main() -> None:
             "",
             f"`python -m benchmarks.large`, n = 1, {described(where, 'timm')}.",
             "",
-            f"{r['groups']} groups ({', '.join(r['parts'])}), {r['parameters']:,} parameters, {r['network_mib']:.0f} MiB.",
+            f"{r['groups']} groups ({', '.join(r['parts'])}), {r['parameters']:,} parameters, "
+            f"{r['network_mib']:.0f} MiB.",
             "",
             "| step | seconds | seconds of all cores | memory at the peak, in networks |",
             "|---|---|---|---|",
