@@ -1,8 +1,10 @@
 """Look-up in the project's tables (MODELS, DATASETS, OPTIMIZERS, SCHEDULES, METHODS): one error text for all."""
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
@@ -71,3 +73,13 @@ def _is_number(annotation: Any) -> bool:
     return all(
         isinstance(kind, type) and kind.__name__ in ("int", "float", "bool", "NoneType", "Tensor") for kind in kinds
     )
+
+
+def optional(what: str, package: str, extra: str) -> ModuleType:
+    """Import a library that only some users need. UserError, with the install command, where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs {package}, which is not there ({first_line(error)}); pip install 'foldability[{extra}]'"
+        ) from error

@@ -105,7 +105,9 @@ def test_a_label_says_how_a_method_is_compensated(monkeypatch):
     """Synthetic pictures are made once for each network; unlabelled ones are the training samples of repair."""
     made = []
     monkeypatch.setattr(
-        pipeline.stages.stage, "synthesize", lambda net, example, seed: made.append(seed) or PICTURES.tensors[0]
+        pipeline.stages.stage,
+        "made_pictures",
+        lambda net, example, how, seed, _: made.append(seed) or PICTURES.tensors[0],
     )
     labels = ["fold", "fold+ar", "fold+synthetic", "l1+synthetic", "obs+data", "l1+grail", "l2+data+params", "l2+macs"]
     tree = chains(labels, [0.5], ["raw"], seed=3)
@@ -218,7 +220,7 @@ def test_more_calibration_samples_than_there_are_is_no_number():
 
 
 def test_fidelity_is_foretold_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(pipeline.stages.stage, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
+    monkeypatch.setattr(pipeline.stages.stage, "made_pictures", lambda *_: PICTURES.tensors[0])
     net = build_model("resnet20", 4, 3)
 
     def rows(**options):
@@ -331,7 +333,7 @@ def test_fidelity_that_cannot_be_foretold_costs_a_warning():
 
 
 def test_a_row_is_about_the_last_compression_of_its_chain(monkeypatch):
-    monkeypatch.setattr(pipeline.stages.stage, "synthesize", lambda net, example, seed: PICTURES.tensors[0])
+    monkeypatch.setattr(pipeline.stages.stage, "made_pictures", lambda *_: PICTURES.tensors[0])
     net, stages = build_model("resnet20", 4, 3), ["raw", "repair", "l1@0.5", "mix+data@0.5 > repair"]
     rows = rows_of(chains(["l1"], [0.5], stages, predict=True), net, batches=[EVERYTHING])[1:]
     raw, repaired, twice, mixed = rows

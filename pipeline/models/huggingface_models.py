@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.library import InputConfig, muted, optional, side, trained_weights
-from pipeline.tables import UserError
+from pipeline.models.library import InputConfig, muted, side, trained_weights
+from pipeline.tables import UserError, optional
 
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 SETTINGS = "preprocessor_config.json"
@@ -79,7 +79,7 @@ def auto_model(
 
     check: raises where the config does not fit the data; options: change the config
     """
-    transformers = optional("transformers", "huggingface")
+    transformers = optional("this model", "transformers", "huggingface")
     transformers.logging.disable_progress_bar()
     source, file = source_of(architecture)
     # Bars of transformers can be switched off, but for the one of GGUF files.
@@ -111,7 +111,7 @@ def huggingface_input(architecture: str, **_: Any) -> InputConfig | None:
 
     Where that file would squash pictures to a square, we crop them.
     """
-    transformers = optional("transformers", "huggingface")
+    transformers = optional("this model", "transformers", "huggingface")
     source, _ = source_of(architecture)
     if source.is_dir() and not (source / SETTINGS).is_file():
         return None
@@ -134,7 +134,8 @@ def source_of(architecture: str) -> tuple[Path, dict[str, str]]:
     """(path of a local folder, or a name on the hub, which looks like a path; {"gguf_file": name} of a GGUF in it)"""
     source = Path(architecture).expanduser()
     if source.suffix == ".gguf" and source.is_file():
-        optional("gguf", "gguf")
+        for package in ("gguf", "accelerate"):  # transformers reads the files with both
+            optional("a GGUF file", package, "gguf")
         return source.parent, {"gguf_file": source.name}
     if not source.is_dir() and (architecture.startswith((".", "~", "/")) or len(source.parts) > 2):
         raise UserError(f"no folder {source}; give one that has config.json, or a name on the hub")

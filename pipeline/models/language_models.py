@@ -5,8 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.models.huggingface_models import Wrapped, auto_model
-from pipeline.models.library import optional
-from pipeline.tables import UserError
+from pipeline.tables import UserError, optional
 
 
 class CausalModel(Wrapped):
@@ -43,7 +42,7 @@ def llama(
     vocab_size: rows of the embedding, at least the vocabulary; None: as many
     checkpointing: compute activations again in the backward pass rather than keep them (arXiv:1604.06174)
     """
-    transformers = optional("transformers", "language")
+    transformers = optional("this model", "transformers", "language")
     config = transformers.LlamaConfig(
         vocab_size=vocab_size or vocabulary,
         hidden_size=hidden,

@@ -1,12 +1,10 @@
 """Shared by builders of other libraries' models: imports and downloads that may fail, and how to prepare pictures."""
 
 import difflib
-import importlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 
 from pipeline.tables import UserError, first_line, one_line
 
@@ -32,16 +30,6 @@ def side(size: int | Sequence[int] | Mapping[str, int]) -> int:
     if len(sides) != 1:
         raise UserError(f"this model wants pictures of size {size}, and only squares can be made; set data.size")
     return sides.pop()
-
-
-def optional(package: str, extra: str) -> ModuleType:
-    """Import a library that only some models need. UserError, with the install command, where it is missing."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"this model needs {package}, which is not there ({first_line(error)}); pip install 'foldability[{extra}]'"
-        ) from error
 
 
 def check_known(what: str, name: str, known: Collection[str], lister: str) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.library import InputConfig, check_known, muted, optional, side, trained_weights
-from pipeline.tables import UserError, pick
+from pipeline.models.library import InputConfig, check_known, muted, side, trained_weights
+from pipeline.tables import UserError, optional, pick
 
 HEADS = ("linear", "zero_shot")
 SCALE = 100.0  # factor of zero-shot logits, as OpenAI's CLIP has learnt it
@@ -52,7 +52,7 @@ def open_clip_model(
     class_names: one name for each class, in the order of the labels, or "imagenet" for the 1,000 of ImageNet-1K
     templates: sentences with {} for the name, or "openai" for the 80 of arXiv:2103.00020, or "simple" for 7 of them
     """
-    open_clip = optional("open_clip", "clip")
+    open_clip = optional("this model", "open_clip", "clip")
     check(architecture, pretrained)
     pick("head of open_clip", dict.fromkeys(HEADS), head)
     if channels != 3:
@@ -76,7 +76,7 @@ def open_clip_model(
 def open_clip_input(
     architecture: str = "ViT-B-32-quickgelu", pretrained: str | None = None, **options: Any
 ) -> InputConfig:
-    open_clip = optional("open_clip", "clip")
+    open_clip = optional("this model", "open_clip", "clip")
     check(architecture, pretrained)
     vision = options.get("vision_cfg", open_clip.get_model_config(architecture)["vision_cfg"])
     trained = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
@@ -91,7 +91,7 @@ def open_clip_input(
 
 def check(architecture: str, pretrained: str | None) -> None:
     """UserError for names that open_clip does not have, and for weights that were trained with another activation."""
-    open_clip = optional("open_clip", "clip")
+    open_clip = optional("this model", "open_clip", "clip")
     check_known("open_clip model", architecture, open_clip.list_models(), "open_clip.list_models()")
     if not pretrained or Path(pretrained).is_file():
         return
@@ -108,7 +108,7 @@ def check(architecture: str, pretrained: str | None) -> None:
 
 def words(class_names: str | Sequence[str], templates: str | Sequence[str]) -> tuple[Sequence[str], Sequence[Any]]:
     """(names of classes, templates that make sentences of them: text with {}, or open_clip's functions)"""
-    open_clip = optional("open_clip", "clip")
+    open_clip = optional("this model", "open_clip", "clip")
     if isinstance(class_names, str):
         class_names = pick("class_names of open_clip", {"imagenet": open_clip.IMAGENET_CLASSNAMES}, class_names)
     if isinstance(templates, str):

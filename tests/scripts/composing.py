@@ -58,7 +58,7 @@ def shrunk(config: dict, roots: dict) -> dict:
     data.update({"batch_size": 8, "val_fraction": 0.25})
     if "context" in data:
         made = {"root": str(roots["text"]), "tokenizer": "bytes", "vocabulary": None, "cache": roots["cache"]}
-        data.update({"context": 16, "test_size": 8, "val_size": 8, "eval_batch_size": 4, **made})
+        data.update({"context": 16, "train_size": None, "test_size": 8, "val_size": 8, "eval_batch_size": 4, **made})
         data.update({"name": "text"} if data["name"] == "c4" else {})
         for key in ("documents", "test_documents", "root" if data["name"] == "pydoc" else None):
             data.pop(key, None)

@@ -54,6 +54,8 @@ def test_every_config_builds_and_runs_one_batch(group, name, roots, tmp_path):
     if (group, name) == ("model", "language_model"):
         folder = write_language_model(tmp_path / "llama", vocab_size=257)
         data += [f"model.architecture={folder}", "model.checkpointing=true"]
+    if (group, name) == ("sweep", "llama_small"):
+        data = ["data.root=set-below"]
     if group == "data" and name in TEXTS:
         data = ["model=llama_tiny", "compression.stages=[raw]", *["data.root=set-below"] * (name == "text")]
     if (group, name) == ("optim", "timm"):

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from functools import partial
 
-from pipeline.tables import UserError, first_line
+from pipeline.tables import UserError, first_line, optional
 
-from .source import Source, optional
+from .source import Source
 
 REPOSITORY, LANGUAGE = "allenai/c4", "en"
 
@@ -23,7 +23,7 @@ def load(documents: int = 100_000, test_documents: int = 5_000) -> Source:
 
 def streamed(split: str, count: int, skip: int) -> Iterator[str]:
     """Documents `skip` to `count` of a split, in the order of its files: only an unshuffled stream resumes exactly."""
-    datasets = optional("data set 'c4'", "datasets")
+    datasets = optional("data set 'c4'", "datasets", "text")
     if skip >= count:
         return
     try:

@@ -1,13 +1,9 @@
 """The record that every source of text returns, and what makes a text the same as another."""
 
 import hashlib
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
-
-from pipeline.tables import UserError, first_line
 
 Stream = Callable[[int], Iterator[str]]  # skip -> the documents behind the first `skip`, always in the same order
 
@@ -34,13 +30,3 @@ def digest(text: str) -> int:
 def whole(text: str) -> str:
     """The text, with half characters (lone surrogates, which JSON can spell) replaced: no tokenizer takes them."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def optional(what: str, package: str) -> ModuleType:
-    """Import a library that only some texts need. UserError, with the install command, where it is missing."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"{what} needs {package}, which is not there ({first_line(error)}); pip install 'foldability[text]'"
-        ) from error

@@ -10,9 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.tables import UserError, first_line
-
-from .source import optional
+from pipeline.tables import UserError, first_line, optional
 
 END = "<|endoftext|>"
 # How the end of a document, or else the start of one, is called where a tokenizer.json comes alone.
@@ -118,7 +116,7 @@ def check_bpe(vocabulary: int | None) -> int:
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> Fast:
     """A byte-level BPE (arXiv:1508.07909, as in GPT-2) of at most `vocabulary` ids; little text gives fewer."""
-    library = optional("tokenizer 'bpe'", "tokenizers")
+    library = optional("tokenizer 'bpe'", "tokenizers", "text")
     backend = library.Tokenizer(library.models.BPE())
     backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = library.decoders.ByteLevel()
@@ -151,7 +149,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def from_file(path: Path) -> Fast:
     """A tokenizer.json alone; config.json beside it may say the end of a document, else its usual names do."""
-    library = optional(f"tokenizer {path}", "tokenizers")
+    library = optional(f"tokenizer {path}", "tokenizers", "text")
     try:
         backend = library.Tokenizer.from_file(str(path))
         config = path.with_name("config.json")
@@ -164,7 +162,7 @@ def from_file(path: Path) -> Fast:
 
 
 def from_transformers(name: str, path: Path, **options: str) -> Fast:
-    transformers = optional(f"tokenizer {name!r}", "transformers")
+    transformers = optional(f"tokenizer {name!r}", "transformers", "text")
     source = path if path.is_dir() else name
     load = partial(transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=False, **options)
     try:
