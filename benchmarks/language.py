@@ -81,7 +81,7 @@ def wanda_sp(net: Network, ratio: float) -> nn.Module:
     plans = []
     for group in net.groups:
         left = int(group.size * (1 - ratio) + 1e-9)
-        weights = GroupWeights(group, net.tensors, moments=net.moments)
+        weights = GroupWeights(group, net.tensors, moments=lambda: net.moments)
         plans.append(METHODS["wanda"](weights, [left])[left])
     return apply(net.model, net.groups, plans)
 
@@ -151,7 +151,7 @@ def grail(net: Network, ratio: float) -> nn.Module:
         plans = []
         for group in net.groups:
             left = int(group.size * (1 - ratio) + 1e-9)
-            weights = GroupWeights(group, net.tensors, moments=net.moments)
+            weights = GroupWeights(group, net.tensors, moments=lambda: net.moments)
             plans.append(METHODS["wanda"](weights, [left])[left])
         smaller = apply(net.model, net.groups, plans)
         compensated_(net, smaller, Plan(net.groups, plans))
@@ -329,7 +329,7 @@ def table(rows: Sequence[dict[str, Any]], text: str) -> list[str]:
     """One network on one text, a line for each plan and number of windows."""
     dense = next(row for row in rows if row["plan"] == "dense")
     ratios = sorted({row["ratio"] for row in rows} - {0.0})
-    found = {(row["plan"], row["windows"], row["ratio"]): row["perplexity"][text] for row in rows}
+    found = {(row["plan"], row["windows"], row["ratio"]): row["perplexity"].get(text) for row in rows}
     plans = list(dict.fromkeys((row["plan"], row["windows"]) for row in rows if row["plan"] != "dense"))
 
     def told(value: float | None) -> str:
@@ -359,8 +359,8 @@ def picture() -> None:
         rows = json.loads(path.read_text())
         text = next(iter(rows[0]["perplexity"]))
         dense = rows[0]["perplexity"][text]
+        usual = next(row["windows"] for row in rows if row["plan"] != "dense")
         for plan in DRAWN:
-            usual = SETTINGS[rows[0]["network"]][1] if rows[0]["network"] in SETTINGS else rows[-1]["windows"]
             points = [(r["ratio"], r["perplexity"][text]) for r in rows if r["plan"] == plan and r["windows"] == usual]
             if points:
                 axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)

@@ -288,7 +288,7 @@ def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[i
         net.seed,
         inputs,
         net.gradients,
-        net.moments if net.blockwise else {},
+        lambda: net.moments if net.blockwise else {},
     )
     method = METHODS[recipe.method].choose
     found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)

@@ -40,6 +40,7 @@ class GroupWeights:
     scale: "none", "tensor" (every weight tensor counts the same) or "channel" (every channel has norm 1: angles alone)
     norm: put the scale and shift of the norm behind a weight, and biases, into the description
     inputs: {weight: (rows, inputs)}, the inputs of its layer on some pictures (see compensate.observe)
+    moments: gives {weight: (inputs, inputs)} in their place (see compensate.second_moments)
     gradients: those of the network on these pictures, for the methods that look at them
     seed: for methods that draw at random
 
@@ -55,7 +56,7 @@ class GroupWeights:
     seed: int = 0
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Gradients | None = None
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Callable[[], Mapping[str, Tensor]] = dict
 
     def __post_init__(self) -> None:
         pick("features", dict.fromkeys(FEATURES), self.features)
@@ -141,9 +142,9 @@ class GroupWeights:
 
         The mean over the layers that read the channels, each counting the same.
         """
-        found = []
+        found, moments_of = [], self.moments()
         for axis in self.group.reads:
-            if axis.query or not (axis.tensor in self.inputs or axis.tensor in self.moments):
+            if axis.query or not (axis.tensor in self.inputs or axis.tensor in moments_of):
                 continue
             # Where a channel is m inputs, each of them is one more row.
             if axis.tensor in self.inputs:
@@ -151,7 +152,7 @@ class GroupWeights:
                 rows = seen[:, axis.index.to(seen.device)].transpose(1, 2).flatten(0, 1)
                 moments = rows.T @ rows
             else:
-                every = self.moments[axis.tensor]
+                every = moments_of[axis.tensor]
                 moments = torch.stack([every[places][:, places] for places in axis.index.T.to(every.device)]).sum(0)
             moments = moments.to("cpu", self.dtype)
             found.append(moments / moments.trace().clamp(min=torch.finfo(torch.float32).tiny))
