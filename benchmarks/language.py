@@ -47,7 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 TASK = Language()
 PAGE, MARK = Path("docs/language.md"), "<!-- written by benchmarks.language -->"
 SEES = re.compile(r"data|self|unigram|wanda-sp|flap|grail")  # plans that look at texts
-DRAWN = ("fold", "l2", "wanda-sp", "flap", "grail", "fold+self", "obs+data", "obs+self", "obs+self+params")
+DRAWN = ("fold", "l2", "wanda-sp", "flap", "grail", "fold+data+params", "obs+data+params", "obs+self+params")
 CALIBRATE, CHOOSE = 400, 200  # documents
 # Network: tokens of a window, windows to calibrate on, ratios.
 SETTINGS = {
@@ -365,7 +365,7 @@ def picture() -> None:
             if points:
                 axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)
         axis.set(yscale="log", xlabel="feed-forward channels removed", title=f"{rows[0]['network']}, {text}")
-        axis.set_ylim(top=dense * 60)
+        axis.set_ylim(top=dense * 25)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("perplexity")
