@@ -200,3 +200,18 @@ def test_folding_gated_channels_never_loses_more_than_keeping_as_many(seen):
             pruned_to = weights.error(Projection(labels))
             assert weights.error(METHODS["special"](weights, [k])[k]) <= pruned_to + 1e-9
             assert weights.error(METHODS["fold"](weights, [k])[k]) <= 1.02 * pruned_to
+
+
+def test_a_network_in_training_mode_is_solved_in_evaluation_mode_and_left_in_its_own():
+    """No dropout, and no statistics of BatchNorm, move while blocks are found."""
+    model = nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 3)).double()
+    x = torch.randn(40, 4, dtype=torch.float64)
+    groups = channel_groups(model.eval(), x)
+    plan = Plan(groups, pruned(groups))
+    states = []
+    for training in (False, True):
+        smaller = apply(model.train(training), groups, plan.projections)
+        compensate_blocks_(smaller, model, plan, batches_of(x))
+        assert smaller.training == model.training == training
+        states.append(smaller.state_dict())
+    assert distance(states[1], states[0]) < 1e-12

@@ -38,7 +38,6 @@ def compensate_blocks_(
     smaller: the model after the plan; batches: network inputs. ridge: see `compensate_`.
     """
     changed = [i for i, projection in enumerate(plan.projections) if not projection.is_identity]
-    blocks = blocks_of(smaller, [plan.groups[i] for i in changed], batches)
     given: dict[int, Example] = {}
     solved: list[str] = []
 
@@ -55,9 +54,9 @@ def compensate_blocks_(
         names = compensate_(smaller.get_submodule(path), dense, of_block, seen, ridge=ridge, target="same")
         solved.extend(f"{path}.{name}" if path else name for name in names)
 
-    with kept_modes(smaller), kept_modes(model):
-        model.eval()
-        in_lockstep(smaller.eval(), {path: smaller.get_submodule(path) for path in blocks}, batches, arrive, leave)
+    with kept_modes(smaller):
+        blocks = blocks_of(smaller.eval(), [plan.groups[i] for i in changed], batches)
+        in_lockstep(smaller, {path: smaller.get_submodule(path) for path in blocks}, batches, arrive, leave)
     return solved
 
 
