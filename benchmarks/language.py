@@ -16,6 +16,7 @@ import json
 import re
 import struct
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from benchmarks.common import machine, rounded, timed, write_below
 from pipeline.compression import METHODS, Plan, Projection, Recipe, channel_groups, parse
 from pipeline.compression.calibrate import compensate
 from pipeline.compression.calibrate.batches import batches_of
-from pipeline.compression.calibrate.compensate import Target
-from pipeline.compression.calibrate.rows import input_dim
+from pipeline.compression.calibrate.compensate import Moments, Target, moments_of, readers, statistics_of
+from pipeline.compression.calibrate.lockstep import Stop, forward, watched
 from pipeline.compression.calibrate.texts import written_texts
 from pipeline.compression.choose.methods import GroupWeights
-from pipeline.compression.compress import Network, compensated_, compressions
+from pipeline.compression.compress import Network, channels_left, compensated_, compressions
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.merge.modules import apply
@@ -76,14 +77,16 @@ def perplexity(net: nn.Module, texts: Tensor) -> float:
         return TASK.values(evaluate(net.eval(), TASK, texts.split(8)))["perplexity"]
 
 
+def by_wanda(net: Network, ratio: float) -> list[Projection]:
+    """Wanda's choice of whole channels, of each group alike."""
+    sizes = [channels_left(group.size, ratio) for group in net.groups]
+    weights = [GroupWeights(group, net.tensors, moments=lambda: net.moments) for group in net.groups]
+    return [METHODS["wanda"](of_group, [k])[k] for of_group, k in zip(weights, sizes, strict=True)]
+
+
 def wanda_sp(net: Network, ratio: float) -> nn.Module:
     """Wanda's score for whole channels, as the baseline of FLAP's paper: nothing is solved."""
-    plans = []
-    for group in net.groups:
-        left = int(group.size * (1 - ratio) + 1e-9)
-        weights = GroupWeights(group, net.tensors, moments=lambda: net.moments)
-        plans.append(METHODS["wanda"](weights, [left])[left])
-    return apply(net.model, net.groups, plans)
+    return apply(net.model, net.groups, by_wanda(net, ratio))
 
 
 def flap(net: Network, ratio: float) -> nn.Module:
@@ -116,30 +119,16 @@ def flap(net: Network, ratio: float) -> nn.Module:
 @torch.no_grad()
 def channel_statistics(net: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means and variances of the inputs of all readers, {weight: (C,)}."""
-    first: dict[str, Any] = {}
-    second: dict[str, Any] = {}
-    count = 0
-    layers = {axis.tensor: axis.tensor.rpartition(".")[0] for group in net.groups for axis in group.reads}
-    model = net.model
+    moments: dict[str, list[Moments]] = defaultdict(list)
 
-    def keep(name: str, x: Tensor) -> None:
-        rows = x.flatten(0, -2).double()
-        first[name] = first.get(name, 0) + rows.sum(0)
-        second[name] = second.get(name, 0) + rows.square().sum(0)
+    def keep(stop: Stop) -> None:
+        moments[stop.name].append(moments_of(stop.x.flatten(0, -2)))
 
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-        for name, path in layers.items()
-        if input_dim(model.get_submodule(path)) is not None
-    ]
-    for batch in net.pictures or ():
-        count += batch.numel()
-        model(batch)
-    for handle in handles:
-        handle.remove()
-    means = {name: total / count for name, total in first.items()}
-    variances = {name: (second[name] / count - means[name].square()).float() for name in first}
-    return {name: mean.float() for name, mean in means.items()}, variances
+    with watched(readers(net.model, net.groups), keep):
+        for batch in net.pictures or ():
+            forward(net.model, batch)
+    found = {name: statistics_of(batches) for name, batches in moments.items()}
+    return {name: mean for name, (_, mean) in found.items()}, {name: var for name, (var, _) in found.items()}
 
 
 def grail(net: Network, ratio: float) -> nn.Module:
@@ -148,11 +137,7 @@ def grail(net: Network, ratio: float) -> nn.Module:
     usual = compensate.TARGETS["same"]
     compensate.TARGETS["same"] = Target(1e-3)
     try:
-        plans = []
-        for group in net.groups:
-            left = int(group.size * (1 - ratio) + 1e-9)
-            weights = GroupWeights(group, net.tensors, moments=lambda: net.moments)
-            plans.append(METHODS["wanda"](weights, [left])[left])
+        plans = by_wanda(net, ratio)
         smaller = apply(net.model, net.groups, plans)
         compensated_(net, smaller, Plan(net.groups, plans))
         return smaller

@@ -256,8 +256,8 @@ def greedy_order(shown: Array) -> Array:
     for i in range(len(of)):
         while True:
             r = gains.argmax()
-            stale, gains[r] = gains[r], np.maximum(of[r] - best, 0).sum()
-            if gains[r] == stale or gains[r] >= gains.max():
+            gains[r] = np.maximum(of[r] - best, 0).sum()
+            if gains[r] >= gains.max():
                 break
         order[i], gains[r] = r, -np.inf
         np.maximum(best, of[r], out=best)

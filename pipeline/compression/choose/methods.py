@@ -188,8 +188,13 @@ class GroupWeights:
         return sum(((r @ r.T).cpu() for r in rows), torch.zeros(self.group.size, self.group.size, dtype=self.dtype))
 
     def error(self, projection: Projection) -> float:
-        """Relative parameter error of the projection in these features."""
-        return reconstruction_error(self.gram, projection)
+        """Relative parameter error of the projection in these features; by `shown` where representatives are chosen."""
+        if projection.chosen is None:
+            return reconstruction_error(self.gram, projection)
+        total = float(self.gram.diagonal().double().sum())
+        members = (projection.labels >= 0).nonzero().squeeze(1)
+        kept = float(self.shown[members, projection.into[members]].double().sum())
+        return (max(total - kept, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
     @cached_property
     def shown(self) -> Tensor:

@@ -141,12 +141,7 @@ def reconstruction_error(gram: Tensor, projection: Projection) -> float:
     if projection.is_identity:
         return 0.0
     total = float(gram.diagonal().double().sum())
-    if projection.chosen is None:
-        kept = kept_energy(gram.cpu().numpy(), projection.labels.numpy())
-    else:  # what representatives show of their members
-        members = (projection.labels >= 0).nonzero().squeeze(1)
-        stands = projection.into[members]
-        kept = float((gram[members, stands].square() / gram.diagonal()[stands].clamp(min=1e-30)).double().sum())
+    kept = kept_energy(gram.cpu().numpy(), projection.labels.numpy())
     return (max(total - kept, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
