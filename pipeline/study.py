@@ -346,7 +346,8 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
             dotted = panel.axhline(
                 metric.scale * dense, color="grey", linestyle=":", label=f"dense {metric.text(dense)}"
             )
-            panel.legend(handles=[dotted], frameon=False, loc="upper right")
+            corner = "upper right" if metric.higher_is_better else "upper left"  # where no curve ends
+            panel.legend(handles=[dotted], frameon=False, loc=corner)
         panel.set_title(TITLES.get(stage, stage), fontsize=10)
         panel.set_xlabel("fraction of channels removed" + ", of weights by masks" * masked)
         if metric.log:
