@@ -48,7 +48,8 @@ import polars as pl
 
 from benchmarks.common import write_below
 from pipeline.results import DENSE, measured, read_joined
-from pipeline.study import dense_rows, foretold, half_interval, plot_curves
+from pipeline.study.pictures import plot_curves
+from pipeline.study.summary import dense_rows, foretold, half_interval
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/accuracy.md")

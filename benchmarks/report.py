@@ -22,8 +22,8 @@ import polars as pl
 from benchmarks.common import described, machine, timed
 from pipeline.cells import cells, settings, write_record
 from pipeline.results import ROWS, Row, RowStore, means, read_present
-from pipeline.study import gaps, headlines, last_measurement
-from scripts.report import COLUMNS, load
+from pipeline.study.summary import gaps, headlines, last_measurement
+from pipeline.study.sweep import COLUMNS, load
 
 METHODS = ("fold", "l1", "l2")
 RATIOS = [r / 10 for r in range(1, 10)]

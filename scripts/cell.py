@@ -19,7 +19,9 @@ from callbacks.shrink import TUNED
 from pipeline.cells import Busy, held, read_record, write_record
 from pipeline.compression.checkpoint import read_manifest
 from pipeline.results import ROWS, SPEED, headline, read, read_speeds
-from pipeline.study import dense_value, last_measurement, plot_curves, print_speeds, print_table
+from pipeline.study.pictures import plot_curves
+from pipeline.study.summary import dense_value, last_measurement
+from pipeline.study.terminal import print_speeds, print_table
 from pipeline.tables import UserError, one_line
 from scripts.build import Config, cell_of, check, resolved
 from scripts.sweep import write_job

@@ -7,44 +7,25 @@ python -m scripts.report runs --where optim.name=sgd --by optim.sam.rho --out ro
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-from yaml import YAMLError
 
-from pipeline.cells import STATES, as_table, cells, flat, line
-from pipeline.results import ROWS, SCHEMA, SPEED, headline, read_present, read_speeds
-from pipeline.study import (
-    dense_value,
-    foretold,
-    headlines,
-    last_measurement,
-    plot_curves,
-    points,
-    print_speeds,
-    print_table,
-    terminal,
-)
+from pipeline.cells import STATES
+from pipeline.results import SCHEMA, SPEED, headline, read_speeds
+from pipeline.study.pictures import plot_curves
+from pipeline.study.summary import dense_value, foretold, headlines, last_measurement
+from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
+from pipeline.study.terminal import points, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
-from pipeline.tasks import METRICS, Metric
+from pipeline.tasks import Metric
 
-# Columns that the tables need. Reading the other columns, too, would take twice as long.
-COLUMNS = [
-    *"cell epoch method ratio stage split status reason params fidelity kind calibration".split(),
-    *"sizes scope statistics metric".split(),
-    *METRICS,
-]
-RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell's record; its other columns are settings
-UNSHOWN = ("paths.", "wandb.")  # settings that only say where files and logs go
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
     ".csv": pl.DataFrame.write_csv,
     ".parquet": pl.DataFrame.write_parquet,
@@ -72,7 +53,7 @@ def report(args: argparse.Namespace) -> None:
     """Print the tables and write the files."""
     if args.out is not None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
-    sweep = load(args.runs, tuple(SCHEMA) if args.out else COLUMNS).where(args.where)
+    sweep = load(args.runs, tuple(SCHEMA) if args.out else COLUMNS, warn).where(args.where)
     by = [sweep.setting(name) for name in args.by]
     for metric, part in sweep.by_metric().items():
         print_cells(part)
@@ -88,121 +69,8 @@ def report(args: argparse.Namespace) -> None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The cells of a sweep. cells: one line per cell, as `pipeline.cells.settings` gives; rows: their measurements."""
-
-    cells: pl.DataFrame
-    rows: pl.DataFrame
-
-    @property
-    def settings(self) -> list[str]:
-        return [name for name in self.cells.columns if name not in RECORD_COLUMNS and not name.startswith(UNSHOWN)]
-
-    def setting(self, name: str) -> str:
-        """The full name of a setting; its last parts are enough where only one setting ends so ("lr", "optim").
-
-        A setting that a checkpoint was trained with ("named.") comes before one that it was measured with.
-        """
-        found = [full for full in self.settings if name == full] or [
-            full
-            for full in self.settings
-            if f".{full}".endswith(f".{name}") or f".{full.removesuffix('.name')}".endswith(f".{name}")
-        ]
-        if len(found) > 1:
-            found = [full for full in found if full.startswith("named.")] or found
-        if len(found) > 1:
-            raise UserError(f"setting {name!r} could be any of: {', '.join(found)}; give more of its name")
-        return found[0] if found else pick("setting", {full: full for full in self.settings}, name)
-
-    def where(self, conditions: Sequence[str]) -> "Sweep":
-        """The cells that meet all conditions "setting=value", with values as the training command takes them."""
-        kept = self.cells
-        for condition in conditions:
-            name, value = parsed(condition)
-            name = self.setting(name)
-            matches = [same(v, value) for v in kept[name]]
-            if not any(matches):
-                there = ", ".join(sorted(map(shown, kept[name].unique())))
-                raise UserError(f"no cell has {name}={shown(value)}; there are: {there}")
-            kept = kept.filter(pl.Series(matches, dtype=pl.Boolean))
-        return Sweep(kept, self.rows.join(kept.select("cell"), on="cell", how="semi", maintain_order="left"))
-
-    def by_metric(self) -> dict[str, "Sweep"]:
-        """The cells of every headline apart, for no mean is over two; "": all, where there is one headline alone.
-
-        Cells that have no rows are with the first.
-        """
-        found = set(self.rows["metric"].drop_nulls())
-        if len(found) < 2:
-            return {"": self}
-        parts: dict[str, Sweep] = {}
-        for name in (name for name in METRICS if name in found):
-            rows = self.rows.filter(pl.col("metric") == name)
-            own = self.cells["cell"].is_in(rows["cell"].unique().to_list())
-            bare = ~self.cells["cell"].is_in(self.rows["cell"].unique().to_list())
-            parts[name] = Sweep(self.cells.filter(own if parts else own | bare), rows)
-        return parts
-
-    def differing(self) -> list[str]:
-        """The settings that are not the same in all cells."""
-        return [name for name in self.settings if self.cells[name].n_unique() > 1]
-
-
-def load(runs: Path, columns: Sequence[str] = COLUMNS) -> Sweep:
-    """The cells under `runs` as they are now: a sweep that goes on may replace and add files meanwhile."""
-    folders = cells(runs)
-    if not folders:
-        raise UserError(f"no cells in {runs}; give the folder that paths.runs named")
-    lines: list[dict[str, Any]] = []
-
-    def files() -> Iterator[Path]:
-        # The record is read before the rows: a cell whose record says "done" has all its rows by then.
-        for folder in folders:
-            if (found := line(folder)) is not None:
-                lines.append(found)
-                yield folder / ROWS
-
-    rows = read_present(files(), columns, warn)
-    return Sweep(as_table(lines), rows)
-
-
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
-
-
-def parsed(condition: str) -> tuple[str, Any]:
-    """ "optim.lr=1e-3" -> ("optim.lr", 0.001)"""
-    name, equals, _ = condition.partition("=")
-    try:
-        found = flat(OmegaConf.to_container(OmegaConf.from_dotlist([condition])))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"--where {condition}: {first_line(error)}") from error
-    if not equals or list(found) != [name]:
-        raise UserError(f"--where {condition}: give SETTING=VALUE, for example optim.name=sgd")
-    return name, found[name]
-
-
-def same(a: Any, b: Any) -> bool:
-    return a == b or str(a) == str(b)
-
-
-def shown(value: Any) -> str:
-    """A value as in the training command: [crop,flip], 0.1; - where the cell has no such setting."""
-    if value is None:
-        return "-"
-    return f"{value:g}" if isinstance(value, float) else re.sub(r'"|(?<=,) ', "", str(value))
-
-
-def short(names: Sequence[str]) -> dict[str, str]:
-    """{full name: its last parts, as few as tell it from the others}; a last part "name" is left out.
-
-    optim.lr -> lr, optim.name -> optim, optim.schedule.name -> schedule
-    """
-    parts = {name: name.removesuffix(".name").split(".") for name in names}
-    endings = {name: [".".join(p[-k:]) for k in range(1, len(p) + 1)] for name, p in parts.items()}
-    taken = [ending for several in endings.values() for ending in several]
-    return {name: next((e for e in several if taken.count(e) == 1), name) for name, several in endings.items()}
 
 
 def print_cells(sweep: Sweep) -> None:
@@ -249,18 +117,6 @@ def cells_table(lines: pl.DataFrame, differing: Sequence[str], metric: Metric) -
     return title, table
 
 
-def split(cells: pl.DataFrame, by: Sequence[str]) -> list[tuple[str, pl.DataFrame]]:
-    """(label, cells) for every combination of the settings `by`; one pair with all cells where `by` is empty."""
-    if not by:
-        return [("", cells)]
-    labels = short(by)
-    groups = cells.sort(*by, nulls_last=True).partition_by(*by, as_dict=True, maintain_order=True)
-    return [
-        (", ".join(f"{labels[n]}={shown(v)}" for n, v in zip(by, values, strict=True)), group)
-        for values, group in groups.items()
-    ]
-
-
 def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
     """Print the mean table of these cells, or that there are no rows."""
     print()
@@ -292,18 +148,6 @@ def means_title(label: str, rows: pl.DataFrame) -> str:
     splits = " and ".join(sorted(set(rows["split"])))
     cells = f"{n} done cell{'s' * (n != 1)}{f' with {label}' if label else ''}"
     return f"Mean {headline(rows).heading.lower().removeprefix('mean ')} over {cells}, {splits} samples"
-
-
-def joined(sweep: Sweep) -> pl.DataFrame:
-    """All rows, each with its cell's record and settings; a setting named like a field of Row becomes "cell.<name>".
-
-    Folders of this machine are left out, so that the file can be passed on.
-    """
-    cells = sweep.cells.drop([name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root"))])
-    if "checkpoint" in cells.columns:
-        cells = cells.with_columns(pl.col("checkpoint").cast(pl.String).str.extract(r"([^/\\]+[/\\]?[^/\\]*)$"))
-    taken = {name: f"cell.{name}" for name in cells.columns if name in SCHEMA and name != "cell"}
-    return sweep.rows.join(cells.rename(taken), on="cell", how="left", maintain_order="left")
 
 
 def written(path: Path, write: Callable[[Path], Any]) -> None:

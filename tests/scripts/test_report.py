@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.cells import held, write_record
 from pipeline.results import DENSE, Row, RowStore
-from scripts.report import load, main, parsed, short, shown
+from pipeline.study.sweep import load, parsed, short, shown
+from scripts.report import main
 
 
 def add(runs, cell, /, state="done", fold=0.7, l1=0.5, epoch=2, split="test", reason="", measured=True, **optim):
@@ -183,7 +184,7 @@ def test_a_record_that_ends_meanwhile_is_not_missed(tmp_path, monkeypatch):
     """The record is read before the rows, so that a cell that reads as done has all its rows."""
     add(tmp_path, "a-1", "running")
     order = []
-    monkeypatch.setattr("scripts.report.line", lambda folder: order.append("record") or {"cell": folder.name})
+    monkeypatch.setattr("pipeline.study.sweep.line", lambda folder: order.append("record") or {"cell": folder.name})
     monkeypatch.setattr("pipeline.results._blob", lambda path, warn: order.append("rows"))
     load(tmp_path)
     assert order == ["record", "rows"]

@@ -9,18 +9,9 @@ from rich.console import Console
 
 from pipeline import results
 from pipeline.results import DENSE, Row, with_facts
-from pipeline.study import (
-    dense_value,
-    duels,
-    foretold,
-    gaps,
-    headlines,
-    last_measurement,
-    parameters_left,
-    plot_curves,
-    print_table,
-    result_table,
-)
+from pipeline.study.pictures import plot_curves
+from pipeline.study.summary import dense_value, duels, foretold, gaps, headlines, last_measurement, parameters_left
+from pipeline.study.terminal import print_table, result_table
 from pipeline.tables import UserError
 
 

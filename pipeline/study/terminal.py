@@ -1,0 +1,153 @@
+"""Tables on the terminal."""
+
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.results import DENSE, headline
+from pipeline.study.summary import curves, gaps, parameters_left, speed_lines
+from pipeline.tasks import Metric
+
+TITLES = {
+    "raw": "raw (as compressed)",
+    "repaired": "repaired (statistics re-estimated)",
+    "norm_tuned": "norms tuned",
+    "tuned": "repaired, then tuned",
+}
+
+
+def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
+    """Methods x ratios, mean headline, the best method of each stage and ratio in bold; failed ones are marked.
+
+    duel: add below each stage the gap of folding to pruning over the cells (`gaps`), in points
+    """
+    metric = headline(rows)
+    ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
+    table = Table()
+    table.add_column("ratio removed", no_wrap=True)
+    for ratio in ratios:
+        table.add_column(f"{ratio:g}", justify="right")
+    masked = pl.col("kind").eq_missing("mask")
+    for name, kind in {"parameters left": ~masked, "parameters not masked": masked}.items():
+        left = parameters_left(rows.filter(kind | (pl.col("method") == DENSE)))
+        if left:
+            table.add_row(name, *(f"{left[r]:.0%}" if r in left else "-" for r in ratios))
+    found = curves(rows)
+    compared = gaps(rows) if duel else None
+    for stage in dict.fromkeys(stage for stage, _ in found):
+        table.add_section()
+        table.add_row(f"[dim]{escape(TITLES.get(stage, stage))}[/]")
+        lines = {method: line for (s, method), line in found.items() if s == stage}
+        for method, cells in _values(lines, ratios, rows["cell"].n_unique(), metric).items():
+            table.add_row(f"  {escape(method)}", *cells)
+        if compared is not None:
+            at = {line["ratio"]: line for line in compared.filter(pl.col("stage") == stage).iter_rows(named=True)}
+            for name, show in DUEL_LINES.items():
+                table.add_row(f"  [dim]{name}[/]", *(show(at[r], metric) if r in at else "-" for r in ratios))
+    return table
+
+
+def _values(lines: dict[str, pl.DataFrame], ratios: list[float], cells: int, metric: Metric) -> dict[str, list[str]]:
+    """{label: its values as text}; the label of a method that some cells lack says how many the mean is over."""
+    by_ratio = {method: dict(line.select("ratio", "value").iter_rows()) for method, line in lines.items()}
+    pick_best = max if metric.higher_is_better else min
+    best = {r: pick_best((line[r] for line in by_ratio.values() if r in line), default=None) for r in ratios}
+    found = {}
+    for method, line in by_ratio.items():
+        texts = [metric.short(line[r]).strip() if r in line else "failed" for r in ratios]
+        low, high = lines[method]["n"].min(), lines[method]["n"].max()
+        label = method if low >= cells else f"{method} (n {low}{f'-{high}' if high > low else ''})"
+        found[label] = [
+            f"[bold]{t}[/]" if r in line and line[r] == best[r] else t for r, t in zip(ratios, texts, strict=True)
+        ]
+    return found
+
+
+def points(value: float, metric: Metric) -> str:
+    """A difference in the digits of the metric, with its sign."""
+    return f"{metric.scale * value:+.{metric.digits}f}"
+
+
+DUEL_LINES = {
+    "gap, points": lambda at, metric: points(at["gap"], metric),
+    "95% interval": lambda at, metric: "-" if at["margin"] is None else f"±{points(at['margin'], metric)[1:]}",
+    "win rate": lambda at, metric: f"{at['wins']:.0%}",
+    "n cells": lambda at, metric: f"{at['n']}",
+}
+
+
+def terminal() -> Console:
+    """The console for tables. A pipe has no width of its own, and eleven columns do not fit into 80 characters."""
+    return Console(highlight=False, width=None if Console().is_terminal else 120)
+
+
+def print_table(rows: pl.DataFrame, title: str, duel: bool = False) -> None:
+    """The table of a run, or of several, on the terminal, and a line for each reason why something failed."""
+    console = terminal()
+    console.print(
+        title, style="bold", markup=False, soft_wrap=True
+    )  # not the table's own title, which a narrow table breaks into pieces
+    console.print(result_table(rows, duel))
+    failed = rows.filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
+    for reason, count in failed.iter_rows():
+        console.print(f"{count} measurements failed: {reason}", markup=False, soft_wrap=True)
+
+
+def speed_table(speeds: pl.DataFrame) -> Table:
+    """Ratios x sizes and times: the networks of one model, timed on one kind of device."""
+    lines = speed_lines(speeds)
+    columns = list(dict.fromkeys(lines.select("runtime", "batch_size").iter_rows()))
+    table = Table()
+    for name in ("ratio removed", "parameters", "MACs", "file"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for runtime, size in columns:
+        table.add_column(f"{runtime}, batch {size}", justify="right")
+    largest = next((c for c in sorted(columns, key=lambda c: -c[1]) if c[0] != "onnx"), None)  # onnx hides its memory
+    if largest:
+        table.add_column(f"memory, batch {largest[1]}", justify="right")
+    by_network = lines.partition_by("ratio", "method", "params", as_dict=True, maintain_order=True)
+    ratios = [ratio for ratio, _, _ in by_network]
+    for (ratio, method, params), of in by_network.items():
+        label = DENSE if method == DENSE else f"{ratio:g}" + f" {method}" * (ratios.count(ratio) > 1)
+        at = {(line["runtime"], line["batch_size"]): line for line in of.iter_rows(named=True)}
+        times = [timed(at.get(column)) for column in columns]
+        memory = at.get(largest, {}).get("memory")
+        table.add_row(
+            label,
+            f"{params / 1e6:,.2f} M",
+            f"{of['macs'][0] / 1e6:,.0f} M",
+            f"{of['size'][0] / 1e6:,.1f} MB",
+            *times,
+            *(["-" if memory is None else f"{memory / 1e6:,.0f} MB"] if largest else []),
+        )
+    return table
+
+
+def timed(line: dict[str, Any] | None) -> str:
+    """5.31 ms (2.4x), 1,234 ms (2.4x)"""
+    if line is None or line["median"] is None:
+        return "-"
+    faster = "" if line["speedup"] is None else f" ({line['speedup']:.1f}x)"
+    milliseconds = 1000 * line["median"]
+    return f"{milliseconds:,.0f} ms{faster}" if milliseconds >= 100 else f"{milliseconds:.3g} ms{faster}"
+
+
+def print_speeds(speeds: pl.DataFrame) -> None:
+    """A table for every model and kind of device, and a line for each reason why times are missing."""
+    if speeds.is_empty():
+        return
+    console = terminal()
+    kinds = speeds.partition_by("model", "data", "device", "threads", as_dict=True, maintain_order=True)
+    for (model, data, device, threads), of in kinds.items():
+        n = of["cell"].n_unique()
+        cells = f", median of {n} cells" if n > 1 else ""
+        place = f"{device}, {threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
+        title = f"Size and speed of {model} on {data} ({place}{cells}); in brackets how many times as fast as dense"
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+        console.print(speed_table(of))
+        failed = of.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
+        for runtime, reason, count in failed.iter_rows():
+            console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
