@@ -64,7 +64,12 @@ def check(config: Config) -> None:
 
 # Settings that are younger than cells that people have, with the values at which they change nothing: a cell's name
 # leaves them out there.
-AT_REST: dict[str, tuple[Any, ...]] = {"task.name": (None,), "compile": (False,), "optim.decay": ("all",)}
+AT_REST: dict[str, tuple[Any, ...]] = {
+    "task.name": (None,),
+    "compile": (False,),
+    "optim.decay": ("all",),
+    "checkpoint_prefix": (None,),
+}
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
 WHERE = (
@@ -203,7 +208,7 @@ def build_net(config: Config, data: LightningDataModule, tell: bool = False) -> 
     if path is not None and is_compressed(path):
         return load_as(path, model["name"], net)
     if path is not None:
-        left_out = load_into(net, read_state(path), path)
+        left_out = load_into(net, read_state(path), path, config.get("checkpoint_prefix"))
         if left_out and tell:
             names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
             print(f"{len(left_out)} tensors of {path} are no part of the network and left out: {names}")
