@@ -1,7 +1,6 @@
 """Runs one cell: skips it when it is done, holds it while it runs, and records how it ends."""
 
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_value, last_measurement
 from pipeline.study.terminal import print_speeds, print_table
 from pipeline.tables import UserError, one_line
+from scripts.arguments import refuse
 from scripts.build import Config, cell_of, check, resolved
 from scripts.sweep import write_job
 
@@ -37,7 +37,7 @@ def launch(config: DictConfig, run: Callable[..., Any]) -> None:
     try:
         run(resolved(config))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
 
 def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:

@@ -47,6 +47,7 @@ from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
 from pipeline.tasks.task import Batch
+from scripts.arguments import checked, quoted, refuse
 from scripts.build import (
     WHERE,
     Config,
@@ -322,19 +323,17 @@ def is_checkpoint(path: str) -> bool:
     return os.path.isfile(path) or any(os.path.isfile(os.path.join(path, name)) for name in IN_FOLDER)
 
 
-def quoted(path: str) -> str:
-    """The path in quotes: Hydra would else read a name such as "lr=0.1,wd=0.pt" as settings."""
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def start(arguments: list[str]) -> Any:
-    check_launcher(arguments)
-    sys.argv[1:] = expanded(arguments)
+    try:
+        sys.argv[1:] = checked(expanded(arguments), "compress")
+    except UserError as error:
+        refuse(error)
+    check_launcher(sys.argv)
     return main()
 
 
 if __name__ == "__main__":
     # Imported by its module's name, so that a cluster's workers can import the function, too.
-    from scripts.compress import start
+    from scripts.cli import main as command
 
-    start(sys.argv[1:])
+    command(["compress", *sys.argv[1:]])

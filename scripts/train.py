@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig
 
 from pipeline.loggers import close
-from pipeline.tables import one_line
+from pipeline.tables import UserError, one_line
+from scripts.arguments import checked, refuse
 from scripts.build import (
     Config,
     build_compression,
@@ -106,9 +107,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # a camera's mistake; the pixels are whole
 
 
+def start(arguments: list[str]) -> Any:
+    try:
+        sys.argv[1:] = checked(arguments, "train")
+    except UserError as error:
+        refuse(error)
+    check_launcher(sys.argv)
+    return main()
+
+
 if __name__ == "__main__":
     # Imported by its module's name, so that a cluster's workers can import the function, too.
-    from scripts.train import main
+    from scripts.cli import main as command
 
-    check_launcher(sys.argv)
-    main()
+    command(["train", *sys.argv[1:]])
