@@ -143,14 +143,18 @@ class Followed:
 
     def state(self, tail: Chain) -> State:
         if tail not in self.found:
-            before = self.state(tail[:-1])
-            took = {"seconds": before.seconds}
-            with timed(took), self.supplies.forward():
-                after = tail[-1].run(before.copied(), self.supplies)
-            if not isinstance(tail[-1], Compress):  # a compression adds itself to the network's history
-                remember_(after.model, Step(str(tail[-1])))
-            self.found[tail] = replace(after, seconds=took["seconds"])
+            self.found[tail] = advanced(tail[-1], self.state(tail[:-1]), self.supplies)
         return self.found[tail]
+
+
+def advanced(stage: Stage, before: State, supplies: Supplies) -> State:
+    """The state after a stage, whose network remembers it; `before` stays as it is."""
+    took = {"seconds": before.seconds}
+    with timed(took), supplies.forward():
+        after = stage.run(before.copied(), supplies)
+    if not isinstance(stage, Compress):  # a compression adds itself to the network's history
+        remember_(after.model, Step(str(stage)))
+    return replace(after, seconds=took["seconds"])
 
 
 def _of_list(said: Any) -> Stage:

@@ -105,12 +105,17 @@ class Tune:
 
 
 def samples_on(source: str, supplies: Supplies) -> Sequence[Batch]:
-    """Batches to train on, from a row of SOURCES. UserError for own texts where the task is not language modelling."""
+    """Batches to train on, from a row of SOURCES. UserError as for `check_source`."""
+    check_source(source, supplies.task)
     if source == "data":
         return supplies.batches
-    if supplies.task.name != "language":
-        raise UserError(f"on={source} trains on texts, and the task is {supplies.task.name}: choose on=data")
     return supplies.pictures(Calibration(source)).split(TEXTS)
+
+
+def check_source(source: str, task: Task) -> None:
+    """UserError for own texts where the task is not language modelling."""
+    if source == "self" and task.name != "language":
+        raise UserError(f"on={source} trains on texts, and the task is {task.name}: choose on=data")
 
 
 def tune_norms_(model: nn.Module, batches: Iterable[Batch], task: Task, lr: float = 1e-3) -> bool:
