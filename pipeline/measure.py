@@ -198,11 +198,16 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
     """
     chains.entries(net)
     for recipe in chains.recipes.values():
-        if recipe.kind != "mask":
-            groups = traces.of(net, example, recipe.scope.parts)
-            check_groups(net, groups)
-            other_units(net, groups, recipe.scope.units)
-            protected(groups, recipe.sizes.protect)
+        check_recipe(recipe, net, example, traces)
+
+
+def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:
+    """UserError where the network has nothing that the recipe could compress."""
+    if recipe.kind != "mask":
+        groups = traces.of(net, example, recipe.scope.parts)
+        check_groups(net, groups)
+        other_units(net, groups, recipe.scope.units)
+        protected(groups, recipe.sizes.protect)
 
 
 def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, Any]) -> list[Row]:

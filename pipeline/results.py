@@ -51,6 +51,8 @@ class Row:
         the parts or units that were compressed
     statistics: what BatchNorm statistics were re-estimated on: none, weights, synthetic or data
     chain: every stage that the network went through, spelled out (see pipeline.stages.chain)
+    bytes: of the network's file; unlabelled, labelled: training samples that its stages looked at, where one counts
+        each time that it is trained on. None in rows that no run of chains measured
     """
 
     cell: str
@@ -87,6 +89,9 @@ class Row:
     scope: str | None = None
     statistics: str | None = None
     chain: str | None = None
+    bytes: int | None = None
+    unlabelled: int | None = None
+    labelled: int | None = None
 
 
 _POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}

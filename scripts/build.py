@@ -72,15 +72,17 @@ AT_REST: dict[str, tuple[Any, ...]] = {
 }
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
+# Chains run behind a training or on a checkpoint, and their stages have names of their own.
 WHERE = (
     "paths wandb device named save_every_n_steps data.root data.workers data.download data.cache trainer.accelerator "
-    "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
+    "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps chain chains teachers"
 ).split()
 
 
 def cell_of(config: Config) -> str:
     """Name of the run, with a hash of every setting that changes its results: those of WHERE do not."""
-    what = {key: value for key, value in flat(config).items() if not under(key, WHERE)}
+    where = [*WHERE, *["profile"] * ("trainer" in config)]  # a training times the networks of its chains alone
+    what = {key: value for key, value in flat(config).items() if not under(key, where)}
     source = DATASETS.get(config["data"]["name"])
     usual = {**AT_REST, "task.name": (None, source and USUAL[module_of(config["data"]["name"]).kind])}
     what = {key: value for key, value in what.items() if value not in usual.get(key, ())}

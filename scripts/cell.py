@@ -54,16 +54,26 @@ def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
         write_job("", reason=one_line(error))
 
 
-def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = False) -> Path:
+def run_cell(
+    config: Config,
+    begin: Begin,
+    files: str = "",
+    sweeping: bool = False,
+    again: bool = False,
+    show: Callable[[Path, str], None] | None = None,
+) -> Path:
     """Run the cell of this config unless it is done, and show the result; returns the cell's folder.
 
     files: names of the files that the cell's folder holds beside rows, curves and config, for the last line shown
     sweeping: one cell of many: shows nothing, and a failure is recorded even if nothing was started
+    again: run a cell that is done, too, because its work finds out by itself what is left to do
+    show: shows the result of a folder; None: `show_rows`
     """
     check(config)
     folder = folder_of(config)
     record = read_record(folder)
-    if is_done(record):
+    show = show or show_rows
+    if is_done(record) and not again:
         if not sweeping:
             print(f"{folder.name} is done already; delete its folder to run it again")
             show(folder, files)
@@ -98,7 +108,7 @@ def is_done(record: Mapping[str, Any] | None) -> bool:
     return record is not None and record["state"] == "done"
 
 
-def show(folder: Path, files: str) -> None:
+def show_rows(folder: Path, files: str) -> None:
     """Show the last measurement on the terminal and as a picture, and where the files are. files: as for `run_cell`."""
     rows = last_measurement(read(folder / ROWS))
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]

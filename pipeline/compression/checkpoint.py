@@ -6,7 +6,7 @@ reads them too. Everything else is in the manifest:
     format          of this file, FORMAT
     architecture    {"name": ..., arguments} that build the network at full size, or {}; given by whoever saved it
     chain           [{"stage": ..., facts on it (see `plan.Step`)}] of all stages that the network went through
-    method, ratio   of the last compression
+    method, ratio   of the last compression; null and 0 where no stage took channels or weights away
     params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size
     groups          of the last compression: {name: {"before", "after", "error", "labels": the new channel of each old
                     one, -1 = dropped}}; {} of a masked network, whose zeros are in its tensors
@@ -90,7 +90,7 @@ def save_compressed(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(plain, part, {"foldability": text, "sha256": _digest(text, plain)})
+        save_file(plain, part, {"foldability": text, "sha256": digest_of(text, plain)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
     """
     with _opened(path) as (file, manifest, text):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if file.metadata().get("sha256") != _digest(text, tensors):
+        if file.metadata().get("sha256") != digest_of(text, tensors):
             raise UserError(f"{path} is damaged: its contents are not those of its checksum; copy it again")
         wrong = next(_misfits(manifest, tensors, model), None)
         if wrong:
@@ -171,10 +171,14 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 def _done(model: nn.Module, report: Report | None) -> dict[str, Any]:
     """The chain, and its short form: the last compression, from full size to the size of this network.
 
-    report: of the compression, for a network without a history. Raises UserError where nothing was compressed.
+    report: of the compression, for a network without a history. Raises UserError for one that went through nothing.
     """
     chain = history(model) or ((step_of(report),) if report else ())
     compressed = [step.about for step in chain if "params_before" in step.about]
+    if not compressed and chain:
+        sizes = dict.fromkeys(("params", "params_before"), parameters(model))
+        unknown = dict.fromkeys(("method", "macs", "macs_before"))
+        return {"chain": told(chain), **unknown, "ratio": 0.0, **sizes, "numbers": numbers(chain), "groups": {}}
     if not compressed:
         raise UserError(f"{type(model).__name__} was never compressed; save its state_dict instead")
     full, last = compressed[0], compressed[-1]
@@ -269,7 +273,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return not laid_out_as(tensor, tensor.contiguous()).is_contiguous()
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def digest_of(text: str, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of a manifest and of the names, formats, shapes and values of tensors on the CPU; 2 GB a second."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):

@@ -258,7 +258,7 @@ def test_what_is_no_checkpoint_gets_one_clear_line(content, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint /nowhere/net\.pt"):
         compress(Path("/nowhere/net.pt"), tmp_path)
-    with pytest.raises(SystemExit, match="no file matches"):
+    with pytest.raises(UserError, match="no file matches"):
         expanded(["checkpoints=/nowhere/**/*.pt"])
 
 
