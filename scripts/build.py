@@ -36,6 +36,7 @@ from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import TASKS, USUAL, Task
 from pipeline.training import Training
+from scripts.stop import check_processes
 
 Config = dict[str, Any]
 
@@ -59,6 +60,9 @@ def check(config: Config) -> None:
             raise UserError(f"{key} {value} must be a whole number of at least {least}")
     if not re.fullmatch(r"[\w.-]+", str(config["name"])):
         raise UserError(f"name {config['name']!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
+    if "trainer" in config:
+        trainer = config["trainer"]
+        check_processes(trainer["accelerator"], trainer["devices"], torch.cuda.is_available())
     pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
 
 

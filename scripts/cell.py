@@ -24,6 +24,7 @@ from pipeline.study.terminal import print_speeds, print_table
 from pipeline.tables import UserError, one_line
 from scripts.arguments import refuse
 from scripts.build import Config, cell_of, check, resolved
+from scripts.stop import Stopped
 from scripts.sweep import write_job
 
 # (config, the cell's folder, sweeping) -> the work to do. Building everything first refuses a wrong config early.
@@ -91,6 +92,10 @@ def run_cell(
                 write_record(folder, config, "done", seconds=time.perf_counter() - start)
                 if not sweeping:
                     show(folder, files)
+    except Stopped as stopped:
+        if first and folder.exists():
+            write_record(folder, config, "interrupted", f"stopped by {stopped}", time.perf_counter() - start)
+        raise
     except Exception as error:
         if (sweeping or folder.exists()) and not isinstance(error, Busy):
             folder.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,7 @@ from scripts.chain import (
     timing_options,
 )
 from scripts.chain import show as show_chains
+from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
@@ -320,7 +321,7 @@ def start(arguments: list[str]) -> Any:
     except UserError as error:
         refuse(error)
     check_launcher(sys.argv)
-    return main()
+    return run_stoppable(main)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from pipeline.cells import read_record
+from pipeline.cells import STATES, read_record
 from pipeline.tables import UserError
 
 JOB = "job.json"
@@ -144,7 +144,9 @@ def line(jobs: dict[str, dict[str, Any]], total: int) -> str:
     skipped = sum(job["skipped"] for job in jobs.values())
     left = total - len(jobs)
     text = f"{states['done']} of {total} done" + (f" ({skipped} before)" if skipped else "")
-    text += "".join(f", {states[state]} {state}" for state in ("running", "broken", "failed") if states[state])
+    text += "".join(
+        f", {states[state]} {state}" for state in ("running", "interrupted", "broken", "failed") if states[state]
+    )
     text += f", {left} left" if left else ""
     spent = [job["seconds"] for job in jobs.values() if job["state"] == "done" and not job["skipped"]]
     if spent and (left or states["running"]):

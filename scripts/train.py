@@ -42,6 +42,7 @@ from scripts.build import (
 from scripts.cell import launch, run_cell
 from scripts.chain import chains_in, chosen_device, prepared, quoted_chains, timing_options
 from scripts.chain import show as show_chains
+from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 
 CHECKPOINT = "last.ckpt"
@@ -153,7 +154,7 @@ def start(arguments: list[str]) -> Any:
     except UserError as error:
         refuse(error)
     check_launcher(sys.argv)
-    return main()
+    return run_stoppable(main)
 
 
 if __name__ == "__main__":
