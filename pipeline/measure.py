@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from pipeline.compression import Compressed, Recipe
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.choose.layers import other_units
-from pipeline.compression.compress import check_finite, check_groups, check_ratios, protected
+from pipeline.compression.compress import check_finite, check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
@@ -119,13 +119,16 @@ def chains(
     if DENSE in found:
         raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
     check_ratios(ratios, round_to)
+    for name, values in {"methods": list(methods), "ratios": [*map(float, ratios)], "stages": list(stages)}.items():
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise UserError(f"{name} has {twice[0]} twice; leave one out")
     for stage in stages:
         parse_tail(stage)
     if not found or not ratios or not stages:
         raise UserError("compression needs at least one method, one ratio and one stage")
     named = [stage for stage in TAILS if stage in stages]
     ordered = (*named, *(stage for stage in dict.fromkeys(stages) if stage not in TAILS))
-    return Chains(found, tuple(sorted(set(map(float, ratios)))), ordered, seed, predict)
+    return Chains(found, tuple(sorted(map(float, ratios))), ordered, seed, predict)
 
 
 class Once:
@@ -206,6 +209,7 @@ def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Trace
     if recipe.kind != "mask":
         groups = traces.of(net, example, recipe.scope.parts)
         check_groups(net, groups)
+        check_round_to(groups, recipe.sizes.round_to)
         other_units(net, groups, recipe.scope.units)
         protected(groups, recipe.sizes.protect)
 

@@ -17,11 +17,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks import CompressionCallback, EpochSeed, Shrink, Throughput
 from callbacks.progress import CompressionProgressBar
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
-from callbacks.shrink import TUNED, ratios_of_steps
+from callbacks.shrink import NO_AVERAGES, TUNED, check_steps, ratios_of_steps
 from pipeline.cells import flat
 from pipeline.compressed import load_as
 from pipeline.compression.checkpoint import is_compressed, source_of
@@ -32,6 +33,7 @@ from pipeline.loggers import WANDB_MODES, wandb_logger
 from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
+from pipeline.optim import build_schedule
 from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import TASKS, USUAL, Task
@@ -249,7 +251,10 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
         restarts=restarts,
         **loss,
     )
-    task.build_optimizer()  # a trial, so that wrong options are refused before training starts
+    check_training(config, task)
+    norms = [name for name, module in task.net.named_modules() if isinstance(module, _BatchNorm)]
+    if norms and config["data"]["batch_size"] == 1:
+        raise UserError(f"data.batch_size 1 gives BatchNorm ({norms[0]}) nothing to normalise over; take 2 or more")
     return task
 
 
@@ -291,6 +296,9 @@ def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> lis
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
     options |= without(config["shrink"], "rewind")
+    check_steps(shrink_steps(config), config["trainer"]["max_epochs"])
+    if config["optim"]["ema"]:
+        raise UserError(NO_AVERAGES)
     file = Entry(options["method"], options["ratio"], TUNED).file
     shrink = call(
         "shrink",
@@ -330,9 +338,6 @@ def build_trainer(
     quiet: no progress bars, because those of many cells would overwrite each other
     """
     options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
-    taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(options)
-    if taken:
-        raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
     callbacks: list[Callback] = [
         EpochSeed(config["seed"]),
         *more,
@@ -348,18 +353,31 @@ def build_trainer(
         CSVLogger(folder, name="metrics"),  # a folder version_<n> for every start, resumed ones too
         wandb_logger(folder, wandb["project"], cell, config, wandb["mode"], group=config["name"]),
     ]
+    return lightning_trainer(
+        **options,
+        default_root_dir=folder,
+        logger=[logger for logger in loggers if logger is not None],
+        callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
+    )
+
+
+def lightning_trainer(**options: Any) -> Trainer:
     try:
-        return call(
-            "trainer",
-            Trainer,
-            **options,
-            default_root_dir=folder,
-            logger=[logger for logger in loggers if logger is not None],
-            callbacks=callbacks,
-            plugins=[WholeCheckpointIO()],
-        )
-    except MisconfigurationException as error:
+        return call("trainer", Trainer, **options)
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # an accelerator whose library is not there
         raise UserError(f"trainer: {first_line(error)}") from error
+
+
+def check_training(config: Config, task: Training) -> None:
+    """UserError for settings that would otherwise be refused when the folder of the run is there already."""
+    taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(config["trainer"])
+    if taken:
+        raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
+    call("optim", averaging, ema=config["optim"]["ema"])
+    latest_checkpoint(".", config["save_every_n_steps"])
+    build_schedule(task.build_optimizer(), 1000, config["optim"]["schedule"], task.restarts)
+    lightning_trainer(**{**config["trainer"], "logger": False, "enable_checkpointing": False})
 
 
 def averaging(ema: float) -> list[Callback]:

@@ -1,10 +1,11 @@
 """Runs one cell: skips it when it is done, holds it while it runs, and records how it ends."""
 
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def run_cell(
             print(f"{folder.name} is done already; delete its folder to run it again")
             show(folder, files)
         return folder
+    check_writable(folder)
     start = time.perf_counter() - (record["seconds"] if record else 0.0)
     first = rank_zero_only.rank == 0
     try:
@@ -103,6 +105,21 @@ def run_cell(
             write_record(folder, config, "failed", one_line(error), time.perf_counter() - start)
         raise
     return folder
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where the folder of the runs cannot be made or written to; what is made to try it is taken away."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        with suppress(OSError):  # another cell of the sweep is in it by now
+            for path in made:
+                path.rmdir()
+    except OSError as error:
+        text = f"paths.runs {folder.parent} cannot be written to ({error.strerror})"
+        raise UserError(f"{text}; choose another folder: paths.runs=...") from error
 
 
 def folder_of(config: Config) -> Path:

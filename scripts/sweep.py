@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from pipeline.cells import STATES, read_record
+from pipeline.cells import read_record
 from pipeline.tables import UserError
 
 JOB = "job.json"

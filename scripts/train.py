@@ -24,7 +24,9 @@ from callbacks.shrink import TUNED
 from pipeline.cells import held
 from pipeline.compression.copies import bare_copy
 from pipeline.loggers import close
+from pipeline.measure import trace
 from pipeline.results import ROWS, read
+from pipeline.stages import Traces
 from pipeline.study.summary import last_measurement
 from pipeline.tables import UserError, call, one_line
 from scripts.arguments import checked, refuse
@@ -95,6 +97,8 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     task = build_task(config, data)
     check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
+    if config["compression"]["round_to"] > 1:  # at the start of the training it would be refused too late
+        trace(compression.chains, bare_copy(task.net).eval(), data.example, Traces())
     more = [*build_shrink(config, folder, data), *build_throughput(data)]
     if chains_in(config):  # tried on the network as it is built, so that nothing is trained for a chain that fails
         prepared_chains(config, folder, data, bare_copy(task.net), sweeping, {"epoch": 0, "step": 0})

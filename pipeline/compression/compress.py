@@ -417,6 +417,13 @@ def check_groups(model: nn.Module, groups: ChannelGroups) -> None:
         raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")
 
 
+def check_round_to(groups: ChannelGroups, round_to: int) -> None:
+    """Raise UserError where no group has more channels than that, so that none could ever go."""
+    largest = max(group.size for group in groups)
+    if round_to >= largest:
+        raise UserError(f"round_to {round_to} leaves all groups whole: the largest has {largest} channels; lower it")
+
+
 def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:
     """Raise UserError for a round_to below 1, and naming the first ratio outside 0 <= ratio < 1."""
     if round_to < 1:
