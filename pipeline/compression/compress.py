@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import nn
 
-from pipeline.compression.calibrate.batches import Batches, batches_of
+from pipeline.compression.calibrate.batches import Batches, batches_of, samples
 from pipeline.compression.calibrate.blocks import compensate_blocks_
 from pipeline.compression.calibrate.compensate import Seen, compensate_, observe, second_moments
 from pipeline.compression.calibrate.outputs import Answers, Outputs
@@ -104,7 +104,11 @@ class Network:
     @cached_property
     def cost(self) -> tuple[int, int]:
         """Its parameters and MACs."""
-        return parameters(self.model), macs(self.model, self.example, self.counted)
+        return self.cost_of(self.model)
+
+    def cost_of(self, model: nn.Module) -> tuple[int, int]:
+        """Parameters of a network of this architecture, and its MACs for one sample."""
+        return parameters(model), macs(model, self.example, self.counted) // samples(self.example)
 
 
 @overload
@@ -314,7 +318,7 @@ def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Seq
         return channels_left(size, 1 - left, recipe.sizes.round_to)
 
     def left_at(sizes: Sequence[int]) -> int:
-        """Parameters or MACs of the network at these sizes, which do not depend on the channels that stay."""
+        """Parameters or MACs, of the whole example, at these sizes; channels that stay do not matter."""
         kept = [first_channels(g.size, k) for g, k in zip(net.groups, sizes, strict=True)]
         smaller = apply(net.model, net.groups, kept)
         return parameters(smaller) if budget == "params" else macs(smaller, net.example, net.counted)
@@ -363,7 +367,7 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
         params_before=net.cost[0],
         params_after=parameters(smaller),
         macs_before=net.cost[1],
-        macs_after=macs(smaller, net.example, net.counted),
+        macs_after=net.cost_of(smaller)[1],
         numbers=new_numbers(net.model, plan.groups, plan.projections),
         recipe=spell(recipe),
         plan=plan,

@@ -40,7 +40,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of `compress`. params: parameters; macs: multiply-accumulates of one forward pass on the example.
+    """The outcome of `compress`. params: parameters; macs: multiply-accumulates for one sample.
 
     A masked network has `layers` in place of `groups`. Its params_after are the parameters that masks leave. Its
     macs_after are those of the dense network, which hardware computes where it cannot skip zeros.
