@@ -12,7 +12,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.study.logged import ROWS_TABLE, curve_numbers, last_of_splits, method_tables, place, ratio_name
+from pipeline.study.logged import RATIO, ROWS_TABLE, curve_numbers, method_tables
 from pipeline.tables import UserError, first_line
 from pipeline.tasks import METRICS
 
@@ -43,7 +43,7 @@ class GuardedWandbLogger(WandbLogger):
 
     def __init__(self, upload: Path | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.upload = upload
+        self.upload, self._defined = upload, set[str]()
         self._wandb_init.pop("anonymous", None)  # Lightning always passes this option on, and W&B warns that it is gone
 
     def _guarded(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,19 @@ class GuardedWandbLogger(WandbLogger):
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._guarded(self._define, metrics)
         self._guarded(super().log_metrics, metrics, step)
+
+    @rank_zero_only
+    def _define(self, names: Iterable[str]) -> None:
+        """Tell W&B the axis and the summary of names that are new, each by itself.
+
+        Where several patterns match a name, and Lightning defines "*", wandb 0.31 takes any of them by chance.
+        """
+        for name in set(names) - self._defined:
+            self._defined.add(name)
+            if options := definition(name):
+                self.experiment.define_metric(name, **options)
 
     def log_hyperparams(self, params: Any) -> None:
         self._guarded(super().log_hyperparams, params)
@@ -70,17 +82,8 @@ class GuardedWandbLogger(WandbLogger):
         tables = {ROWS_TABLE: rows, **method_tables(own)}
         for name, table in tables.items():
             self.log_table(name, columns=table.columns, data=[list(row) for row in table.iter_rows()])
-        for found, _ in last_of_splits(own):
-            self._guarded(self._define_curve, found)
         for numbers in curve_numbers(own):
             self.log_metrics(numbers)
-
-    @rank_zero_only
-    def _define_curve(self, split: str) -> None:
-        """Curves run over the ratio. They have no summary, which would be the value at the largest ratio alone."""
-        self.experiment.define_metric(ratio_name(split), hidden=True, summary="none")
-        name = f"{place('curve', split)}/*"
-        self.experiment.define_metric(name, step_metric=ratio_name(split), step_sync=False, summary="none")
 
     def finalize(self, status: str) -> None:
         self._guarded(super().finalize, status)
@@ -129,7 +132,7 @@ def wandb_logger(
         make |= {"project": project, "entity": entity, "id": run, "group": label.group, "resume": "allow"}
     logger = GuardedWandbLogger(**make)
     try:
-        experiment = logger.experiment
+        _ = logger.experiment  # starts the run
     except Exception as error:
         if mode == "online":
             text = f"W&B cannot be reached ({first_line(error)}); wandb.mode=auto would log offline"
@@ -138,23 +141,26 @@ def wandb_logger(
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         settings.mode = "offline"
         logger = GuardedWandbLogger(**make)
-        experiment = logger.experiment
-    define_summaries(experiment)
+        _ = logger.experiment
     return logger
 
 
-def define_summaries(experiment: Any) -> None:
-    """Curves over epochs instead of over optimizer steps; of what the trainer itself validates also the best value.
+def definition(name: str) -> dict[str, Any]:
+    """Options of W&B's define_metric for a number: curves run over the ratio, what an epoch measured over epochs.
 
-    W&B keeps the last value of everything else as it is. A metric with a named summary becomes a group of numbers,
-    `val/acc.max` and `val/acc.last`, which a monitor or a W&B sweep could not name as `foldability/fold_raw`.
+    A curve has no summary, which would be its value at the largest ratio. What the trainer itself validates also keeps
+    its best value, as val/acc.max beside val/acc.last. W&B keeps the last value of everything else under its plain
+    name, which a monitor or a W&B sweep can give: foldability/fold_raw.
     """
-    for part in ("compress", "foldability"):
-        for split in ("val", "test"):
-            experiment.define_metric(f"{place(part, split)}/*", step_metric="epoch")
-    for metric in METRICS.values():
-        best = "max" if metric.higher_is_better else "min"
-        experiment.define_metric(f"val/{metric.name}", step_metric="epoch", summary=f"{best},last")
+    first, _, last = name.partition("/")
+    part = first.partition("_")[0]
+    if part == "curve":
+        own = name == f"{first}/{RATIO}"
+        axis = {"hidden": True} if own else {"step_metric": f"{first}/{RATIO}", "step_sync": False}
+        return {**axis, "summary": "none"}
+    if first == "val" and last in METRICS:
+        return {"step_metric": "epoch", "summary": "max,last" if METRICS[last].higher_is_better else "min,last"}
+    return {"step_metric": "epoch"} if part in ("compress", "foldability") else {}
 
 
 def logged_in() -> bool:

@@ -15,6 +15,7 @@ from pipeline.study.summary import curves, dense_value, duels
 from pipeline.tasks import METRICS
 
 ROWS_TABLE = "compress/rows"
+RATIO = "ratio"  # the axis of curves
 GAP, FOLDING, PRUNING = "gap", "folding", "pruning"  # beside methods: folding's lead, the best of each side
 
 
@@ -44,7 +45,7 @@ def curve_name(of: str, metric: str, stage: str, split: str = "val") -> str:
 
 
 def ratio_name(split: str = "val") -> str:
-    return f"{place('curve', split)}/ratio"
+    return f"{place('curve', split)}/{RATIO}"
 
 
 def table_name(method: str, split: str = "val") -> str:
