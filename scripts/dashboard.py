@@ -17,6 +17,8 @@ from typing import Any
 import polars as pl
 import wandb
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,7 +29,7 @@ from pipeline.models import READS
 from pipeline.results import SCHEMA, facts_of_label
 from pipeline.study import dashboard
 from pipeline.study.dashboard import Family, families, methods_and_sides, spans_decades
-from pipeline.study.sweep import load, parsed
+from pipeline.study.sweep import load
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import METRICS, TASKS, USUAL
 
@@ -98,9 +100,10 @@ def swept(config: DictConfig) -> dict[str, bool]:
     """{setting that a sweep of configs/sweep varies and that this config has: is its axis logarithmic?}"""
     values: dict[str, list[Any]] = {}
     for path in sorted((Path(configs.__file__).parent / "sweep").glob("*.yaml")):
-        for name, choices in (OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}).items():
-            told = str(choices).split(",") if "[" not in str(choices) else [str(choices)]
-            values.setdefault(str(name), []).extend(parsed(f"{name}={value}")[1] for value in told)
+        params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
+        for override in OverridesParser.create().parse_overrides([f"{name}={told}" for name, told in params.items()]):
+            choices = override.sweep_iterator(Transformer.identity) if override.is_sweep_override() else []
+            values.setdefault(override.get_key_element(), []).extend(choices)
     there = {name: found for name, found in values.items() if OmegaConf.select(config, name) is not None}
     return {name: spans_decades(found) for name, found in there.items() if dashboard.is_axis(name)}
 
@@ -109,10 +112,11 @@ def specs(found: Sequence[Family], project: str, entity: str) -> dict[str, Any]:
     """Workspaces and report as W&B stores them. No server is asked, so the report's runs name no entity."""
     views = [view._to_model() for view in dashboard.workspaces(found, project, entity)]
     page = dashboard.report(found, project)._to_model()
+    how = {"mode": "json", "by_alias": True, "exclude_none": True}
     return {
-        "workspaces": {view.display_name: view.spec.model_dump(mode="json", by_alias=True, exclude_none=True) for view in views},
-        "report": {page.display_name: page.spec.model_dump(mode="json", by_alias=True, exclude_none=True)},
-    }  # fmt: skip
+        "workspaces": {view.display_name: view.spec.model_dump(**how) for view in views},
+        "report": {page.display_name: page.spec.model_dump(**how)},
+    }
 
 
 def saved(found: Sequence[Family], project: str, entity: str | None) -> dict[str, str]:
@@ -130,8 +134,7 @@ def saved(found: Sequence[Family], project: str, entity: str | None) -> dict[str
         if "not found" not in str(error):
             raise
         raise UserError(
-            f"W&B has no project {owner}/{project} yet; log a run there first (wandb.mode=online, or `wandb sync` of an "
-            "offline one)"
+            f"W&B has no project {owner}/{project} yet; log a run there first, with wandb.mode=online or by `wandb sync`"
         ) from error
     except wandb.errors.Error as error:
         raise UserError(f"W&B did not take the dashboard ({first_line(error)}); is {owner}/{project} yours?") from error

@@ -111,11 +111,12 @@ def manifest(server, sent):
 
 
 def artifact_files(server, sent):
+    fixed = {"uploadHeaders": [], "artifact": {"id": "QXJ0"}, "uploadMultipartUrls": None}
+    names = [file["name"] for file in sent["artifactFiles"]]
     nodes = [
-        {"name": f["name"], "uploadUrl": f"{server.address}/files/{f['name']}", "uploadHeaders": [], "artifact": {"id": "QXJ0"},
-         "storagePath": f["name"], "uploadMultipartUrls": None, "displayName": f["name"]}
-        for f in sent["artifactFiles"]
-    ]  # fmt: skip
+        {"name": n, "displayName": n, "storagePath": n, "uploadUrl": f"{server.address}/files/{n}", **fixed}
+        for n in names
+    ]
     return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
 
 
