@@ -134,7 +134,7 @@ def saved(found: Sequence[Family], project: str, entity: str | None) -> dict[str
         if "not found" not in str(error):
             raise
         raise UserError(
-            f"W&B has no project {owner}/{project} yet; log a run there first, with wandb.mode=online or by `wandb sync`"
+            f"W&B has no project {owner}/{project} yet; log a run there first (wandb.mode=online, or `wandb sync`)"
         ) from error
     except wandb.errors.Error as error:
         raise UserError(f"W&B did not take the dashboard ({first_line(error)}); is {owner}/{project} yours?") from error

@@ -121,7 +121,7 @@ def test_auto_logs_offline_without_a_login(nobody, tmp_path) -> None:
 
 def test_a_key_that_cannot_be_one_is_refused(nobody, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(UserError, match="WANDB_API_KEY invalid.*wandb.mode=disabled") as caught:
+    with pytest.raises(UserError, match=r"WANDB_API_KEY invalid.*wandb\.mode=disabled") as caught:
         check_login("online")
     assert "\n" not in str(caught.value)
 

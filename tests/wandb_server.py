@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     """runs: {id: what was sent of it, history and summary}; views: {id: workspaces and reports}; artifacts: what was
-    created; files: {address: content}; unknown: documents that nothing here answers."""
+    created; files: {address: content}; unknown: questions that nothing here can answer."""
 
     daemon_threads = True
 
@@ -72,11 +72,12 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def graphql(self, query, sent):
-        for field, answer in ANSWERS.items():
-            if field in query:
-                return answer(self, sent)
-        self.unknown.append(query)
-        return {}
+        answer = next((answer for field, answer in ANSWERS.items() if field in query), None)
+        try:
+            return answer(self, sent)
+        except (KeyError, TypeError) as error:  # without any answer, W&B would ask again for minutes
+            self.unknown.append((repr(error), query, sent))
+            return {}
 
 
 def run(server, sent):
@@ -100,7 +101,7 @@ def views(server, sent):
 
 
 def artifact(server, sent):
-    server.artifacts.append(sent)
+    server.artifacts.append(sent.get("input", sent))
     made = {"id": "QXJ0", "state": "PENDING", "artifactSequence": {"id": "U2Vx", "latestArtifact": None}}
     return {"createArtifact": {"artifact": made}}
 
@@ -112,7 +113,7 @@ def manifest(server, sent):
 
 def artifact_files(server, sent):
     fixed = {"uploadHeaders": [], "artifact": {"id": "QXJ0"}, "uploadMultipartUrls": None}
-    names = [file["name"] for file in sent["artifactFiles"]]
+    names = [file["name"] for file in sent["input"]["artifactFiles"]]
     nodes = [
         {"name": n, "displayName": n, "storagePath": n, "uploadUrl": f"{server.address}/files/{n}", **fixed}
         for n in names
