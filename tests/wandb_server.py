@@ -5,6 +5,7 @@ It reads GraphQL by the fields that a document names and does not check it.
 
 import gzip
 import json
+import sys
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.runs, self.views, self.artifacts, self.files, self.unknown = defaultdict(dict), {}, [], {}, []
+
+    def handle_error(self, *about):
+        if not isinstance(sys.exception(), ConnectionError):  # W&B's service hangs up when it ends
+            super().handle_error(*about)
 
     @property
     def address(self):

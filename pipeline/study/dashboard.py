@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.results import DENSE, headline, side
+from pipeline.results import headline, measured, side
 from pipeline.study.lines import BESIDE, SEEDS
 from pipeline.study.logged import FOLDING, GAP, PRUNING, area_name, curve_name, dense_name, ratio_name, table_name
 from pipeline.study.summary import last_measurement
@@ -97,24 +97,21 @@ def by_model(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
 def family_of(model: str, sweep: Sweep) -> Family | None:
     """The family of these cells; None where they have no rows of smaller networks."""
     rows = last_measurement(sweep.rows)
-    smaller = rows.filter(pl.col("method") != DENSE)
+    smaller = measured(rows)  # what failed in every run has no curve
     if smaller.is_empty():
         return None
-    splits = sweep.rows.filter(pl.col("method") != DENSE)["split"]
     return Family(
         model,
         headline(rows),
         *methods_and_sides(smaller),
         split="test" if "test" in rows["split"] else "val",
         settings={name: spans_decades(sweep.cells[name]) for name in sweep.differing() if is_axis(name)},
-        watched="val" in splits,
+        watched="val" in measured(sweep.rows)["split"],
         runs=rows["cell"].n_unique(),
     )
 
 
-def methods_and_sides(
-    rows: pl.DataFrame,
-) -> tuple[dict[str, tuple[str, ...]], dict[str, frozenset[str]]]:
+def methods_and_sides(rows: pl.DataFrame) -> tuple[dict[str, tuple[str, ...]], dict[str, frozenset[str]]]:
     """Fields of a Family, from rows with the columns that `results.side` reads, and stage and method."""
     methods: dict[str, tuple[str, ...]] = {}
     sides: dict[str, frozenset[str]] = {}
@@ -212,10 +209,8 @@ def each_method(family: Family) -> list[Any]:
     wr, panels = reports(), []
     for method in dict.fromkeys(method for methods in family.methods.values() for method in methods):
         for stage in (stage for stage, methods in family.methods.items() if method in methods):
-            curve = curve_name(method, family.metric.name, stage, family.split)
-            panels.append(
-                recipe_lines(family, f"{method}, {stage}: a line for each recipe", [curve], family.metric.log)
-            )
+            title = f"{method}, {stage}: a line for each recipe"
+            panels.append(recipe_lines(family, title, family.curve(method, stage), family.metric.log))
         panels.append(wr.WeavePanelSummaryTable(table_name=table_name(method, family.split)))
     areas = {stage: [area_name(m, stage, family.split) for m in of] for stage, of in family.methods.items()}
     mean = {"groupby": wr.Config(MODEL), "groupby_aggfunc": "mean"}

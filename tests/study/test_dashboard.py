@@ -8,6 +8,8 @@ from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
 
 pytest.importorskip("wandb_workspaces")
+# wandb-workspaces 0.4.13 warns about its own code when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style")
 
 KINDS = {"dense": "dense", "fold": "fold"}
 ABOUT = {"data": "digits", "seed": 0, "step": 1, "calibration": "none", "sizes": "uniform", "statistics": "none"}
