@@ -104,7 +104,11 @@ def swept(config: DictConfig) -> dict[str, bool]:
         for override in OverridesParser.create().parse_overrides([f"{name}={told}" for name, told in params.items()]):
             choices = override.sweep_iterator(Transformer.identity) if override.is_sweep_override() else []
             values.setdefault(override.get_key_element(), []).extend(choices)
-    there = {name: found for name, found in values.items() if OmegaConf.select(config, name) is not None}
+    there: dict[str, list[Any]] = {}
+    for name, found in values.items():
+        chosen = OmegaConf.select(config, name)
+        if chosen is not None:  # of a whole group, such as model, the name is what differs
+            there[f"{name}.name" if OmegaConf.is_dict(chosen) else name] = found
     return {name: spans_decades(found) for name, found in there.items() if dashboard.is_axis(name)}
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 MODEL = "model.name"  # the setting that tells families apart
-ELSEWHERE = ("data.root", "data.workers", "data.cache", MODEL)  # settings that are no axis of a plot
+ELSEWHERE = ("data.root", "data.workers", "data.cache")  # settings that are no axis of a plot
 TITLE = "Foldability"
 WIDTH, HEIGHT = 24, 8  # of a report's grid; of a panel that takes its whole width
 SEEDS_COLLAPSE = "Runs that differ in their seed alone are one line: their mean, and their range as a band."
@@ -267,7 +267,7 @@ def workspaces(found: Iterable[Family], project: str, entity: str = "") -> list[
             ],
             settings=ws.WorkspaceSettings(max_runs=100),
             runset_settings=ws.RunsetSettings(
-                filters=[expr.Config(MODEL) == family.model] if family.model else "",
+                filters=own_runs(family),
                 groupby=[expr.Metric("Group")],
                 order=[expr.Ordering(expr.Summary(family.goal), ascending=not family.metric.higher_is_better)],
                 pinned_columns=pinned(family),
@@ -275,6 +275,11 @@ def workspaces(found: Iterable[Family], project: str, entity: str = "") -> list[
         )
         for family in found
     ]
+
+
+def own_runs(family: Family) -> str:
+    """The filter for the runs of a family, as wandb-workspaces reads it."""
+    return f"Config('{MODEL}') = '{family.model}'" if family.model else ""
 
 
 def pinned(family: Family) -> list[str]:
@@ -294,10 +299,16 @@ def report(found: Iterable[Family], project: str, entity: str = "") -> "Report":
         wr.P(SEEDS_COLLAPSE),
     ]
     for family in found:
-        filters = f"Config('{MODEL}') = '{family.model}'" if family.model else ""
-        blocks += [wr.H1(f"{family.title}, {family.metric.title}")]
+        blocks.append(wr.H1(f"{family.title}, {family.metric.title}"))
         for name, panels in sections(family).items():
-            runs = wr.Runset(entity=entity, project=project, name=family.title, filters=filters, groupby=["group"])
+            runs = wr.Runset(
+                entity=entity,
+                project=project,
+                name=family.title,
+                filters=own_runs(family),
+                groupby=["group"],
+                order=[wr.OrderBy(wr.SummaryMetric(family.goal), ascending=not family.metric.higher_is_better)],
+            )
             blocks += [wr.H2(name), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
         project=project, entity=entity, title=f"{TITLE}: what folding leaves", blocks=blocks, width="fluid"
