@@ -94,7 +94,7 @@ def test_an_offline_run_that_is_synced_arrives_whole(server, tmp_path) -> None:
     assert not server.runs
     (recorded,) = folder.glob("wandb/offline-run-*")
     tool = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([tool, "sync", recorded], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([tool, "sync", recorded], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     has_the_run(server)
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 import threading
+from base64 import b64encode
 from collections import defaultdict
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,13 @@ from pathlib import Path
 import wandb
 
 ME = "someone"
-PROJECT = {"id": "UHJvamVjdA==", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ==", "entityName": ME, "isBenchmark": False}
+PROJECT = {
+    "id": "UHJvamVjdA==",
+    "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ==",
+    "entityName": ME,
+    "isBenchmark": False,
+    "user": None,
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -94,7 +101,7 @@ def run(server, sent):
 
 
 def view(server, sent):
-    identity = sent.get("id") or f"Vmlldzox{len(server.views)}"
+    identity = sent.get("id") or b64encode(f"View:{1000 + len(server.views)}".encode()).decode()
     project = {**PROJECT, "name": sent["projectName"]}
     server.views[identity] = {**sent, "id": identity, "project": project}
     return {"upsertView": {"view": server.views[identity], "inserted": True}}
