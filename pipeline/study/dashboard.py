@@ -278,8 +278,12 @@ def workspaces(found: Iterable[Family], project: str, entity: str = "") -> list[
 
 
 def own_runs(family: Family) -> str:
-    """The filter for the runs of a family, as wandb-workspaces reads it."""
-    return f"Config('{MODEL}') = '{family.model}'" if family.model else ""
+    """The filter for the runs of a family.
+
+    W&B keeps a config as {"model": {"value": {"name": ...}}}; wandb-workspaces adds ".value" everywhere but in filters.
+    """
+    first, _, rest = MODEL.partition(".")
+    return f"Config('{first}.value.{rest}') = '{family.model}'" if family.model else ""
 
 
 def pinned(family: Family) -> list[str]:

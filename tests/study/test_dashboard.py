@@ -88,7 +88,7 @@ def test_every_model_and_every_metric_has_a_workspace_and_a_part_of_the_report()
     assert [(f.model, f.metric.name) for f in found] == [("toy", "acc"), ("vit", "acc"), ("llama", "perplexity")]
     made = workspaces(found, "p")
     assert [view.runset_settings.filters for view in made] == [
-        f"Config('model.name') = '{m}'" for m in ("toy", "vit", "llama")
+        f"Config('model.value.name') = '{m}'" for m in ("toy", "vit", "llama")
     ]
     assert [view.runset_settings.order[0].ascending for view in made] == [False, False, True], "the best run is first"
     parts = [block.text for block in report(found, "p").blocks if type(block).__name__ == "H1"]
