@@ -29,7 +29,7 @@ from pipeline.compression.checkpoint import is_compressed, source_of
 from pipeline.data import DATASETS
 from pipeline.data.module import module_of
 from pipeline.data.picture_set import DataSource, PictureSet
-from pipeline.loggers import WANDB_MODES, wandb_logger
+from pipeline.loggers import WANDB_MODES, check_login, wandb_logger
 from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
@@ -38,6 +38,7 @@ from pipeline.results import ROWS
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import TASKS, USUAL, Task
 from pipeline.training import Training
+from scripts.labels import label_of
 from scripts.stop import check_processes
 
 Config = dict[str, Any]
@@ -65,7 +66,14 @@ def check(config: Config) -> None:
     if "trainer" in config:
         trainer = config["trainer"]
         check_processes(trainer["accelerator"], trainer["devices"], torch.cuda.is_available())
-    pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
+    mode = values.get("wandb.mode", "auto")
+    pick("wandb.mode", dict.fromkeys(WANDB_MODES), mode)
+    check_login(mode)
+    if values.get("wandb.artifacts") and not values["compression.save"] and values["shrink.method"] is None:
+        raise UserError(
+            "wandb.artifacts=true uploads the smaller networks that a run keeps, and this one keeps none; add "
+            "compression.save=true"
+        )
 
 
 # Settings that are younger than cells that people have, with the values at which they change nothing: a cell's name
@@ -83,6 +91,11 @@ WHERE = (
     "paths wandb device named save_every_n_steps data.root data.workers data.download data.cache trainer.accelerator "
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps chain chains teachers"
 ).split()
+
+
+def recipe_of(config: Config) -> str:
+    """Name that the cells of one recipe share: of a config without its seed."""
+    return cell_of(without(config, "seed"))
 
 
 def cell_of(config: Config) -> str:
@@ -348,10 +361,10 @@ def build_trainer(
     if options["enable_progress_bar"]:
         middle = min(compression.chains.ratios, key=lambda ratio: abs(ratio - 0.5))
         callbacks.append(CompressionProgressBar(list(compression.chains.recipes), middle))
-    wandb = config["wandb"]
+    label = label_of(config, recipe_of(config), WHERE)
     loggers = [
         CSVLogger(folder, name="metrics"),  # a folder version_<n> for every start, resumed ones too
-        wandb_logger(folder, wandb["project"], cell, config, wandb["mode"], group=config["name"]),
+        call("wandb", wandb_logger, folder, cell, config, label, **config["wandb"]),
     ]
     return lightning_trainer(
         **options,
