@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks import CompressionCallback, EpochSeed, Shrink, Throughput
-from callbacks.progress import CompressionProgressBar
+from callbacks.progress import progress
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
 from callbacks.shrink import NO_AVERAGES, TUNED, check_steps, ratios_of_steps
 from pipeline.cells import flat
@@ -360,7 +360,8 @@ def build_trainer(
     callbacks += call("optim", averaging, ema=config["optim"]["ema"])
     if options["enable_progress_bar"]:
         middle = min(compression.chains.ratios, key=lambda ratio: abs(ratio - 0.5))
-        callbacks.append(CompressionProgressBar(list(compression.chains.recipes), middle))
+        callbacks.append(progress(list(compression.chains.recipes), middle))
+        options["enable_progress_bar"] = isinstance(callbacks[-1], ProgressBar)
     label = label_of(config, recipe_of(config), WHERE)
     loggers = [
         CSVLogger(folder, name="metrics"),  # a folder version_<n> for every start, resumed ones too

@@ -21,7 +21,7 @@ from pipeline.compression.checkpoint import read_manifest
 from pipeline.results import ROWS, SPEED, headline, read, read_speeds
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_value, last_measurement
-from pipeline.study.terminal import print_speeds, print_table
+from pipeline.study.terminal import print_speeds, print_table, verdict
 from pipeline.tables import UserError, one_line
 from scripts.arguments import refuse
 from scripts.build import Config, cell_of, check, resolved
@@ -148,6 +148,8 @@ def show_rows(folder: Path, files: str) -> None:
     print(f"{what} {'could not be measured' if dense is None else finely.text(dense)} on {samples}.")
     when = f", epoch {epoch}" if epoch else ""  # 0: a checkpoint whose epoch is unknown
     print_table(rows, f"{metric.heading} that compression leaves, {split} samples{when}")
+    if said := verdict(rows):
+        print(said)
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {samples}")
     print_speeds(read_speeds([folder / SPEED]))
     kept = sorted((folder / "compressed").rglob("*.safetensors"))

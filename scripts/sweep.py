@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from callbacks.progress import duration
 from pipeline.cells import read_record
 from pipeline.tables import UserError
 
@@ -159,10 +160,3 @@ def story(job: dict[str, Any], swept: list[str]) -> str:
     what = f"done in {duration(job['seconds'])}" if job["state"] == "done" else f"failed: {job['reason']}"
     choice = [text for text in job["overrides"] if text.split("=")[0] in swept]
     return f"{job['cell']} {what}  {' '.join(choice)}"
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1 min 15 s"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
