@@ -1,0 +1,83 @@
+"""The page as one file: plotly, style, script and data stand in it, so that it opens anywhere and fetches nothing."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+from urllib.parse import quote
+
+import polars as pl
+
+from pipeline.results import SPEED, code_version, read_speeds
+from pipeline.study.page.columns import Places, packed
+from pipeline.study.page.colors import styles
+from pipeline.study.page.families import Family, failures, states
+from pipeline.study.page.said import flips, noises
+from pipeline.study.sweep import Sweep
+from pipeline.tables import optional
+
+ADDRESS = "wandb.url"  # a cell's page in W&B, one line in its folder
+
+
+def page(title: str, whole: Sweep, parts: Sequence[Family], runs: Path, at: Path, warn: Callable[[str], None]) -> str:
+    """The text of index.html. runs: the folder of the cells, or their file; at: the folder that the page will be in."""
+    plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
+    places, speeds = places_of(whole, runs, at), speeds_of(whole, runs, warn)
+    methods = [name for part in parts if part.found for name in part.found.methods["method"].unique(maintain_order=True)]
+    said = [
+        {"sentences": part.sentences, "noise": noises(part), "flips": flips(part), **packed(part, places, speeds)}
+        for part in parts
+    ]
+    data = {"parts": said, "styles": styles(list(dict.fromkeys(methods)))}
+    here = files("pipeline.study.page")
+    return Template((here / "template.html").read_text()).substitute(
+        title=escape(title),
+        about=escape(about(whole)),
+        css=(here / "page.css").read_text(),
+        script=(here / "page.js").read_text(),
+        plotly=plotly,
+        data=embedded(data),
+    )
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand in a script element: no text in it can end the element or begin a comment."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def about(sweep: Sweep) -> str:
+    """How far the sweep is, why cells failed, and by which code the page was written."""
+    why = "; ".join(f"{count} with: {reason}" for reason, count in failures(sweep)[:3])
+    failed = f" Cells ended without a result: {why}." if why else ""
+    return f"{len(sweep.cells)} cells: {states(sweep)}.{failed} Written by foldability {code_version()}."
+
+
+def places_of(sweep: Sweep, runs: Path, at: Path) -> Places:
+    """Links relative to the page, so that the folder of runs can be moved as a whole; none where RUNS is a file."""
+    if runs.is_file():
+        return Places({}, {})
+    names = sweep.cells["cell"].to_list()
+    addresses = {name: address for name in names if (address := _address(runs / name))}
+    return Places({name: _relative(runs / name, at) for name in names}, addresses)
+
+
+def _relative(folder: Path, at: Path) -> str:
+    return quote(os.path.relpath(folder.resolve(), at.resolve()).replace(os.sep, "/"))
+
+
+def _address(folder: Path) -> str:
+    """The address that a run left in its folder; "" where it left none, or no address."""
+    try:
+        text = (folder / ADDRESS).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if text.startswith(("https://", "http://")) else ""
+
+
+def speeds_of(sweep: Sweep, runs: Path, warn: Callable[[str], None]) -> pl.DataFrame:
+    done = sweep.cells.filter(pl.col("state") == "done")["cell"]
+    return read_speeds((runs / cell / SPEED for cell in done), warn) if runs.is_dir() else pl.DataFrame()
