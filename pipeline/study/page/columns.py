@@ -147,10 +147,8 @@ def _lines(family: Family, axes: Axes, cells: pl.DataFrame) -> dict[str, Column]
 
 
 def _rows(family: Family, axes: Axes, cells: pl.DataFrame) -> pl.DataFrame:
-    metric, methods = family.metric, family.found.methods
-    points = methods.with_columns(pl.col("value").alias(metric.name)).with_columns(value=in_points(metric))
     named = pl.DataFrame({"name": axes.methods, "code": range(len(axes.methods))}, schema_overrides={"code": pl.UInt32})
-    points = _coded(points, axes, cells).join(named, left_on="method", right_on="name")
+    points = _coded(family.found.methods, axes, cells).join(named, left_on="method", right_on="name")
     return points.drop("method").rename({"code": "method"}).sort("at", "method", "cell")
 
 

@@ -164,7 +164,7 @@ function curves(part, keep) {
  * the last. Where an effect changes its sign over another setting, its halves stand in place of the mean.
  */
 function effects(part, recipes) {
-  const settings = independent(part, recipes), found = settings.map((s) => ({ s, ...grouped(part, recipes, settings, s) })), rows = [];
+  const settings = independent(part, recipes).map(({ s }) => s), found = settings.map((s) => ({ s, ...grouped(part, recipes, settings, s) })), rows = [];
   for (const one of found) {
     for (const [low, high] of one.steps) {
       const pairs = one.groups.filter((group) => group.has(low) && group.has(high)).map((group) => [group.get(low), group.get(high)]);
@@ -187,7 +187,7 @@ function tested(pairs, outcome) {
   return { ...found, p };
 }
 
-/** Places of the settings, of which those that split the recipes in the same way are one: one that all recipes have. */
+/** [{s: place of a setting, along: names}]: settings that split the recipes in the same way are one, if one can be, one that no recipe lacks. */
 function independent(part, recipes) {
   const groups = new Map();
   part.settings.forEach(({ levels }, s) => {
@@ -197,7 +197,10 @@ function independent(part, recipes) {
     const lacking = codes.some((code) => levels[code] === "-");
     if (first.size > 1) groups.set(split, [...(groups.get(split) ?? []), { s, lacking }]);
   });
-  return [...groups.values()].map((group) => (group.find((one) => !one.lacking) ?? group[0]).s);
+  return [...groups.values()].map((group) => {
+    const { s } = group.find((one) => !one.lacking) ?? group[0];
+    return { s, along: group.filter((one) => one.s !== s).map((one) => part.settings[one.s].name) };
+  });
 }
 
 /** {groups: recipes alike but for one setting, by its level; steps: the levels to compare}. */
@@ -267,17 +270,21 @@ const of = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
 // ---- Pictures: each gives a list of {data, layout} or {reason}
 
-function base(title, height, more = {}) {
+/** Margins that leave room for the legend of these traces, of which some four stand in a line. */
+const below = (data) => ({ l: 60, r: 14, t: 56, b: 60 + 20 * Math.ceil(data.length / 4) });
+
+/** The layout of a picture. beside: what stands below its title: the ratio, n. */
+function base(title, beside, height, more = {}) {
   return {
-    title: { text: title, font: { size: 14 }, x: 0.01, xanchor: "left" },
-    height, autosize: true, margin: { l: 62, r: 14, t: 42, b: 48 },
+    title: { text: `${title}<br><span style="font-size:12px;color:#5c6670">${beside}</span>`, font: { size: 14 }, x: 0, xref: "container", pad: { l: 4, t: 8 }, y: 1, yref: "container", yanchor: "top" },
+    height, autosize: true, margin: { l: 60, r: 14, t: 56, b: 84 },
     font: { family: "system-ui, sans-serif", size: 12, color: "#1b1f24" },
-    hovermode: "closest", legend: { orientation: "h", y: -0.2, yanchor: "top" }, ...more,
+    hovermode: "closest", legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" }, ...more,
   };
 }
 
 const axis = (title, more = {}) => ({ title: { text: title, standoff: 8 }, gridcolor: "#e5e9ee", zeroline: false, automargin: true, ...more });
-const valueAxis = (title = plain(metric().heading)) => axis(title, metric().log ? { type: "log", dtick: "D1" } : { rangemode: "normal" });
+const valueAxis = (title = plain(metric().heading)) => axis(title, metric().log ? { type: "log", dtick: "D1" } : {});
 const bars = (all, shift = (x) => x) => ({
   type: "data", symmetric: false, thickness: 1.2, width: 3,
   array: all.map((s) => (Number.isNaN(s.half) ? 0 : shift(s.mean + s.half) - shift(s.mean))),
@@ -304,20 +311,22 @@ function drawCurves() {
     const chosen = part.ratios[state.ratio];
     const shapes = chosen === undefined ? [] : [{ type: "line", x0: chosen, x1: chosen, yref: "paper", y0: 0, y1: 1, line: { color: "#c3c9d0", width: 1 }, layer: "below" }];
     const most = Math.max(...[...view.curves.values()].filter((s) => Math.floor(s.key / part.methods.length / part.ats) === stage).map((s) => s.n));
-    return { data, layout: base(`${plain(stageText(stage))}; n = ${of(most, "recipe")}`, 430 + 16 * Math.ceil(data.length / 4), { shapes, xaxis: axis("fraction of channels removed"), yaxis: valueAxis() }) };
+    return { data, layout: base(plain(stageText(stage)), `n = ${of(most, "recipe")}`, 380 + below(data).b, { shapes, margin: below(data), xaxis: axis("fraction of channels removed"), yaxis: valueAxis() }) };
   });
 }
 
 function drawSettings() {
   const { part } = view;
   if (!part.settings.length) return [{ reason: "The cells differ in no setting but the seed, so there is nothing to compare." }];
-  return part.settings.map((setting, s) => {
-    const data = [], levels = new Set();
+  const settings = independent(part, view.stages.flatMap((stage) => view.recipes(stage)));
+  if (!settings.length) return [{ reason: "The recipes that are kept differ in no setting." }];
+  return settings.map(({ s, along }) => {
+    const setting = part.settings[s], data = [], levels = new Set();
     view.stages.forEach((stage, place) => {
       const groups = Map.groupBy(view.recipes(stage), (one) => part.cells.settings[s][one.cell]);
       const there = [...groups.keys()].sort((a, b) => a - b);
       there.forEach((level) => levels.add(level));
-      for (const outcome of ["base", "prune", "fold", "gap"]) {
+      for (const outcome of [...(place ? [] : ["base"]), "prune", "fold", "gap"]) { // uncompressed networks have no stage
         const all = there.map((level) => summary(groups.get(level).map((one) => one[outcome])));
         const low = outcome === "gap", shown = low ? (x) => x : value;
         data.push({
@@ -333,10 +342,10 @@ function drawSettings() {
     const order = [...levels].sort((a, b) => a - b), step = 0.14;
     for (const trace of data) trace.x = trace.x.map(([level, place]) => order.indexOf(level) + step * (place - (view.stages.length - 1) / 2));
     const every = Math.ceil(order.length / 12), ticks = order.map((_, i) => i).filter((i) => i % every === 0);
-    return { data, layout: base(`${label(setting.name)}; ${ratioText()}`, 430, {
+    return { data, layout: base(label(setting.name), `${ratioText()}${along.length ? `; with it change ${along.map((name) => label(name)).join(", ")}` : ""}`, 420, {
       xaxis: axis(label(setting.name), { tickvals: ticks, ticktext: ticks.map((i) => label(setting.levels[order[i]], 16)), range: [-0.5, order.length - 0.5], anchor: "y2" }),
       yaxis: { ...valueAxis(), domain: [0.4, 1] },
-      yaxis2: axis(`gap, ${unit()}`, { domain: [0, 0.3], zeroline: true, zerolinecolor: "#9aa3ad" }), legend: { orientation: "h", y: -0.22, yanchor: "top" },
+      yaxis2: axis(`gap, ${unit()}`, { domain: [0, 0.3], zeroline: true, zerolinecolor: "#9aa3ad" })
     }) };
   });
 }
@@ -348,7 +357,10 @@ function ranked() {
 }
 
 const named = (row) => `${label(row.setting)} ${label(row.low, 16)} → ${label(row.high, 16)}${row.where ? ` if ${label(row.where, 24)}` : ""}`;
+/** On a phone the name of a comparison stands in two lines. */
+const lined = (name) => (innerWidth < 600 ? name.replace(" ", "<br>") : name);
 const LANES = { fold: 0.22, base: 0, gap: -0.22 };
+const CHANGED = { fold: "folded value", base: "uncompressed value", gap: "gap to pruning" };
 const SYMBOL = { fold: "circle", base: "square", gap: "diamond" };
 
 function drawEffects() {
@@ -357,11 +369,12 @@ function drawEffects() {
   return view.stages.map((stage) => {
     const rows = view.effects(stage).filter((row) => names.includes(named(row)));
     if (!rows.length) return { reason: `No matched pairs at the stage ${view.part.stages[stage].name}.` };
+    const legend = Object.keys(LANES).map((outcome) => ({ name: CHANGED[outcome], x: [null], y: [null], mode: "markers", marker: { symbol: SYMBOL[outcome], size: 8, color: COLOR[outcome] } }));
     const counts = new Map(rows.filter((row) => row.outcome === "fold").map((row) => [named(row), row.n]));
     const data = Object.keys(LANES).map((outcome) => {
       const own = rows.filter((row) => row.outcome === outcome);
       return {
-        name: outcome === "fold" ? "folded value" : outcome === "base" ? "uncompressed value" : "gap to pruning", meta: outcome,
+        meta: outcome, showlegend: false,
         x: own.map((row) => row.mean), y: own.map((row) => names.indexOf(named(row)) + LANES[outcome]), error_x: { ...bars(own), color: COLOR[outcome] }, mode: "markers",
         customdata: own.map((row) => [row.setting, row.low, row.high, row.where, row.n, row.half, row.p_holm]),
         text: own.map((row) => `${named(row)}<br>${signed(row.mean)}${plusMinus(row.half)} ${unit()}, ${of(row.n, "pair")}${row.p_holm === undefined ? "" : `, p ${row.p_holm < 0.001 ? "< .001" : row.p_holm.toFixed(3)} (Holm)`}`),
@@ -370,11 +383,10 @@ function drawEffects() {
       };
     });
     const places = names.map((_, i) => i);
-    return { data, layout: base(`${plain(stageText(stage))}, ${ratioText()}`, 130 + 44 * names.length, {
-      margin: { l: 20, r: 14, t: 42, b: 48 },
-      xaxis: axis(`change, ${unit()} (${metric().higher_is_better ? "right" : "left"} is better; gap: right)`, { zeroline: true, zerolinecolor: "#5c6670" }),
-      yaxis: axis("", { tickvals: places, ticktext: names.map((name) => `${name}<br>n ${of(counts.get(name) ?? 0, "pair")}`), range: [-0.6, names.length - 0.4] }),
-      legend: { orientation: "h", y: -60 / (130 + 44 * names.length), yanchor: "top" },
+    return { data: [...data, ...legend], layout: base(plain(stageText(stage)), ratioText(), 150 + 44 * names.length, {
+      margin: { l: 20, r: 14, t: 56, b: 84 },
+      xaxis: axis(`change in ${unit()}; ${metric().higher_is_better ? "right is better" : "left is better, for the gap right"}`, { zeroline: true, zerolinecolor: "#5c6670" }),
+      yaxis: axis("", { tickvals: places, ticktext: names.map((name) => `${lined(name)}<br>${of(counts.get(name) ?? 0, "pair")}`), range: [-0.6, names.length - 0.4] }),
     }) };
   });
 }
@@ -402,7 +414,8 @@ function drawMap() {
       hoverinfo: "text", xgap: 2, ygap: 2,
       colorbar: { title: { text: outcome === "gap" ? `gap, ${unit()}` : metric().log ? `100 ln ${plain(metric().title)}` : plain(metric().heading), side: "right" }, thickness: 12 },
     }],
-    layout: base(`${WORD[outcome]}, ${plain(stageText(stage))}, ${ratioText()}`, Math.max(300, 150 + 46 * down.length), {
+    layout: base(`${WORD[outcome]}, ${plain(stageText(stage))}`, ratioText(), Math.max(300, 130 + 46 * down.length), {
+      margin: { l: 60, r: 14, t: 56, b: 60 },
       xaxis: axis(label(part.settings[x].name), { tickvals: across.map((_, k) => k), ticktext: across.map((a) => label(part.settings[x].levels[a], 16)), showgrid: false }),
       yaxis: axis(label(part.settings[y].name), { tickvals: down.map((_, k) => k), ticktext: down.map((b) => label(part.settings[y].levels[b], 16)), showgrid: false }),
     }),
@@ -432,15 +445,14 @@ function drawNoise() {
     });
     if (!data.some((trace) => trace.y.some((sd) => !Number.isNaN(sd)))) return { reason: `${stageText(stage)}: no recipe that is kept was run with two seeds, so the noise between seeds is not known. Run some recipes again with other seeds.` };
     const most = Math.max(...part.ratios.map((_, r) => spread(view.recipes(stage, r), "fold").recipes));
-    return { data, layout: base(`Spread over seeds, ${plain(stageText(stage))}; n = ${of(most, "recipe")}`, 340, { xaxis: axis("fraction of channels removed"), yaxis: axis(`standard deviation, ${unit()}`, { rangemode: "tozero" }) }) };
+    return { data, layout: base(`spread over seeds, ${plain(stageText(stage))}`, `n = ${of(most, "recipe")} with several seeds`, 360, { xaxis: axis("fraction of channels removed"), yaxis: axis(`standard deviation, ${unit()}`, { rangemode: "tozero" }) }) };
   });
   const pairs = view.stages.map((stage) => {
     const rows = view.effects(stage).filter((row) => row.outcome === "fold" && row.n > 1).sort((a, b) => a.sd - b.sd).slice(-ROWS).reverse();
     if (!rows.length) return { reason: `${stageText(stage)}: no setting has two matched pairs, so their spread is not known.` };
     const trace = (name, x, color, symbol) => ({ name, x, y: rows.map((_, i) => i), mode: "markers", marker: { color, symbol, size: 9 }, hovertemplate: "%{x} pairs<extra>%{fullData.name}</extra>" });
-    return { data: [trace("pairs there are", rows.map((row) => row.n), COLOR.fold, "circle"), trace("pairs needed", rows.map((row) => needed(row.sd)), COLOR.prune, "diamond")], layout: base(`Pairs for ± 1 ${unit() === "points" ? "point" : unit()}, ${plain(stageText(stage))}, ${ratioText()}`, 150 + 26 * rows.length, {
-      margin: { l: 20, r: 14, t: 42, b: 48 }, xaxis: axis("matched pairs", { type: "log", dtick: 1, minor: { dtick: "D1" } }), yaxis: axis("", { tickvals: rows.map((_, i) => i), ticktext: rows.map(named), range: [-0.6, rows.length - 0.4] }),
-      legend: { orientation: "h", y: -60 / (150 + 26 * rows.length), yanchor: "top" },
+    return { data: [trace("pairs there are", rows.map((row) => row.n), COLOR.fold, "circle"), trace("pairs needed", rows.map((row) => needed(row.sd)), COLOR.prune, "diamond")], layout: base(`pairs for ± 1 ${unit() === "points" ? "point" : unit()}, ${plain(stageText(stage))}`, ratioText(), 150 + 26 * rows.length, {
+      margin: { l: 20, r: 14, t: 56, b: 84 }, xaxis: axis("matched pairs", { type: "log", dtick: 1, minor: { dtick: "D1" } }), yaxis: axis("", { tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => lined(named(row))), range: [-0.6, rows.length - 0.4] }),
     }) };
   });
   return [...pairs, ...seeds];
@@ -463,7 +475,7 @@ function drawSize() {
     return { data: [
       { name: "nothing lost", x: ends, y: ends, mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "skip" },
       { name: "a recipe, best folding", type: all.length > 2000 ? "scattergl" : "scatter", x: all.map((one) => value(one.base)), y: all.map((one) => value(one.fold)), mode: "markers", marker: { color: COLOR.fold, size: 7, opacity: 0.6 }, text: all.map((one) => label(part.names[one.cell], 60)), hovertemplate: "%{text}<br>%{x:.4g} → %{y:.4g}<extra></extra>" },
-    ], layout: base(`${plain(stageText(stage))}, ${ratioText()}; r = ${Number.isNaN(r) ? "-" : r.toFixed(2)}, n = ${of(n, "recipe")}`, 380, { xaxis: { ...valueAxis(`uncompressed: ${plain(metric().heading)}`) }, yaxis: valueAxis(`folded: ${plain(metric().heading)}`) }) };
+    ], layout: base(plain(stageText(stage)), `${ratioText()}; correlation ${Number.isNaN(r) ? "-" : r.toFixed(2)}, n = ${of(n, "recipe")}`, 380, { xaxis: { ...valueAxis(`uncompressed: ${plain(metric().heading)}`) }, yaxis: valueAxis(`folded: ${plain(metric().heading)}`) }) };
   });
   return [...scatter, ...view.stages.slice(0, 1).flatMap((stage) => [
     kindOfSize(stage, "parameters left, %", (one) => 100 * one.params),
@@ -476,10 +488,10 @@ function kindOfSize(stage, title, size) {
   const { part } = view;
   const data = part.methods.map((name, m) => {
     const all = part.ratios.map((_, r) => view.curves.get((stage * part.ats + r) * part.methods.length + m)).filter((one) => one && Number.isFinite(size(one)));
-    return { name: plain(name), x: all.map(size), y: all.map((one) => value(one.mean)), mode: "lines+markers", marker: { color: style(name).color, size: 6 }, line: { color: style(name).color, dash: style(name).dash }, text: all.map((one) => `${plain(name)}: ${number(one.mean)}, ${of(one.n, "recipe")}`), hovertemplate: "%{x:.3g}, %{text}<extra></extra>" };
+    return { name: plain(name), meta: all.map((one) => one.n), x: all.map(size), y: all.map((one) => value(one.mean)), mode: "lines+markers", marker: { color: style(name).color, size: 6 }, line: { color: style(name).color, dash: style(name).dash }, text: all.map((one) => `${plain(name)}: ${number(one.mean)}, ${of(one.n, "recipe")}`), hovertemplate: "%{x:.3g}, %{text}<extra></extra>" };
   }).filter((trace) => trace.x.length);
   if (!data.length) return { reason: `No measurement that is kept says ${title}.` };
-  return { data, layout: base(plain(stageText(stage)), 380 + 16 * Math.ceil(data.length / 4), { xaxis: axis(title, { rangemode: "tozero" }), yaxis: valueAxis() }) };
+  return { data, layout: base(plain(stageText(stage)), `n = ${of(Math.max(...data.flatMap((trace) => trace.meta)), "recipe")}`, 320 + below(data).b, { margin: below(data), xaxis: axis(title, { rangemode: "tozero" }), yaxis: valueAxis() }) };
 }
 
 /** Mean time of each method and ratio over the cells that are kept and were timed. */
@@ -496,8 +508,8 @@ function drawParallel() {
   const { part } = view;
   const all = view.stages.length ? view.recipes(view.stages[0]).filter((one) => !Number.isNaN(one.fold)) : [];
   if (!all.length) return [{ reason: "No recipe that is kept has a folded value at this stage and ratio." }];
-  const settings = part.settings.map((setting, s) => {
-    const codes = all.map((one) => part.cells.settings[s][one.cell]), every = Math.ceil(setting.levels.length / 12);
+  const settings = independent(part, all).map(({ s }) => {
+    const setting = part.settings[s], codes = all.map((one) => part.cells.settings[s][one.cell]), every = Math.ceil(setting.levels.length / 12);
     const ticks = setting.levels.map((_, i) => i).filter((i) => i % every === 0);
     return { label: label(setting.name, 14), values: codes, range: [0, Math.max(1, setting.levels.length - 1)], tickvals: ticks, ticktext: ticks.map((i) => label(setting.levels[i], 14)) };
   });
@@ -505,7 +517,7 @@ function drawParallel() {
   const values = outcomes.map((outcome) => ({ label: WORD[outcome], values: all.map((one) => (outcome === "gap" ? one.gap : value(one[outcome]))) }));
   return [{
     data: [{ type: "parcoords", dimensions: [...settings, ...values], labelangle: -20, labelside: "top", line: { color: all.map((one) => one.fold), colorscale: "Cividis", reversescale: !metric().higher_is_better } }],
-    layout: base(`${plain(stageText(view.stages[0]))}, ${ratioText()}; n = ${of(all.length, "recipe")}`, 440, { margin: { l: 60, r: 60, t: 110, b: 24 } }),
+    layout: base(plain(stageText(view.stages[0])), `${ratioText()}; n = ${of(all.length, "recipe")}`, 440, { margin: { l: 90, r: 60, t: 130, b: 24 }, width: Math.max($("#parallel").clientWidth, 85 * (settings.length + values.length)), autosize: false }),
     after: (div) => { div.on("plotly_restyle", () => brush(div, all)); },
   }];
 }
@@ -538,8 +550,9 @@ function draw(section) {
     Plotly.purge(box.lastChild);
     box.lastChild.remove();
   }
+  while (box.children.length < figures.length) box.append(element("div")); // all before the first, which takes its width from them
   figures.forEach((figure, i) => {
-    const div = box.children[i] ?? box.appendChild(element("div"));
+    const div = box.children[i];
     if (figure.reason || div.className === "none" || figure.after) {
       Plotly.purge(div);
       div.replaceChildren();
@@ -647,47 +660,45 @@ function strongest() {
   return { x, y, outcome: "fold" };
 }
 
+/** Columns of the table: a title, the key to sort a cell by, and its text or link. */
+function columns() {
+  const { part } = view, outcome = (name, show) => ({ title: WORD[name], key: (one, i) => one.each[name][i], text: show });
+  const cell = { title: "cell", key: (one, i) => part.names[one.cells[i]], text: (name, c) => link(part.folders[c], name) };
+  const settings = part.settings.map(({ name, levels }, s) => ({ title: name, key: (one) => part.cells.settings[s][one.cell], text: (code) => cut(levels[code], 30) }));
+  const run = { title: "W&B", key: (one, i) => part.wandb[one.cells[i]], text: (address) => link(address, address ? "run" : "-") };
+  return [cell, outcome("fold", number), outcome("prune", number), outcome("gap", signed), outcome("base", number), { title: "seeds", key: (one) => one.cells.length, text: String }, ...settings, ...(part.wandb.some(Boolean) ? [run] : [])];
+}
+
+const link = (href, text) => (href ? element("a", { href }, text) : text);
+
 function table() {
   const { part } = view, box = $("#table .table");
   if (part.empty || !view.stages.length) return box.replaceChildren(element("p", { className: "none" }, part.empty ?? "Choose a stage."));
-  const heads = ["cell", ...part.settings.map((setting) => setting.name), "seeds", "uncompressed", "best folding", "best pruning", "gap", ...(part.wandb.some(Boolean) ? ["W&B"] : [])];
-  const first = part.settings.length + 3;
-  state.sort ??= { column: first, down: metric().higher_is_better };
-  const lines = view.recipes(view.stages[0]).filter((one) => !state.brushed || state.brushed.has(one.recipe)).flatMap((one) => one.cells.map((cell, i) => ({
-    cell, keys: [part.names[cell], ...part.cells.settings.map((codes) => codes[cell]), one.cells.length, one.each.base[i], one.each.fold[i], one.each.prune[i], one.each.gap[i], part.wandb[cell]],
-  })));
-  const { column: by, down } = state.sort, order = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
-  const last = (key) => Number.isNaN(key); // unknown values come last, whichever way it goes
-  lines.sort((a, b) => last(a.keys[by]) - last(b.keys[by]) || (down ? -1 : 1) * order(a.keys[by], b.keys[by]));
-  const shownLines = lines.slice(0, state.rows);
-  const more = element("button", { type: "button" }, `Show ${Math.min(200, lines.length - shownLines.length)} more`);
+  const [stage] = view.stages, shown = columns();
+  state.sort ??= { place: 1, down: metric().higher_is_better };
+  const { place, down } = state.sort, order = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+  const lines = view.recipes(stage).filter((one) => !state.brushed || state.brushed.has(one.recipe)).flatMap((one) => one.cells.map((cell, i) => ({ cell, keys: shown.map(({ key }) => key(one, i)) })));
+  const unknown = ({ keys }) => Number.isNaN(keys[place]); // unknown values come last, whichever way it goes
+  lines.sort((a, b) => unknown(a) - unknown(b) || (down ? -1 : 1) * order(a.keys[place], b.keys[place]));
+  const rows = lines.slice(0, state.rows).map(({ cell, keys }) => element("tr", {}, ...keys.map((key, i) => element("td", {}, shown[i].text(key, cell)))));
+  const more = element("button", { type: "button" }, `Show ${Math.min(200, lines.length - rows.length)} more`);
   more.addEventListener("click", () => { state.rows += 200; table(); });
   box.replaceChildren(
-    element("p", { className: "note" }, `${of(lines.length, "cell")} at ${part.stages[view.stages[0]].name}, ${ratioText()}${state.brushed ? ", inside of the ranges that were dragged above" : ""}. Values: ${metric().heading}, ${better()}; gap: ${unit()}.`),
-    element("table", {}, element("thead", {}, element("tr", {}, ...heads.map(heading))), element("tbody", {}, ...shownLines.map((line) => tableRow(line, first)))),
-    ...(lines.length > shownLines.length ? [more] : []),
+    element("p", { className: "note" }, `${of(lines.length, "cell")} at ${part.stages[stage].name}, ${ratioText()}${state.brushed ? ", inside of the ranges that were dragged above" : ""}. Values: ${metric().heading}, ${better()}; gap: ${unit()}.`),
+    element("table", {}, element("thead", {}, element("tr", {}, ...shown.map(({ title }, i) => heading(title, i)))), element("tbody", {}, ...rows)),
+    ...(lines.length > rows.length ? [more] : []),
   );
 }
 
 function heading(text, place) {
   const button = element("button", { type: "button" }, cut(text)), cell = element("th", { scope: "col" }, button);
-  if (state.sort.column === place) cell.setAttribute("aria-sort", state.sort.down ? "descending" : "ascending");
+  if (state.sort.place === place) cell.setAttribute("aria-sort", state.sort.down ? "descending" : "ascending");
   button.addEventListener("click", () => {
-    state.sort = { column: place, down: state.sort.column === place ? !state.sort.down : true };
+    state.sort = { place, down: state.sort.place === place ? !state.sort.down : true };
     table();
     $(`#table th:nth-child(${place + 1}) button`).focus();
   });
   return cell;
-}
-
-function tableRow({ cell, keys }, first) {
-  const { part } = view, name = part.names[cell], link = (href, text) => (href ? element("a", { href }, text) : text);
-  const texts = keys.slice(1, first + 4).map((key, i) => {
-    if (i < part.settings.length) return cut(part.settings[i].levels[key], 30);
-    return i === part.settings.length ? String(key) : i === first + 2 ? signed(key) : number(key);
-  });
-  const cells = [link(part.folders[cell], name), ...texts, ...(part.wandb.some(Boolean) ? [link(part.wandb[cell], part.wandb[cell] ? "run" : "-")] : [])];
-  return element("tr", {}, ...cells.map((content) => element("td", {}, content)));
 }
 
 /** Show a family of cells with nothing filtered. */
