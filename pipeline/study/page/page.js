@@ -276,7 +276,7 @@ const below = (data) => ({ l: 60, r: 14, t: 56, b: 60 + 20 * Math.ceil(data.leng
 /** The layout of a picture. beside: what stands below its title: the ratio, n. */
 function base(title, beside, height, more = {}) {
   return {
-    title: { text: `${title}<br><span style="font-size:12px;color:#5c6670">${beside}</span>`, font: { size: 14 }, x: 0, xref: "container", pad: { l: 4, t: 8 }, y: 1, yref: "container", yanchor: "top" },
+    title: { text: `${title}<br><span style="font-size:12px;color:#5c6670">${beside}</span>`, font: { size: 14 }, x: 0, xref: "container", pad: { l: 4, t: 16 }, y: 1, yref: "container", yanchor: "top" },
     height, autosize: true, margin: { l: 60, r: 14, t: 56, b: 84 },
     font: { family: "system-ui, sans-serif", size: 12, color: "#1b1f24" },
     hovermode: "closest", legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" }, ...more,
@@ -383,7 +383,7 @@ function drawEffects() {
       };
     });
     const places = names.map((_, i) => i);
-    return { data: [...data, ...legend], layout: base(plain(stageText(stage)), ratioText(), 150 + 44 * names.length, {
+    return { data: [...data, ...legend], layout: base(plain(stageText(stage)), ratioText(), 150 + (innerWidth < 600 ? 62 : 44) * names.length, {
       margin: { l: 20, r: 14, t: 56, b: 84 },
       xaxis: axis(`change in ${unit()}; ${metric().higher_is_better ? "right is better" : "left is better, for the gap right"}`, { zeroline: true, zerolinecolor: "#5c6670" }),
       yaxis: axis("", { tickvals: places, ticktext: names.map((name) => `${lined(name)}<br>${of(counts.get(name) ?? 0, "pair")}`), range: [-0.6, names.length - 0.4] }),
@@ -414,7 +414,7 @@ function drawMap() {
       hoverinfo: "text", xgap: 2, ygap: 2,
       colorbar: { title: { text: outcome === "gap" ? `gap, ${unit()}` : metric().log ? `100 ln ${plain(metric().title)}` : plain(metric().heading), side: "right" }, thickness: 12 },
     }],
-    layout: base(`${WORD[outcome]}, ${plain(stageText(stage))}`, ratioText(), Math.max(300, 130 + 46 * down.length), {
+    layout: base(`${WORD[outcome]}, ${plain(part.stages[stage].name)}`, ratioText(), Math.max(300, 130 + 46 * down.length), {
       margin: { l: 60, r: 14, t: 56, b: 60 },
       xaxis: axis(label(part.settings[x].name), { tickvals: across.map((_, k) => k), ticktext: across.map((a) => label(part.settings[x].levels[a], 16)), showgrid: false }),
       yaxis: axis(label(part.settings[y].name), { tickvals: down.map((_, k) => k), ticktext: down.map((b) => label(part.settings[y].levels[b], 16)), showgrid: false }),
@@ -445,13 +445,13 @@ function drawNoise() {
     });
     if (!data.some((trace) => trace.y.some((sd) => !Number.isNaN(sd)))) return { reason: `${stageText(stage)}: no recipe that is kept was run with two seeds, so the noise between seeds is not known. Run some recipes again with other seeds.` };
     const most = Math.max(...part.ratios.map((_, r) => spread(view.recipes(stage, r), "fold").recipes));
-    return { data, layout: base(`spread over seeds, ${plain(stageText(stage))}`, `n = ${of(most, "recipe")} with several seeds`, 360, { xaxis: axis("fraction of channels removed"), yaxis: axis(`standard deviation, ${unit()}`, { rangemode: "tozero" }) }) };
+    return { data, layout: base(`spread over seeds, ${plain(part.stages[stage].name)}`, `n = ${of(most, "recipe")} with several seeds`, 360, { xaxis: axis("fraction of channels removed"), yaxis: axis(`standard deviation, ${unit()}`, { rangemode: "tozero" }) }) };
   });
   const pairs = view.stages.map((stage) => {
     const rows = view.effects(stage).filter((row) => row.outcome === "fold" && row.n > 1).sort((a, b) => a.sd - b.sd).slice(-ROWS).reverse();
     if (!rows.length) return { reason: `${stageText(stage)}: no setting has two matched pairs, so their spread is not known.` };
     const trace = (name, x, color, symbol) => ({ name, x, y: rows.map((_, i) => i), mode: "markers", marker: { color, symbol, size: 9 }, hovertemplate: "%{x} pairs<extra>%{fullData.name}</extra>" });
-    return { data: [trace("pairs there are", rows.map((row) => row.n), COLOR.fold, "circle"), trace("pairs needed", rows.map((row) => needed(row.sd)), COLOR.prune, "diamond")], layout: base(`pairs for ± 1 ${unit() === "points" ? "point" : unit()}, ${plain(stageText(stage))}`, ratioText(), 150 + 26 * rows.length, {
+    return { data: [trace("pairs there are", rows.map((row) => row.n), COLOR.fold, "circle"), trace("pairs needed", rows.map((row) => needed(row.sd)), COLOR.prune, "diamond")], layout: base(`pairs for ± 1 ${unit() === "points" ? "point" : unit()}, ${plain(view.part.stages[stage].name)}`, ratioText(), 150 + (innerWidth < 600 ? 38 : 26) * rows.length, {
       margin: { l: 20, r: 14, t: 56, b: 84 }, xaxis: axis("matched pairs", { type: "log", dtick: 1, minor: { dtick: "D1" } }), yaxis: axis("", { tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => lined(named(row))), range: [-0.6, rows.length - 0.4] }),
     }) };
   });
