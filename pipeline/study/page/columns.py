@@ -4,8 +4,8 @@ Rows as JSON would take ten times the place and the time to read: a thousand cel
 """
 
 import base64
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ import polars as pl
 
 from pipeline.results import DENSE
 from pipeline.study.lines import in_points, told
+from pipeline.study.matching import coded_levels
 from pipeline.study.page.families import Family, stages
 from pipeline.study.summary import dense_rows
-from pipeline.study.sweep import shown
 from pipeline.study.terminal import TITLES
 
 UNSIGNED = (np.uint8, np.uint16, np.uint32)
@@ -116,24 +116,16 @@ def _cells(family: Family) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     cells = cells.join(base, on="cell", how="left").sort("recipe", "seed", "cell").with_row_index("place")
     settings = []
     for place, (full, short) in enumerate(names.items()):
-        levels = in_order(cells[full].unique().to_list())
-        code = {level: i for i, level in enumerate(levels)}
-        cells = cells.with_columns(pl.Series(f"code {place}", [code[v] for v in cells[full]], dtype=pl.UInt32))
-        settings.append({"name": short, "levels": [shown(level) for level in levels]})
+        code, levels = coded_levels(cells[full])
+        cells = cells.with_columns(pl.Series(f"code {place}", code, dtype=pl.UInt32))
+        settings.append({"name": short, "levels": list(levels)})
     return cells, settings
-
-
-def in_order(levels: Sequence[Any]) -> list[Any]:
-    """Levels of a setting: none first, numbers by size, texts by name."""
-    return sorted(levels, key=lambda level: (level is not None, level))
 
 
 def _coded(table: pl.DataFrame, axes: Axes, cells: pl.DataFrame) -> pl.DataFrame:
     """The table with `at`, a code of stage and ratio together, and the cells' places for their names."""
-    at = {
-        (stage, ratio): i * len(axes.ratios) + j for i, stage in enumerate(axes.stages) for j, ratio in enumerate(axes.ratios)
-    }
-    keys = [{"stage": stage, "ratio": ratio, "at": place} for (stage, ratio), place in at.items()]
+    pairs = product(axes.stages, axes.ratios)
+    keys = [{"stage": stage, "ratio": ratio, "at": place} for place, (stage, ratio) in enumerate(pairs)]
     places = pl.DataFrame(keys, schema={"stage": pl.String, "ratio": pl.Float64, "at": pl.UInt32})
     table = table.join(places, on=["stage", "ratio"], nulls_equal=True)
     return table.join(cells.select("cell", "place"), on="cell").drop("cell").rename({"place": "cell"})

@@ -114,5 +114,3 @@ def _title(metric: str, model: str, data: str) -> str:
 def _label(key: tuple[str, ...], differs: list[bool]) -> str:
     metric, model, data = (part if differ else "" for part, differ in zip(key, differs, strict=True))
     return " ".join(filter(None, (model, data, metric)))
-
-

@@ -31,7 +31,8 @@ def write_report(
         write_pictures(folder / "png", parts)
         (folder / "index.html").write_text(page(title, whole, parts, runs, folder, warn))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({first_line(error)}); give another --page, or --no-page") from error
+        what = f"{folder} cannot be written ({first_line(error)})"
+        raise UserError(f"{what}; give another --page, or --no-page") from error
     return [folder / name for name in FILES]
 
 

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import polars as pl
 
 from pipeline.results import SPEED, code_version, read_speeds
-from pipeline.study.page.columns import Places, packed
 from pipeline.study.page.colors import styles
+from pipeline.study.page.columns import Places, packed
 from pipeline.study.page.families import Family, failures, states
 from pipeline.study.page.said import flips, noises
 from pipeline.study.sweep import Sweep
@@ -27,7 +27,9 @@ def page(title: str, whole: Sweep, parts: Sequence[Family], runs: Path, at: Path
     """The text of index.html. runs: the folder of the cells, or their file; at: the folder that the page will be in."""
     plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
     places, speeds = places_of(whole, runs, at), speeds_of(whole, runs, warn)
-    methods = [name for part in parts if part.found for name in part.found.methods["method"].unique(maintain_order=True)]
+    methods = [
+        name for part in parts if part.found for name in part.found.methods["method"].unique(maintain_order=True)
+    ]
     said = [
         {"sentences": part.sentences, "noise": noises(part), "flips": flips(part), **packed(part, places, speeds)}
         for part in parts

@@ -170,8 +170,8 @@ function effects(part, recipes) {
       const pairs = one.groups.filter((group) => group.has(low) && group.has(high)).map((group) => [group.get(low), group.get(high)]);
       const about = { setting: part.settings[one.s].name, low: part.settings[one.s].levels[low], high: part.settings[one.s].levels[high] };
       for (const outcome of OUTCOMES)
-        for (const { where, own } of halves(part, pairs, outcome, found.filter((other) => other !== one)))
-          if (own.length) rows.push({ ...about, outcome, where, ...tested(own, outcome) });
+        for (const own of halves(part, pairs, outcome, found.filter((other) => other !== one)))
+          if (own.length) rows.push({ ...about, outcome, where: bound(part, recipes, settings, one.s, own), ...tested(own, outcome) });
     }
   }
   for (const outcome of OUTCOMES) holm(rows.filter((row) => row.outcome === outcome));
@@ -217,7 +217,7 @@ function grouped(part, recipes, settings, s) {
   return { groups: several, steps: levels.length > 2 ? [...steps, [levels[0], levels.at(-1)]] : steps };
 }
 
-/** The pairs as one part, or by the level of the setting over which their effect most surely changes its sign. */
+/** The pairs that have the outcome, as one part, or by the level of the setting over which their effect most surely changes its sign. */
 function halves(part, pairs, outcome, others) {
   let split = { p: Infinity };
   for (const { s, steps } of others) {
@@ -230,9 +230,20 @@ function halves(part, pairs, outcome, others) {
     }
   }
   const there = pairs.filter((pair) => !Number.isNaN(change(pair, outcome)));
-  if (split.s === undefined) return [{ where: "", own: there }];
-  const { name, levels } = part.settings[split.s], codes = part.cells.settings[split.s];
-  return [...Map.groupBy(there, ([low]) => codes[low.cell])].map(([code, own]) => ({ where: `${name}=${levels[code]}`, own }));
+  return split.s === undefined ? [there] : [...Map.groupBy(there, ([low]) => part.cells.settings[split.s][low.cell]).values()];
+}
+
+/** "optim=sgd, lr=0.01 or 0.1": the levels of other settings that these pairs are bound to, where recipes have others. */
+function bound(part, recipes, settings, s, pairs) {
+  const level = (o, one) => part.cells.settings[o][one.cell], text = (o, code) => part.settings[o].levels[code], limits = new Map();
+  for (const o of settings) {
+    const there = new Set(pairs.map(([low]) => level(o, low)));
+    if (o !== s && recipes.some((one) => !there.has(level(o, one)) && text(o, level(o, one)) !== "-")) limits.set(o, there);
+  }
+  const told = [...limits].filter(([o, there]) => [...there].some((code) => text(o, code) !== "-")); // the rest may follow from these
+  const alike = recipes.filter((one) => told.every(([o, there]) => there.has(level(o, one))));
+  const shown = [...limits].filter(([o]) => told.some(([other]) => other === o) || alike.some((one) => text(o, level(o, one)) !== "-"));
+  return shown.map(([o, there]) => `${part.settings[o].name}=${[...there].sort((a, b) => a - b).map((code) => text(o, code)).join(" or ")}`).join(", ");
 }
 
 /** Everything that the pictures draw for the chosen filters; a part of it is computed when first asked for. */

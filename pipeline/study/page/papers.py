@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.study.effects import effects
+from pipeline.study.matching import coded_levels
 from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
 from pipeline.study.page.columns import axes_of
 from pipeline.study.page.families import Family, stages
 from pipeline.study.summary import half_interval
-from pipeline.study.sweep import shown
 from pipeline.study.terminal import TITLES
 
 OUTCOMES = {"base": (BASE, "uncompressed"), "prune": (PRUNE, "best pruning"), "fold": (FOLD, "best folding")}
@@ -52,16 +52,15 @@ def settings(family: Family) -> Figure | None:
     figure = Figure(figsize=(0.6 + 2.6 * len(names), 4.6), layout="constrained")
     panels = figure.subplots(2, len(names), squeeze=False, sharey="row", height_ratios=[2, 1])
     for name, above, below in zip(names, *panels, strict=True):
-        levels = sorted(table[name].unique(), key=lambda level: (level is not None, level))
-        place = {level: i for i, level in enumerate(levels)}
+        codes, levels = coded_levels(table[name])
+        coded = table.with_columns(place=pl.Series(codes))
         for outcome, (color, title) in {**OUTCOMES, "gap": (GAP, "gap")}.items():
-            line = over_recipes(table, [name], outcome)
-            line = line.with_columns(place=pl.Series([place[v] for v in line[name]], dtype=pl.Int64)).sort("place")
+            line = over_recipes(coded, ["place"], outcome).sort("place")
             look = {"color": color, "label": title}
             _line(below if outcome == "gap" else above, family, line, "place", look, plain=outcome == "gap")
         below.axhline(0, color=BASE, lw=0.8)
         for panel in (above, below):
-            panel.set_xticks(range(len(levels)), [] if panel is above else [shown(level) for level in levels])
+            panel.set_xticks(range(len(levels)), [] if panel is above else levels)
         below.set_xlabel(name)
     panels[0][0].set_ylabel(family.metric.heading)
     panels[1][0].set_ylabel("gap, points")
@@ -148,9 +147,7 @@ def _panels(family: Family, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _line(
-    panel: Axes, family: Family, line: pl.DataFrame, x: str, look: dict[str, Any], plain: bool = False
-) -> None:
+def _line(panel: Axes, family: Family, line: pl.DataFrame, x: str, look: dict[str, Any], plain: bool = False) -> None:
     """Means with error bars, on the scale of the metric; plain: in points."""
     scale = (lambda points: points) if plain else (lambda points: _value(family, points))
     means = np.array([scale(mean) for mean in line["mean"]])
@@ -181,14 +178,16 @@ def _placed(table: pl.DataFrame, names: list[str]) -> Iterator[tuple[int, dict[s
 
 
 def _comparison(line: dict[str, Any]) -> str:
-    """ "lr 0.01 to 0.1 (8 pairs)" """
+    """ "lr 0.01 to 0.1 if optim=sgd" """
     where = f" if {line['where']}" * bool(line["where"])
     return f"{line['setting']} {line['low']} to {line['high']}{where}"
 
 
 def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
     """The figure with one legend below, each label once."""
-    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
