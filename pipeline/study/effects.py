@@ -14,6 +14,7 @@ linear model of all settings and their pairwise interactions, with robust errors
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.study.intervals import Array, holm, needed, summary
 from pipeline.study.lines import Lines
 from pipeline.study.matching import Design, design
 from pipeline.study.sweep import shown
-from pipeline.tables import pick
+from pipeline.tables import UserError, optional, pick
 
 OUTCOMES = ("fold", "base", "gap")  # headline first
 BOTH = ("raw", "repaired")  # stages that stand beside each other
@@ -50,6 +51,8 @@ SCHEMA = {
     "p_flip": pl.Float64,
     **dict.fromkeys(BESIDE, pl.Float64),
 }
+CHECKED = ("setting", "low", "high", "outcome", "where", "effect", "half", "n", "p")
+FEWEST_SPARE = 8  # degrees of freedom below which robust errors say little
 Step = tuple[int, int, int]  # a setting and two of its levels: places in a Design's tuples
 
 
@@ -103,6 +106,51 @@ def effects(found: Lines, stage: str, ratio: float | None, outcomes: Sequence[st
         lines += [line | {"p_holm": p} for line, p in zip(own, corrected, strict=True)]
     told = {"stage": pl.lit(stage, pl.String), "ratio": pl.lit(ratio, pl.Float64)}
     return pl.DataFrame(lines, schema=SCHEMA).with_columns(**told).fill_nan(None)
+
+
+def check(found: Lines, stage: str, ratio: float | None, outcome: str = "fold") -> pl.DataFrame:
+    """The lines of `effects` for one outcome beside a second opinion: model_effect, model_half, model_p.
+
+    The model is linear, with a term for every level of every setting and for every pair of levels of two settings, on
+    all cells, also those without a partner. Its errors may differ between recipes (White's, HC1), and are clustered by
+    recipe where recipes have seeds. A model's effect is its prediction at the high level less that at the low level,
+    mean over the recipes of the matched pairs, so that a full balanced grid gives the matched effect again. UserError
+    where the model has too many terms for these recipes, or where statsmodels is missing.
+    """
+    api = optional("the second opinion on effects", "statsmodels.api", "study")
+    table = found.at(stage, ratio).drop_nulls(outcome)
+    made = design(table, found.settings, [outcome])
+    terms = two_way(made.codes)
+    spare = len(terms) - np.linalg.matrix_rank(terms)
+    if spare < FEWEST_SPARE:
+        raise UserError(
+            f"a model of two-way interactions has too many terms for {len(terms)} recipes ({spare} to spare, "
+            f"{FEWEST_SPARE} needed); measure more recipes, or keep to fewer levels with --where"
+        )
+    model = api.OLS(table[outcome].to_numpy(), terms[made.of])
+    clustered = (made.seeds > 1).any()
+    errors = {"cov_type": "cluster", "cov_kwds": {"groups": made.of}} if clustered else {"cov_type": "HC1"}
+    fitted = model.fit(**errors, use_t=True)
+    lines = []
+    for step, lows, highs, over, p in _parts(made, 0, _flipped(made, list(splits(made)), 0)):
+        if len(lows):
+            test = fitted.t_test((terms[highs] - terms[lows]).mean(0))
+            half = float(np.diff(test.conf_int(0.05)).item()) / 2
+            line = _line(made, [outcome], outcome, step, lows, highs, over, p)
+            second = {"model_effect": test.effect.item(), "model_half": half, "model_p": float(test.pvalue)}
+            lines.append({name: line[name] for name in CHECKED} | second)
+    schema = {name: SCHEMA[name] for name in CHECKED} | dict.fromkeys(
+        ("model_effect", "model_half", "model_p"), pl.Float64
+    )
+    return pl.DataFrame(lines, schema=schema).fill_nan(None)
+
+
+def two_way(codes: Array) -> Array:
+    """(R, S) codes -> (R, K) float64: 1, a column for every level, and one for every pair of levels that occurs."""
+    levels = [[codes[:, s] == level for level in np.unique(codes[:, s])] for s in range(codes.shape[1])]
+    products = (a & b for one, other in combinations(levels, 2) for a in one for b in other)
+    columns = [np.ones(len(codes), bool), *(level for several in levels for level in several), *products]
+    return np.stack([column for column in columns if column.any()], axis=1).astype(np.float64)
 
 
 def _beside(found: Lines, stage: str, ratio: float | None) -> tuple[list[str], pl.DataFrame]:

@@ -131,7 +131,7 @@ def as_table(made: Design, found: list[Split], column: int) -> pl.DataFrame:
     corrected = {"p_holm": _differences(found, column), "p_flip": flip_p(found, column)}
     table = pl.DataFrame(lines, schema={name: dtype for name, dtype in SCHEMA.items() if name not in corrected})
     table = table.with_columns(**{name: pl.Series(values, dtype=pl.Float64) for name, values in corrected.items()})
-    return table.select(pl.col(list(SCHEMA)).fill_nan(None))
+    return table.select(list(SCHEMA)).fill_nan(None)
 
 
 def flip_p(found: list[Split], column: int) -> Array:

@@ -25,6 +25,7 @@ class Design:
     codes: (R, S) int64, places in `levels`; no two rows are alike
     values: (R, V) float64, means over the seeds, NaN where no seed has one
     seeds: (R,) int64, cells of each recipe
+    of: (N,) int64, the recipe of each cell
     """
 
     settings: tuple[str, ...]
@@ -33,6 +34,7 @@ class Design:
     codes: Array
     values: Array
     seeds: Array
+    of: Array
 
     @cached_property
     def keys(self) -> dict[tuple[int, ...], Array]:
@@ -106,7 +108,7 @@ def design(table: pl.DataFrame, settings: Sequence[str], values: Sequence[str]) 
     np.add.at(sums, recipe, np.where(there, numbers, 0))
     np.add.at(counts, recipe, there)
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-    return Design(tuple(kept), along, tuple(coded[name][1] for name in kept), codes[first], means, seeds)
+    return Design(tuple(kept), along, tuple(coded[name][1] for name in kept), codes[first], means, seeds, recipe)
 
 
 def coded_levels(column: pl.Series) -> tuple[Array, tuple[str, ...]]:
