@@ -5,16 +5,18 @@ import polars as pl
 from scipy.stats import pearsonr
 
 from pipeline.study.claims import FEWEST, Claim, noise_sentence, weighed
-from pipeline.study.effects import BOTH, OUTCOMES, effects
+from pipeline.study.effects import effects
 from pipeline.study.interactions import interactions
 from pipeline.study.intervals import summary
 from pipeline.study.lines import Lines
+from pipeline.study.matching import BOTH, OUTCOMES
 from pipeline.study.noise import noise
 from pipeline.study.summary import HEADLINE_RATIO, HEADLINE_STAGES
 from pipeline.study.words import STAGES, amount, named, outcome_name, place, signed
 from pipeline.tasks import Metric
 
 MOST = 10
+LITTLE = 0.5  # a correlation that explains less than a quarter of the variance
 
 
 def answer(found: Lines) -> list[str]:
@@ -31,7 +33,7 @@ def answer(found: Lines) -> list[str]:
         if heard is None
         else noise_sentence(heard, found.metric)
     )
-    told = [_measured(found, table), _left(found, stage, ratio), seeds, _related(table, stage, ratio, found.metric)]
+    told = [_measured(found, table), _left(found, stage, ratio), seeds, _related(table, found.metric)]
     table_of_effects = effects(found, stage, ratio)
     weighted = weighed(table_of_effects, interactions(found, stage, ratio), found.metric)
     rest = _unsettled(table_of_effects, weighted, found)
@@ -122,16 +124,18 @@ def _value(mean: tuple[float, float | None, int, float], metric: Metric) -> str:
     return f"{value:.{metric.digits}f}{spread}{metric.unit}"
 
 
-def _related(table: pl.DataFrame, stage: str, ratio: float | None, metric: Metric) -> str:
+def _related(table: pl.DataFrame, metric: Metric) -> str:
     """How far the gap goes with what folding leaves, over recipes (Pearson's r, Fisher's interval)."""
     both = table.group_by("recipe").agg(pl.col("fold", "gap").mean()).drop_nulls(["fold", "gap"])
     if len(both) < FEWEST or both["fold"].n_unique() < 2 or both["gap"].n_unique() < 2:
         return ""
     found = pearsonr(both["fold"], both["gap"])
     low, high = found.confidence_interval()
+    little = max(abs(low), abs(high)) < LITTLE
     return (
-        f"Over {len(both):,} recipes the lead of folding over the best pruning goes with {outcome_name('fold', metric)} "
-        f"by a correlation of {found.statistic:.2f} ({low:.2f} to {high:.2f}), so the lead does not stand for it."
+        f"The lead of folding over the best pruning and {outcome_name('fold', metric)} correlate by "
+        f"{found.statistic:.2f} ({low:.2f} to {high:.2f}) over {len(both):,} recipes"
+        f"{', so that the lead says little about what is left' if little else ''}."
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.study.intervals import POINT
+from pipeline.study.matching import BOTH
 from pipeline.study.noise import Noise
 from pipeline.study.words import amount, change, named, one_point, outcome_at, outcome_name, signed
 from pipeline.tasks import Metric
@@ -24,20 +25,25 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence. sure: it asserts an effect; size: the largest effect in it, absolute, in points; signs: +1, -1
+    """A sentence about one step of a setting. other: the setting that it depends on, "" where there is none
 
-    kind: effect, flip (signs change over another setting), interaction, none (not told from 0), few (n too small)
+    kind: effect, flip (its sign changes over another setting), interaction, none (not told from 0), few (n too small)
+    size: the largest effect in it, absolute, in points; signs: +1, -1: those that it asserts
     """
 
     text: str
     kind: str
     setting: str
+    low: str
+    high: str
     outcome: str
     size: float
+    other: str = ""
     signs: frozenset[int] = frozenset()
 
     @property
     def sure(self) -> bool:
+        """Does it assert something?"""
         return self.kind in ("effect", "interaction") or (self.kind == "flip" and bool(self.signs))
 
 
@@ -77,19 +83,17 @@ def _is_sure(line: Line) -> bool:
 
 
 def _plain(line: Line, metric: Metric) -> Claim:
+    about = (line["setting"], line["low"], line["high"], line["outcome"], abs(line["effect"]))
     subject, what = named(line), outcome_at(line, metric)
-    size = abs(line["effect"])
     if line["n"] < FEWEST:
         text = f"{subject}: n too small for a word on {what} ({_n(line['n'])}{_would(line, metric)})."
-        return Claim(text, "few", line["setting"], line["outcome"], size)
-    if not _is_sure(line):
-        shown = signed(line["effect"], line["half"], metric)
-        text = f"{subject} has no effect on {what} that is sure: {shown} ({_n(line['n'])}; {_beside(line, metric)})"
-        text += f"; {_would(line, metric)[2:]}." if line["half"] > POINT else "."
-        return Claim(text, "none", line["setting"], line["outcome"], size)
-    text = f"{subject} {change(line['effect'], what, line['half'], line['outcome'], metric)}"
-    text += f" ({_n(line['n'])}; {_beside(line, metric)})."
-    return Claim(text, "effect", line["setting"], line["outcome"], size, frozenset([_sign(line)]))
+        return Claim(text, "few", *about)
+    beside = f"({_n(line['n'])}; {_beside(line, metric)})"
+    if _is_sure(line):
+        text = f"{subject} {change(line['effect'], what, line['half'], line['outcome'], metric)} {beside}."
+        return Claim(text, "effect", *about, signs=frozenset([_sign(line)]))
+    text = f"{subject} has no sure effect on {what}: {signed(line['effect'], line['half'], metric)} {beside}"
+    return Claim(f"{text}{_would(line, metric) if line['half'] > POINT else ''}.", "none", *about)
 
 
 def _turning(lines: list[Line], metric: Metric) -> Claim:
@@ -106,8 +110,8 @@ def _turning(lines: list[Line], metric: Metric) -> Claim:
     subject = named({**first, "where": ""})
     text = f"{subject} {turns} {outcome_at(first, metric)}, depending on {over}: {', '.join(halves)}"
     text += "." if settled else "; not settled."
-    size = max(abs(line["effect"]) for line in lines)
-    return Claim(text, "flip", first["setting"], first["outcome"], size, signs if settled else frozenset())
+    about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines))
+    return Claim(text, "flip", *about, over, signs if settled else frozenset())
 
 
 def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: Metric) -> Iterator[Claim]:
@@ -124,7 +128,7 @@ def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: M
         told.add(both)
         halves = [
             f"{signed(line[f'effect_{at}'], line[f'half_{at}'], metric)} where {line['other']}={line[f'other_{at}']} "
-            f"({_n(line[f'n_{at}'])})"
+            f"({_n(line[f'n_{at}'])}; {_beside_half(line, at, stage, metric)})"
             for at in ("low", "high")
         ]
         what = outcome_at({"outcome": "fold", "stage": stage, "ratio": ratio}, metric)
@@ -132,7 +136,8 @@ def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: M
         difference = signed(line["difference"], line["half"], metric)
         text = f"{subject} acts on {what} by an amount that depends on {line['other']}: {' and '.join(halves)}, "
         text += f"a difference of {difference} ({line['n']} quadruples)."
-        yield Claim(text, "interaction", line["setting"], "fold", abs(line["difference"]))
+        about = (line["setting"], line["low"], line["high"], "fold", abs(line["difference"]))
+        yield Claim(text, "interaction", *about, line["other"])
 
 
 def noise_sentence(noise: dict[str, Noise], metric: Metric) -> str:
@@ -147,27 +152,40 @@ def noise_sentence(noise: dict[str, Noise], metric: Metric) -> str:
     first = next(iter(noise.values()))
     text = f"Networks that differ in their seed alone scatter (standard deviation): {', '.join(parts)}; "
     text += f"{first.recipes} recipe{'s' * (first.recipes != 1)} with several seeds, {first.cells} networks."
-    return text if first.needed is None else f"{text[:-1]}, so that seeds alone ask for {_pairs(first.needed, metric)}."
+    return (
+        text
+        if first.needed is None
+        else f"{text[:-1]}, so that seeds alone ask for {_pairs(first.needed)} to show {one_point(metric)}."
+    )
 
 
 def _beside(line: Line, metric: Metric) -> str:
     """The other stage, base accuracy and the gap (or the headline), over the same pairs."""
     other = {"fold": "gap", "gap": "fold"}[line["outcome"]]
-    stages = [stage for stage in ("repaired", "raw") if stage != line["stage"]]
-    parts = []
-    for name in (*stages, "base", other):
-        effect, half = line[f"{name}_effect"], line[f"{name}_half"]
-        if effect is not None:
-            label = {"gap": "lead over pruning", "fold": "folded"}.get(name, name)
-            parts.append(f"{label} {signed(effect, half, metric, bare=True)}")
-    return "; ".join(parts)
+    names = [stage for stage in reversed(BOTH) if stage != line["stage"]]
+    return _listed({name: (line[f"{name}_effect"], line[f"{name}_half"]) for name in (*names, "base", other)}, metric)
+
+
+def _beside_half(line: Line, at: str, stage: str, metric: Metric) -> str:
+    names = [name for name in reversed(BOTH) if name != stage]
+    return _listed({name: (line[f"{name}_{at}"], line[f"{name}_half_{at}"]) for name in (*names, "base")}, metric)
+
+
+def _listed(values: dict[str, tuple[float | None, float | None]], metric: Metric) -> str:
+    """ "raw +3.0 ± 1.0; base +0.3 ± 0.2" """
+    labels = {"gap": "lead over pruning", "fold": "folded"}
+    return "; ".join(
+        f"{labels.get(name, name)} {signed(effect, half, metric, bare=True)}"
+        for name, (effect, half) in values.items()
+        if effect is not None
+    )
 
 
 def _would(line: Line, metric: Metric) -> str:
-    return "" if line["needed"] is None else f"; {_pairs(line['needed'], metric)} would show {one_point(metric)}"
+    return "" if line["needed"] is None else f"; {_pairs(line['needed'])} would show {one_point(metric)}"
 
 
-def _pairs(n: int, metric: Metric) -> str:
+def _pairs(n: int) -> str:
     return f"about {n:,} pairs"
 
 

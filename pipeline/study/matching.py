@@ -10,8 +10,11 @@ import numpy as np
 import polars as pl
 
 from pipeline.study.intervals import Array
+from pipeline.study.lines import Lines
 from pipeline.study.sweep import shown
 
+OUTCOMES = ("fold", "base", "gap")  # headline first
+BOTH = ("raw", "repaired")  # stages that stand beside each other
 ABSENT = shown(None)  # the level of a recipe that has no such setting
 
 
@@ -25,7 +28,6 @@ class Design:
     codes: (R, S) int64, places in `levels`; no two rows are alike
     values: (R, V) float64, means over the seeds, NaN where no seed has one
     seeds: (R,) int64, cells of each recipe
-    of: (N,) int64, the recipe of each cell
     """
 
     settings: tuple[str, ...]
@@ -34,7 +36,6 @@ class Design:
     codes: Array
     values: Array
     seeds: Array
-    of: Array
 
     @cached_property
     def keys(self) -> dict[tuple[int, ...], Array]:
@@ -108,7 +109,23 @@ def design(table: pl.DataFrame, settings: Sequence[str], values: Sequence[str]) 
     np.add.at(sums, recipe, np.where(there, numbers, 0))
     np.add.at(counts, recipe, there)
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-    return Design(tuple(kept), along, tuple(coded[name][1] for name in kept), codes[first], means, seeds, recipe)
+    return Design(tuple(kept), along, tuple(coded[name][1] for name in kept), codes[first], means, seeds)
+
+
+def with_beside(found: Lines, stage: str, ratio: float | None) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """(the cells of one stage, the columns of values): OUTCOMES, and "raw fold", "raw gap", ... for each of BOTH."""
+    table = found.at(stage, ratio)
+    staged = [outcome for outcome in OUTCOMES if outcome != "base"]  # base has no stage
+    for other in BOTH:
+        values = found.at(other, ratio).select("cell", *(pl.col(name).alias(f"{other} {name}") for name in staged))
+        table = table.join(values, on="cell", how="left", maintain_order="left")
+    return table, (*OUTCOMES, *(f"{other} {name}" for other in BOTH for name in staged))
+
+
+def columns_beside(outcome: str) -> dict[str, str]:
+    """{short name: column of `with_beside`} of all that stands beside an effect on this outcome."""
+    staged = {} if outcome == "base" else {stage: f"{stage} {outcome}" for stage in BOTH}
+    return {name: name for name in OUTCOMES} | staged
 
 
 def coded_levels(column: pl.Series) -> tuple[Array, tuple[str, ...]]:

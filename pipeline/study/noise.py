@@ -1,13 +1,13 @@
-"""How far networks of one recipe are apart, how well one network tells its recipe, and the pairs that settle a point."""
+"""How far networks of one recipe are apart, how well one of them tells its recipe, and the pairs that settle a point."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from pipeline.study.effects import OUTCOMES
 from pipeline.study.intervals import Array, needed
 from pipeline.study.lines import Lines
+from pipeline.study.matching import OUTCOMES
 
 DRAWS = 2000  # of the bootstrap
 ENOUGH = 5  # recipes with several seeds; below, a bootstrap over them says nothing
@@ -39,7 +39,7 @@ class Noise:
 
 
 def noise(found: Lines, stage: str, ratio: float | None) -> dict[str, Noise] | None:
-    """{outcome: Noise} for those of OUTCOMES that several seeds of a recipe have; None where no recipe has two seeds."""
+    """{outcome: Noise} for those of OUTCOMES that two seeds of a recipe have; None where no recipe has two seeds."""
     table = found.at(stage, ratio)
     measured = {outcome: table.drop_nulls(outcome) for outcome in OUTCOMES}
     heard = {outcome: _noise(lines, outcome) for outcome, lines in measured.items()}

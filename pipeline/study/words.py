@@ -22,12 +22,12 @@ STAGES = {"raw": "raw", "repaired": "repaired", "norm_tuned": "norms tuned"}
 
 
 def named(line: Mapping[str, Any]) -> str:
-    """A step of a setting: "SAM (rho 0 to 0.05 where l1=0)", "Optimizer (adam to sgd, with it momentum)"."""
+    """A step of a setting: "SAM (rho 0 to 0.05, where l1=0)", "Optimizer (adam to sgd and with it momentum)"."""
     name = line["setting"]
     subject = SUBJECTS.get(name.rsplit(".", 1)[-1])
     known = subject is not None and subject.lower().replace(" ", "_") == name
-    along = f", with it {line['along']}" if line.get("along") else ""
-    where = f" where {line['where']}" if line.get("where") else ""
+    along = f" and with it {line['along']}" if line.get("along") else ""
+    where = f", where {line['where']}" if line.get("where") else ""
     steps = f"{line['low']} to {line['high']}{along}{where}"
     return f"{subject or name} ({steps})" if subject is None or known else f"{subject} ({name} {steps})"
 
