@@ -203,7 +203,7 @@ def _line(
         "low": made.levels[setting][low],
         "high": made.levels[setting][high],
         "outcome": outcome,
-        "where": bound(made.where(setting, lows)),
+        "where": bound(made.where(setting, lows, over)),
         "over": "" if over is None else made.settings[over],
         "p_flip": p_flip,
         "effect": every.mean[at],

@@ -74,22 +74,22 @@ class Design:
         shared = np.unique(code[np.bincount(key)[key] > 1]).tolist()
         return [*pairwise(shared), *([(shared[0], shared[-1])] if len(shared) > 2 else [])]
 
-    def where(self, setting: int, rows: Array) -> dict[str, tuple[str, ...]]:
+    def where(self, setting: int, rows: Array, over: int | None = None) -> dict[str, tuple[str, ...]]:
         """{another setting: its levels that these recipes are bound to}, where others occur in the sweep.
 
         A setting that recipes may lack is left out where all its levels occur, and where the rest of what binds these
-        recipes says already that they lack it.
+        recipes says already that they lack it. over: a setting that is never left out.
         """
         bound = {}
         for other, levels in enumerate(self.levels):
             there = tuple(levels[code] for code in np.unique(self.codes[rows, other]))
-            if other != setting and not set(levels) - {ABSENT} <= set(there):
+            if other == over or (other != setting and not set(levels) - {ABSENT} <= set(there)):
                 bound[other] = there
         said = {other: there for other, there in bound.items() if there != (ABSENT,)}
         alike = np.ones(len(self.codes), bool)
         for other in said:
             alike &= np.isin(self.codes[:, other], self.codes[rows, other])
-        lacking = {other for other in bound if other not in said and self._all_lack(other, alike)}
+        lacking = {other for other in bound if other not in {over, *said} and self._all_lack(other, alike)}
         return {self.settings[other]: there for other, there in bound.items() if other not in lacking}
 
     def _all_lack(self, setting: int, recipes: Array) -> bool:

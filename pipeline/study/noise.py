@@ -1,4 +1,4 @@
-"""How far networks of one recipe are apart, how well one of them tells its recipe, and the pairs that settle a point."""
+"""How far networks of one recipe are apart, how well one tells its recipe, and the pairs that settle a point."""
 
 from dataclasses import dataclass
 
