@@ -14,20 +14,20 @@ linear model of all settings and their pairwise interactions, with robust errors
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import polars as pl
+from scipy.linalg import qr
 
 from pipeline.study.interactions import Split, flip_p, splits
 from pipeline.study.intervals import Array, holm, needed, summary
 from pipeline.study.lines import Lines
-from pipeline.study.matching import Design, design
+from pipeline.study.matching import BOTH, OUTCOMES, Design, columns_beside, design, with_beside
 from pipeline.study.sweep import shown
-from pipeline.tables import pick
+from pipeline.tables import UserError, optional, pick
 
-OUTCOMES = ("fold", "base", "gap")  # headline first
-BOTH = ("raw", "repaired")  # stages that stand beside each other
 BESIDE = [f"{name}_{part}" for name in (*OUTCOMES, *BOTH) for part in ("effect", "half")]
 
 SCHEMA = {
@@ -50,6 +50,8 @@ SCHEMA = {
     "p_flip": pl.Float64,
     **dict.fromkeys(BESIDE, pl.Float64),
 }
+CHECKED = ("setting", "low", "high", "outcome", "where", "effect", "half", "n", "p")
+FEWEST_SPARE = 8  # degrees of freedom below which robust errors say little
 Step = tuple[int, int, int]  # a setting and two of its levels: places in a Design's tuples
 
 
@@ -91,28 +93,64 @@ def effects(found: Lines, stage: str, ratio: float | None, outcomes: Sequence[st
     Beside each effect, over the same pairs: <outcome>_effect and _half of every outcome, and raw_effect, raw_half,
     repaired_effect, repaired_half of this outcome in these stages (null for base, which has no stage).
     """
-    names, table = _beside(found, stage, ratio)
+    table, names = with_beside(found, stage, ratio)
     made = design(table, found.settings, names)
     across = list(splits(made))
     lines = []
     for outcome in outcomes:
         column = names.index(pick("outcome", {name: name for name in OUTCOMES}, outcome))
         own = [_line(made, names, outcome, *part) for part in _parts(made, column, _flipped(made, across, column))]
-        own = [line for line in own if line["n"]]
         corrected = holm(np.array([line["p"] for line in own]))
         lines += [line | {"p_holm": p} for line, p in zip(own, corrected, strict=True)]
     told = {"stage": pl.lit(stage, pl.String), "ratio": pl.lit(ratio, pl.Float64)}
     return pl.DataFrame(lines, schema=SCHEMA).with_columns(**told).fill_nan(None)
 
 
-def _beside(found: Lines, stage: str, ratio: float | None) -> tuple[list[str], pl.DataFrame]:
-    """(OUTCOMES and "raw fold", "raw gap", ...; the cells of one stage with these columns)"""
-    table = found.at(stage, ratio)
-    staged = [outcome for outcome in OUTCOMES if outcome != "base"]
-    for other in BOTH:
-        values = found.at(other, ratio).select("cell", *(pl.col(name).alias(f"{other} {name}") for name in staged))
-        table = table.join(values, on="cell", how="left", maintain_order="left")
-    return [*OUTCOMES, *(f"{other} {name}" for other in BOTH for name in staged)], table
+def check(found: Lines, stage: str, ratio: float | None, outcome: str = "fold") -> pl.DataFrame:
+    """The lines of `effects` for one outcome beside a second opinion: model_effect, model_half, model_p.
+
+    The model is linear, with a term for every level of every setting and for every pair of levels of two settings, on
+    all recipes, also those without a partner. Seeds are averaged first: every term is the same for all seeds of a
+    recipe, so this is the model of single networks with errors clustered by recipe, but with the degrees of freedom
+    that the recipes have. Errors may differ between recipes (White's, with HC1's factor). A model's effect is its
+    prediction at the high level less that at the low level, mean over the recipes of the matched pairs, so that a full
+    balanced grid gives the matched effect again. UserError where the model has too many terms for these recipes, or
+    where statsmodels is missing.
+    """
+    api = optional("the second opinion on effects", "statsmodels.api", "study")
+    table = found.at(stage, ratio).drop_nulls(outcome)
+    made = design(table, found.settings, [outcome])
+    terms = two_way(made.codes)
+    spare = len(terms) - terms.shape[1]
+    if spare < FEWEST_SPARE:
+        raise UserError(
+            f"a model of two-way interactions has too many terms for {len(terms)} recipes ({spare} to spare, "
+            f"{FEWEST_SPARE} needed); measure more recipes, or keep to fewer levels with --where"
+        )
+    fitted = api.OLS(made.values[:, 0], terms).fit(cov_type="HC1", use_t=True)
+    lines = []
+    for step, lows, highs, over, p in _parts(made, 0, _flipped(made, list(splits(made)), 0)):
+        test = fitted.t_test((terms[highs] - terms[lows]).mean(0))
+        line = _line(made, (outcome,), outcome, step, lows, highs, over, p)
+        half = np.diff(test.conf_int(0.05)).item() / 2
+        lines.append([*(line[name] for name in CHECKED), test.effect.item(), half, float(test.pvalue)])
+    model = dict.fromkeys(("model_effect", "model_half", "model_p"), pl.Float64)
+    schema = {name: SCHEMA[name] for name in CHECKED} | model
+    return pl.DataFrame(lines, schema=schema, orient="row").fill_nan(None)
+
+
+def two_way(codes: Array) -> Array:
+    """(R, S) codes -> (R, K) float64: 1, a column for every level, and one for every pair of levels that occurs.
+
+    Columns that others add up to are left out (QR with pivoting): a prediction does not depend on which ones are.
+    """
+    levels = [[codes[:, s] == level for level in np.unique(codes[:, s])] for s in range(codes.shape[1])]
+    products = (a & b for one, other in combinations(levels, 2) for a in one for b in other)
+    columns = [np.ones(len(codes), bool), *(level for several in levels for level in several), *products]
+    terms = np.stack([column for column in columns if column.any()], axis=1).astype(np.float64)
+    triangle, order = qr(terms, mode="r", pivoting=True)
+    sizes = np.abs(np.diag(triangle))
+    return terms[:, np.sort(order[: (sizes > sizes[0] * max(terms.shape) * np.finfo(float).eps).sum()])]
 
 
 def _flipped(made: Design, across: list[Split], column: int) -> dict[Step, tuple[int, float]]:
@@ -133,6 +171,8 @@ def _parts(made: Design, column: int, flipped: dict[Step, tuple[int, float]]) ->
             lows, highs = made.matched(*step)
             there = ~np.isnan(made.values[highs, column] - made.values[lows, column])
             lows, highs = lows[there], highs[there]
+            if not len(lows):
+                continue
             if step not in flipped:
                 yield step, lows, highs, None, None
                 continue
@@ -143,29 +183,37 @@ def _parts(made: Design, column: int, flipped: dict[Step, tuple[int, float]]) ->
 
 
 def _line(
-    made: Design, names: list[str], outcome: str, step: Step, lows: Array, highs: Array, over: int | None, p: float | None
+    made: Design,
+    names: Sequence[str],
+    outcome: str,
+    step: Step,
+    lows: Array,
+    highs: Array,
+    over: int | None,
+    p_flip: float | None,
 ) -> dict[str, Any]:
+    """One line of `effects`. names: of the columns of values."""
     setting, low, high = step
     every = summary(made.values[highs] - made.values[lows])
     at = names.index(outcome)
-    beside = {name: name for name in OUTCOMES} | {stage: f"{stage} {outcome}" for stage in BOTH}
+    beside = {name: names.index(of) for name, of in columns_beside(outcome).items() if of in names}
     return {
         "setting": made.settings[setting],
         "along": ", ".join(made.along[made.settings[setting]]),
         "low": made.levels[setting][low],
         "high": made.levels[setting][high],
         "outcome": outcome,
-        "where": bound(made.where(setting, lows)),
+        "where": bound(made.where(setting, lows, over)),
         "over": "" if over is None else made.settings[over],
-        "p_flip": p,
+        "p_flip": p_flip,
         "effect": every.mean[at],
         "half": every.half[at],
         "n": int(every.n[at]),
         "p": every.p[at],
         "sd": every.sd[at],
         "needed": needed(every.sd[at]),
-        **{f"{short}_effect": every.mean[names.index(name)] for short, name in beside.items() if name in names},
-        **{f"{short}_half": every.half[names.index(name)] for short, name in beside.items() if name in names},
+        **{f"{name}_effect": every.mean[column] for name, column in beside.items()},
+        **{f"{name}_half": every.half[column] for name, column in beside.items()},
     }
 
 

@@ -13,7 +13,8 @@ import polars as pl
 
 from pipeline.study.intervals import Array, Summary, holm, summary
 from pipeline.study.lines import Lines
-from pipeline.study.matching import Design, design
+from pipeline.study.matching import BOTH, OUTCOMES, Design, columns_beside, design, with_beside
+from pipeline.tables import pick
 
 SCHEMA = {
     "setting": pl.String,
@@ -35,6 +36,7 @@ SCHEMA = {
     "p_holm": pl.Float64,
     "flips": pl.Boolean,
     "p_flip": pl.Float64,
+    **{f"{name}_{part}": pl.Float64 for name in ("base", *BOTH) for part in ("low", "half_low", "high", "half_high")},
 }
 
 
@@ -98,40 +100,46 @@ def interactions(found: Lines, stage: str, ratio: float | None, outcome: str = "
     (of A over B, and of B over A). flips: the signs of the halves differ, and both intervals exclude 0. p_flip: the
     larger p of the halves where the signs differ (intersection-union), else 1, corrected (Holm) over the table.
 
+    Beside the halves, over the same pairs: base_low, base_half_low, base_high, base_half_high, the effects on the
+    uncompressed networks, and raw_low, ..., repaired_low, ... those on this outcome in these stages.
+
     Intervals are over recipes as those of `effects` are.
     """
-    made = design(found.at(stage, ratio), found.settings, [outcome])
-    return as_table(made, list(splits(made)), 0)
+    table, names = with_beside(found, stage, ratio)
+    made = design(table, found.settings, names)
+    return as_table(made, list(splits(made)), names, pick("outcome", {name: name for name in OUTCOMES}, outcome))
 
 
-def as_table(made: Design, found: list[Split], column: int) -> pl.DataFrame:
-    """The splits of one column of values as the lines of `interactions`."""
-    lines = [
-        {
-            "setting": made.settings[split.setting],
-            "low": made.levels[split.setting][split.low],
-            "high": made.levels[split.setting][split.high],
-            "other": made.settings[split.other],
-            "other_low": made.levels[split.other][split.other_low],
-            "other_high": made.levels[split.other][split.other_high],
-            "effect_low": split.at_low.mean[column],
-            "half_low": split.at_low.half[column],
-            "n_low": int(split.at_low.n[column]),
-            "effect_high": split.at_high.mean[column],
-            "half_high": split.at_high.half[column],
-            "n_high": int(split.at_high.n[column]),
-            "difference": split.difference.mean[column],
-            "half": split.difference.half[column],
-            "n": int(split.difference.n[column]),
-            "p": split.difference.p[column],
-            "flips": bool(split.flips[column]),
-        }
-        for split in found
-    ]
+def as_table(made: Design, found: list[Split], names: tuple[str, ...], outcome: str) -> pl.DataFrame:
+    """The splits as the lines of `interactions`. names: of the columns of values."""
+    column = names.index(outcome)
+    beside = {name: names.index(of) for name, of in columns_beside(outcome).items() if name in ("base", *BOTH)}
     corrected = {"p_holm": _differences(found, column), "p_flip": flip_p(found, column)}
+    lines = [_line(made, split, column, beside) for split in found]
     table = pl.DataFrame(lines, schema={name: dtype for name, dtype in SCHEMA.items() if name not in corrected})
     table = table.with_columns(**{name: pl.Series(values, dtype=pl.Float64) for name, values in corrected.items()})
-    return table.select(pl.col(list(SCHEMA)).fill_nan(None))
+    return table.select(list(SCHEMA)).fill_nan(None)
+
+
+def _line(made: Design, split: Split, column: int, beside: dict[str, int]) -> dict[str, object]:
+    line = {
+        "setting": made.settings[split.setting],
+        "low": made.levels[split.setting][split.low],
+        "high": made.levels[split.setting][split.high],
+        "other": made.settings[split.other],
+        "other_low": made.levels[split.other][split.other_low],
+        "other_high": made.levels[split.other][split.other_high],
+        "difference": split.difference.mean[column],
+        "half": split.difference.half[column],
+        "n": int(split.difference.n[column]),
+        "p": split.difference.p[column],
+        "flips": bool(split.flips[column]),
+    }
+    for at, half in {"low": split.at_low, "high": split.at_high}.items():
+        line |= {f"effect_{at}": half.mean[column], f"half_{at}": half.half[column], f"n_{at}": int(half.n[column])}
+        for name, place in beside.items():
+            line |= {f"{name}_{at}": half.mean[place], f"{name}_half_{at}": half.half[place]}
+    return line
 
 
 def flip_p(found: list[Split], column: int) -> Array:
@@ -142,9 +150,7 @@ def flip_p(found: list[Split], column: int) -> Array:
 def _differences(found: list[Split], column: int) -> Array:
     """(m,) p of each difference, corrected. The same quadruples, read the other way round, are one test."""
     p: dict[tuple[tuple[int, int, int], ...], float] = {}
-    sides = [
-        tuple(sorted([(s.setting, s.low, s.high), (s.other, s.other_low, s.other_high)])) for s in found
-    ]
+    sides = [tuple(sorted([(s.setting, s.low, s.high), (s.other, s.other_low, s.other_high)])) for s in found]
     for test, split in zip(sides, found, strict=True):
         p[test] = split.difference.p[column]
     corrected = dict(zip(p, holm(np.array(list(p.values()))), strict=True))

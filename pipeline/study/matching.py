@@ -10,8 +10,11 @@ import numpy as np
 import polars as pl
 
 from pipeline.study.intervals import Array
+from pipeline.study.lines import Lines
 from pipeline.study.sweep import shown
 
+OUTCOMES = ("fold", "base", "gap")  # headline first
+BOTH = ("raw", "repaired")  # stages that stand beside each other
 ABSENT = shown(None)  # the level of a recipe that has no such setting
 
 
@@ -71,22 +74,22 @@ class Design:
         shared = np.unique(code[np.bincount(key)[key] > 1]).tolist()
         return [*pairwise(shared), *([(shared[0], shared[-1])] if len(shared) > 2 else [])]
 
-    def where(self, setting: int, rows: Array) -> dict[str, tuple[str, ...]]:
+    def where(self, setting: int, rows: Array, over: int | None = None) -> dict[str, tuple[str, ...]]:
         """{another setting: its levels that these recipes are bound to}, where others occur in the sweep.
 
         A setting that recipes may lack is left out where all its levels occur, and where the rest of what binds these
-        recipes says already that they lack it.
+        recipes says already that they lack it. over: a setting that is never left out.
         """
         bound = {}
         for other, levels in enumerate(self.levels):
             there = tuple(levels[code] for code in np.unique(self.codes[rows, other]))
-            if other != setting and not set(levels) - {ABSENT} <= set(there):
+            if other == over or (other != setting and not set(levels) - {ABSENT} <= set(there)):
                 bound[other] = there
         said = {other: there for other, there in bound.items() if there != (ABSENT,)}
         alike = np.ones(len(self.codes), bool)
         for other in said:
             alike &= np.isin(self.codes[:, other], self.codes[rows, other])
-        lacking = {other for other in bound if other not in said and self._all_lack(other, alike)}
+        lacking = {other for other in bound if other not in {over, *said} and self._all_lack(other, alike)}
         return {self.settings[other]: there for other, there in bound.items() if other not in lacking}
 
     def _all_lack(self, setting: int, recipes: Array) -> bool:
@@ -107,6 +110,22 @@ def design(table: pl.DataFrame, settings: Sequence[str], values: Sequence[str]) 
     np.add.at(counts, recipe, there)
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     return Design(tuple(kept), along, tuple(coded[name][1] for name in kept), codes[first], means, seeds)
+
+
+def with_beside(found: Lines, stage: str, ratio: float | None) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """(the cells of one stage, the columns of values): OUTCOMES, and "raw fold", "raw gap", ... for each of BOTH."""
+    table = found.at(stage, ratio)
+    staged = [outcome for outcome in OUTCOMES if outcome != "base"]  # base has no stage
+    for other in BOTH:
+        values = found.at(other, ratio).select("cell", *(pl.col(name).alias(f"{other} {name}") for name in staged))
+        table = table.join(values, on="cell", how="left", maintain_order="left")
+    return table, (*OUTCOMES, *(f"{other} {name}" for other in BOTH for name in staged))
+
+
+def columns_beside(outcome: str) -> dict[str, str]:
+    """{short name: column of `with_beside`} of all that stands beside an effect on this outcome."""
+    staged = {} if outcome == "base" else {stage: f"{stage} {outcome}" for stage in BOTH}
+    return {name: name for name in OUTCOMES} | staged
 
 
 def coded_levels(column: pl.Series) -> tuple[Array, tuple[str, ...]]:
