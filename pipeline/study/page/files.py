@@ -1,13 +1,13 @@
 """The folder that a report leaves: the page, pictures for papers, tables and the answer as text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
 from pipeline.study.effects import effects
 from pipeline.study.page.families import Family, failures, stages, states
-from pipeline.study.page.html import page
+from pipeline.study.page.html import page, places_of
 from pipeline.study.page.papers import PAPERS
 from pipeline.study.sweep import Sweep, joined
 from pipeline.tables import UserError, first_line
@@ -15,12 +15,10 @@ from pipeline.tables import UserError, first_line
 FILES = ("index.html", "png", "effects.csv", "cells.parquet", "summary.md")
 
 
-def write_report(
-    folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family], warn: Callable[[str], None]
-) -> list[Path]:
-    """Write FILES into a folder, which is made where it is missing; gives their paths. runs: where the sweep is from.
+def write_report(folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family], speeds: pl.DataFrame) -> list[Path]:
+    """Write FILES into a folder, which is made where it is missing; gives their paths.
 
-    UserError where the folder cannot be written.
+    runs: where the sweep is from; speeds: lines of `read_speeds`. UserError where the folder cannot be written.
     """
     title = f"Foldability of {runs.resolve().stem}"
     try:
@@ -29,7 +27,7 @@ def write_report(
         effects_table(parts).write_csv(folder / "effects.csv")
         joined(whole).write_parquet(folder / "cells.parquet")
         write_pictures(folder / "png", parts)
-        (folder / "index.html").write_text(page(title, whole, parts, runs, folder, warn))
+        (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds))
     except OSError as error:
         what = f"{folder} cannot be written ({first_line(error)})"
         raise UserError(f"{what}; give another --page, or --no-page") from error

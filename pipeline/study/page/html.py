@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import quote
 
 import polars as pl
 
-from pipeline.results import SPEED, code_version, read_speeds
+from pipeline.results import code_version
 from pipeline.study.page.colors import styles
 from pipeline.study.page.columns import Places, packed
 from pipeline.study.page.families import Family, failures, states
@@ -23,18 +24,15 @@ from pipeline.tables import optional
 ADDRESS = "wandb.url"  # a cell's page in W&B, one line in its folder
 
 
-def page(title: str, whole: Sweep, parts: Sequence[Family], runs: Path, at: Path, warn: Callable[[str], None]) -> str:
-    """The text of index.html. runs: the folder of the cells, or their file; at: the folder that the page will be in."""
+def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, speeds: pl.DataFrame) -> str:
+    """The text of index.html. speeds: lines of `read_speeds`, which may be none."""
     plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
-    places, speeds = places_of(whole, runs, at), speeds_of(whole, runs, warn)
-    methods = [
-        name for part in parts if part.found for name in part.found.methods["method"].unique(maintain_order=True)
-    ]
+    found = [part.found.methods["method"].unique(maintain_order=True) for part in parts if part.found]
     said = [
         {"sentences": part.sentences, "noise": noises(part), "flips": flips(part), **packed(part, places, speeds)}
         for part in parts
     ]
-    data = {"parts": said, "styles": styles(list(dict.fromkeys(methods)))}
+    data = {"parts": said, "styles": styles(list(dict.fromkeys(chain(*found))))}
     here = files("pipeline.study.page")
     return Template((here / "template.html").read_text()).substitute(
         title=escape(title),
@@ -59,7 +57,7 @@ def about(sweep: Sweep) -> str:
 
 
 def places_of(sweep: Sweep, runs: Path, at: Path) -> Places:
-    """Links relative to the page, so that the folder of runs can be moved as a whole; none where RUNS is a file."""
+    """at: the folder of the page. Links are relative to it, so that the folder of runs can be moved as a whole; none where the runs are a file."""
     if runs.is_file():
         return Places({}, {})
     names = sweep.cells["cell"].to_list()
@@ -78,8 +76,3 @@ def _address(folder: Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return text if text.startswith(("https://", "http://")) else ""
-
-
-def speeds_of(sweep: Sweep, runs: Path, warn: Callable[[str], None]) -> pl.DataFrame:
-    done = sweep.cells.filter(pl.col("state") == "done")["cell"]
-    return read_speeds((runs / cell / SPEED for cell in done), warn) if runs.is_dir() else pl.DataFrame()

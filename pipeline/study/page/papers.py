@@ -185,9 +185,8 @@ def _comparison(line: dict[str, Any]) -> str:
 
 def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
     """The figure with one legend below, each label once."""
-    handles = {
-        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
+    labelled = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
