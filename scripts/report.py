@@ -35,6 +35,8 @@ OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
     ".csv": pl.DataFrame.write_csv,
     ".parquet": pl.DataFrame.write_parquet,
 }
+CONTEXT = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}  # of a cell's values, where all share it
+VALUES = ("dense", "fold", "prune", "gap")  # of a cell, see `headlines`
 ENDS = 5  # the best and the worst cells that a screen shows
 FITS = 16  # lines of methods that a screen has room for; with more, the stage that leads stands alone
 
@@ -103,10 +105,8 @@ def speeds_of(sweep: Sweep, runs: Path) -> pl.DataFrame:
 def print_answer(family: Family, alone: bool) -> None:
     """Print how many cells of a family are in each state, why cells failed, and the answer."""
     console = terminal()
-    name = family.title[0].upper() + family.title[1:]
-    console.print(
-        f"{'' if alone else chr(10)}{name}: {states(family.sweep)}", style="bold", markup=False, soft_wrap=True
-    )
+    print("\n" * (not alone), end="")
+    console.print(f"{family.title}: {states(family.sweep)}", style="bold", markup=False, soft_wrap=True)
     for reason, count in failures(family.sweep):
         console.print(f"{count} cell{'s' * (count != 1)} ended with: {reason}", markup=False, soft_wrap=True)
     for number, sentence in enumerate(family.sentences, 1):
@@ -119,24 +119,31 @@ def print_cells(sweep: Sweep) -> None:
     lines = sweep.cells.join(headlines(sweep.rows), on="cell", how="left", maintain_order="left")
     state = pl.col("state").replace_strict({s: i for i, s in enumerate(STATES)}, default=len(STATES))
     lines = lines.sort(state, *differing, "cell", nulls_last=True)
-    print_table_of("Cells", lines, ["state", *differing], metric)
+    title, table = cells_table(lines, ["state", *differing], metric)
+    console = terminal()
+    console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
+    console.print(table)
     for name, reason in lines.filter(pl.col("reason") != "").select("cell", "reason").iter_rows():
-        terminal().print(f"{name}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
 
 
 def print_ends(sweep: Sweep) -> None:
-    """Print the ENDS best and the ENDS worst of the done cells, by what folding leaves."""
-    metric = headline(sweep.rows)
+    """Print the ENDS best and the ENDS worst of the done cells, by what folding leaves, a line for each."""
+    metric, settings = headline(sweep.rows), told(sweep)
     lines = sweep.cells.join(headlines(sweep.rows), on="cell", how="left", maintain_order="left")
     found = ends(lines, metric)
-    kind = "Cells" if len(found) == len(lines) else f"The best and the worst {ENDS} of {len(lines)} cells"
-    if len(found):
-        print_table_of(kind, found, list(told(sweep)), metric, whole=False)
-
-
-def print_table_of(kind: str, lines: pl.DataFrame, columns: list[str], metric: Metric, whole: bool = True) -> None:
-    console = terminal()
-    title, table = cells_table(kind, lines, columns, metric, whole)
+    if found.is_empty():
+        return
+    title, names = titled("Cells" if len(found) == len(lines) else f"Best and worst of {len(lines)} cells", found)
+    console, table = terminal(), Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("cell", no_wrap=True, min_width=max(map(len, names)))
+    for name in VALUES:
+        table.add_column(name, justify="right", min_width=6)
+    room = console.width - max(map(len, names)) - 9 * len(VALUES) - 6
+    table.add_column("recipe", no_wrap=True, overflow="ellipsis", max_width=max(room, 20))
+    for name, at in zip(names, found.iter_rows(named=True), strict=True):
+        recipe = ", ".join(f"{short}={shown(at[full])}" for full, short in settings.items() if at[full] is not None)
+        table.add_row(Text(name), *values_of(at, metric), Text(recipe))
     console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
     console.print(table)
 
@@ -148,49 +155,49 @@ def ends(lines: pl.DataFrame, metric: Metric) -> pl.DataFrame:
     return found if len(found) <= 2 * ENDS else pl.concat([found.head(ENDS), found.tail(ENDS)])
 
 
-def cells_table(
-    kind: str, lines: pl.DataFrame, columns: Sequence[str], metric: Metric, whole: bool = True
-) -> tuple[str, Table]:
-    """(title, table); values that all cells share (name, which pictures, stage, ratio) are in the title.
-
-    whole: long texts are broken into lines; else each cell has one line, and a text that does not fit is cut
-    """
-    context = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}
-    alike = [name for name in context if lines[name].drop_nulls().n_unique() == 1]
-    prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # a cell is <name>-<hash>
-    prefix = f"{name}-" if len(prefix) == 1 and (name := prefix.pop()) else ""
-    lines = lines.with_columns(pl.col("cell").str.strip_prefix(prefix))
-    title = ", ".join(
-        [
-            f"{kind} {prefix}*" if prefix else kind,
-            *(context[name].format(shown(lines[name].drop_nulls()[0])) for name in alike),
-        ]
-    )
+def cells_table(lines: pl.DataFrame, columns: Sequence[str], metric: Metric) -> tuple[str, Table]:
+    """(title, table), see `titled`."""
+    title, cells = titled("Cells", lines)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    lines = lines.with_columns(pl.Series("cell", cells, dtype=pl.String))
     names = {"cell": "cell", **short(columns), "epoch": "epoch"}
-    names |= {name: name for name in context if name not in alike and lines[name].null_count() < len(lines)}
+    names |= {name: name for name in CONTEXT if lines[name].drop_nulls().n_unique() > 1}
     for name, header in names.items():
-        side = "left" if lines[name].dtype == pl.String else "right"
-        table.add_column(header, overflow="fold" if whole else "ellipsis", justify=side, no_wrap=not whole)
-    forms = {name: lambda value: metric.short(value).strip() for name in ("dense", "fold", "prune")}
-    forms["gap"] = lambda value: points(value, metric)
-    for name in forms:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(header, overflow="fold", justify="left" if lines[name].dtype == pl.String else "right")
+    for name in VALUES:
+        table.add_column(name, justify="right")
     for at in lines.iter_rows(named=True):
-        values = ("-" if at[n] is None else form(at[n]) for n, form in forms.items())
-        table.add_row(*(Text(shown(at[name])) for name in names), *values)
+        table.add_row(*(Text(shown(at[name])) for name in names), *values_of(at, metric))
     return title, table
+
+
+def titled(kind: str, lines: pl.DataFrame) -> tuple[str, list[str]]:
+    """(title, names of cells): what all cells share (name, which pictures, stage, ratio) is in the title alone."""
+    alike = [name for name in CONTEXT if lines[name].drop_nulls().n_unique() == 1]
+    prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # a cell is <name>-<hash>
+    shared = f"{name}-" if len(prefix) == 1 and (name := prefix.pop()) else ""
+    told_of = (CONTEXT[name].format(shown(lines[name].drop_nulls()[0])) for name in alike)
+    title = ", ".join([f"{kind} {shared}*" if shared else kind, *told_of])
+    return title, [name.removeprefix(shared) for name in lines["cell"]]
+
+
+def values_of(line: dict[str, Any], metric: Metric) -> list[str]:
+    """The texts of VALUES."""
+    forms = dict.fromkeys(VALUES, lambda value: metric.short(value).strip())
+    forms["gap"] = lambda value: points(value, metric)
+    return ["-" if line[name] is None else form(line[name]) for name, form in forms.items()]
 
 
 def means(family: Family, label: str, group: pl.DataFrame, plot: Path | None, fits: int) -> None:
     """Print the mean table of the cells of a group (fits: see `leading`) and, where asked for, draw their curves."""
     rows = last_measurement(family.sweep.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
-    print_means(label, rows, len(group), fits)
+    recipes = None if family.found is None else family.found.methods.select("cell", "recipe").unique()
+    print_means(label, rows, len(group), fits, recipes)
     if plot is not None and not rows.is_empty():
         written(plot_path(plot, "-".join(filter(None, (family.slug, label)))), partial(picture, label, rows))
 
 
-def print_means(label: str, rows: pl.DataFrame, done: int, fits: int) -> None:
+def print_means(label: str, rows: pl.DataFrame, done: int, fits: int, recipes: pl.DataFrame | None) -> None:
     """Print the mean table of these cells, or that there are no rows."""
     print()
     if rows.is_empty():
@@ -201,7 +208,7 @@ def print_means(label: str, rows: pl.DataFrame, done: int, fits: int) -> None:
     )
     fitting = leading(rows, fits)
     notes += ["; other stages are on the page"] * (len(fitting) < len(rows))
-    print_table(fitting, means_title(label, rows) + "".join(notes), duel=True)
+    print_table(fitting, means_title(label, rows) + "".join(notes), duel=True, recipes=recipes)
     if (found := foretold(rows)) is not None:
         told = f"Fidelity, which sees no data, ranks the {found.n} raw results at {found.value:.2f} (Spearman)"
         told += f" and the {found.gaps} gaps at {found.gap:.2f}" * (found.gaps > 2)

@@ -9,9 +9,9 @@ import polars as pl
 
 from pipeline.cells import STATES
 from pipeline.results import headline
-from pipeline.study.answer import answer
+from pipeline.study.answer import answer, headline_place
 from pipeline.study.lines import Lines, lines
-from pipeline.study.summary import HEADLINE_RATIO, HEADLINE_STAGES, last_measurement
+from pipeline.study.summary import HEADLINE_STAGES, last_measurement
 from pipeline.study.sweep import COLUMNS, Sweep
 from pipeline.tables import UserError
 from pipeline.tasks import Metric
@@ -61,12 +61,12 @@ class Family:
 
     @cached_property
     def shown(self) -> tuple[str, float] | None:
-        """The stage and ratio that lead: the first of HEADLINE_STAGES, at the ratio nearest to HEADLINE_RATIO."""
-        if self.found is None or (there := self.found.methods.select("stage", "ratio").unique()).is_empty():
+        """The stage and ratio that lead (see headline_place), else any; None where nothing was measured."""
+        if self.found is None or self.found.methods.is_empty():
             return None
-        stage = min(stages(there["stage"].unique().to_list()), key=rank)
-        ratios = sorted(there.filter(pl.col("stage") == stage)["ratio"])
-        return stage, min(ratios, key=lambda ratio: round(abs(ratio - HEADLINE_RATIO), 9))
+        stage, ratio = headline_place(self.found)
+        there = self.found.methods.select("stage", "ratio").unique().sort(pl.all())
+        return (stage, ratio) if ratio is not None else there.row(0)
 
 
 def families(sweep: Sweep) -> list[Family]:

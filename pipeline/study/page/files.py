@@ -8,7 +8,6 @@ import polars as pl
 from pipeline.study.effects import effects
 from pipeline.study.page.families import Family, failures, stages, states
 from pipeline.study.page.html import page, places_of
-from pipeline.study.page.papers import PAPERS
 from pipeline.study.sweep import Sweep, joined
 from pipeline.tables import UserError, first_line
 
@@ -39,6 +38,8 @@ def write_pictures(folder: Path, parts: Sequence[Family]) -> None:
 
     Pictures of an earlier report go first, so that none stays that this one would not draw.
     """
+    from pipeline.study.page.papers import PAPERS  # brings matplotlib, which takes a second, to those who want pictures
+
     for name in PAPERS:
         for old in folder.glob(f"{name}*.png"):
             old.unlink()

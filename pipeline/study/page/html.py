@@ -14,11 +14,13 @@ from urllib.parse import quote
 import polars as pl
 
 from pipeline.results import code_version
+from pipeline.study.claims import noise_sentence
+from pipeline.study.noise import noise
 from pipeline.study.page.colors import styles
-from pipeline.study.page.columns import Places, packed
+from pipeline.study.page.columns import Places, axes_of, packed
 from pipeline.study.page.families import Family, failures, states
-from pipeline.study.page.said import flips, noises
 from pipeline.study.sweep import Sweep
+from pipeline.study.terminal import TITLES
 from pipeline.tables import optional
 
 ADDRESS = "wandb.url"  # a cell's page in W&B, one line in its folder
@@ -28,10 +30,7 @@ def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, spee
     """The text of index.html. speeds: lines of `read_speeds`, which may be none."""
     plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
     found = [part.found.methods["method"].unique(maintain_order=True) for part in parts if part.found]
-    said = [
-        {"sentences": part.sentences, "noise": noises(part), "flips": flips(part), **packed(part, places, speeds)}
-        for part in parts
-    ]
+    said = [{"sentences": part.sentences, "noise": noises(part), **packed(part, places, speeds)} for part in parts]
     data = {"parts": said, "styles": styles(list(dict.fromkeys(chain(*found))))}
     here = files("pipeline.study.page")
     return Template((here / "template.html").read_text()).substitute(
@@ -42,6 +41,15 @@ def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, spee
         plotly=plotly,
         data=embedded(data),
     )
+
+
+def noises(family: Family) -> list[str]:
+    """A sentence on the noise between seeds for each stage that has some, at the ratio that leads, over all cells."""
+    if family.found is None or family.shown is None:
+        return []
+    ratio = family.shown[1]
+    heard = {stage: noise(family.found, stage, ratio) for stage in axes_of(family).stages}
+    return [f"{TITLES.get(k, k)}, ratio {ratio:g}: {noise_sentence(v, family.metric)}" for k, v in heard.items() if v]
 
 
 def embedded(data: Any) -> str:
@@ -57,7 +65,10 @@ def about(sweep: Sweep) -> str:
 
 
 def places_of(sweep: Sweep, runs: Path, at: Path) -> Places:
-    """at: the folder of the page. Links are relative to it, so that the folder of runs can be moved as a whole; none where the runs are a file."""
+    """Links relative to the page in the folder `at`, so that runs and page can be moved as a whole.
+
+    None where the runs are a file.
+    """
     if runs.is_file():
         return Places({}, {})
     names = sweep.cells["cell"].to_list()

@@ -164,18 +164,37 @@ function curves(part, keep) {
  * the last. Where an effect changes its sign over another setting, its halves stand in place of the mean.
  */
 function effects(part, recipes) {
-  const settings = independent(part, recipes).map(({ s }) => s), found = settings.map((s) => ({ s, ...grouped(part, recipes, settings, s) })), rows = [];
-  for (const one of found) {
-    for (const [low, high] of one.steps) {
-      const pairs = one.groups.filter((group) => group.has(low) && group.has(high)).map((group) => [group.get(low), group.get(high)]);
-      const about = { setting: part.settings[one.s].name, low: part.settings[one.s].levels[low], high: part.settings[one.s].levels[high] };
-      for (const outcome of OUTCOMES)
-        for (const own of halves(part, pairs, outcome, found.filter((other) => other !== one)))
-          if (own.length) rows.push({ ...about, outcome, where: bound(part, recipes, settings, one.s, own), ...tested(own, outcome) });
-    }
-  }
-  for (const outcome of OUTCOMES) holm(rows.filter((row) => row.outcome === outcome));
-  return rows;
+  const settings = independent(part, recipes).map(({ s }) => s);
+  const groups = settings.map((s) => ({ s, ...grouped(part, recipes, settings, s) }));
+  const steps = groups.flatMap(({ s, alike, steps }) => steps.map(([low, high]) => {
+    const pairs = alike.filter((group) => group.has(low) && group.has(high)).map((group) => [group.get(low), group.get(high)]);
+    return { s, low, high, pairs, others: groups.filter((other) => other.s !== s) };
+  }));
+  return OUTCOMES.flatMap((outcome) => {
+    const flipped = flips(part, steps, outcome);
+    const rows = steps.flatMap((step, i) => {
+      const { s, low, high, pairs } = step, there = pairs.filter((pair) => !Number.isNaN(change(pair, outcome))), over = flipped[i];
+      const parts = over === undefined ? [there] : [...Map.groupBy(there, ([one]) => part.cells.settings[over][one.cell]).values()];
+      return parts.filter((own) => own.length).map((own) => ({ setting: part.settings[s].name, low: part.settings[s].levels[low], high: part.settings[s].levels[high], outcome, where: bound(part, recipes, settings, s, own, over), ...tested(own, outcome) }));
+    });
+    holm(rows);
+    return rows;
+  });
+}
+
+/** For each step the setting over which its effect most surely changes its sign; undefined where it does over none. */
+function flips(part, steps, outcome) {
+  const splits = steps.flatMap(({ pairs, others }, step) => others.flatMap((other) => {
+    const at = Map.groupBy(pairs, ([low]) => part.cells.settings[other.s][low.cell]);
+    return other.steps.map((levels) => levels.map((level) => at.get(level) ?? [])).filter((both) => Math.min(...both.map((half) => half.length)) > 1).map((both) => {
+      const [a, b] = both.map((half) => tested(half, outcome)), turned = a.mean * b.mean < 0, p = Math.max(a.p, b.p);
+      return { step, s: other.s, sure: turned && Math.abs(a.mean) > a.half && Math.abs(b.mean) > b.half, p: turned ? p : Number.isNaN(p) ? NaN : 1 };
+    });
+  }));
+  holm(splits);
+  const found = [];
+  for (const split of splits) if (split.sure && !(found[split.step]?.p_holm <= split.p_holm)) found[split.step] = split;
+  return steps.map((_, i) => found[i]?.s);
 }
 
 const change = ([low, high], outcome) => high[outcome] - low[outcome];
@@ -203,7 +222,7 @@ function independent(part, recipes) {
   });
 }
 
-/** {groups: recipes alike but for one setting, by its level; steps: the levels to compare}. */
+/** {alike: recipes that differ in one setting, by its level; steps: the levels to compare}. */
 function grouped(part, recipes, settings, s) {
   const others = settings.filter((other) => other !== s).map((other) => part.cells.settings[other]), groups = new Map();
   for (const one of recipes) {
@@ -214,35 +233,19 @@ function grouped(part, recipes, settings, s) {
   const several = [...groups.values()].filter((group) => group.size > 1);
   const levels = [...new Set(several.flatMap((group) => [...group.keys()]))].sort((a, b) => a - b);
   const steps = levels.slice(1).map((level, i) => [levels[i], level]);
-  return { groups: several, steps: levels.length > 2 ? [...steps, [levels[0], levels.at(-1)]] : steps };
-}
-
-/** The pairs that have the outcome, as one part, or by the level of the setting over which their effect most surely changes its sign. */
-function halves(part, pairs, outcome, others) {
-  let split = { p: Infinity };
-  for (const { s, steps } of others) {
-    const at = Map.groupBy(pairs, ([low]) => part.cells.settings[s][low.cell]);
-    for (const step of steps) {
-      const both = step.map((level) => at.get(level) ?? []);
-      if (Math.min(...both.map((half) => half.length)) < 2) continue;
-      const [a, b] = both.map((half) => tested(half, outcome)), p = Math.max(a.p, b.p);
-      if (a.mean * b.mean < 0 && Math.abs(a.mean) > a.half && Math.abs(b.mean) > b.half && p < split.p) split = { p, s };
-    }
-  }
-  const there = pairs.filter((pair) => !Number.isNaN(change(pair, outcome)));
-  return split.s === undefined ? [there] : [...Map.groupBy(there, ([low]) => part.cells.settings[split.s][low.cell]).values()];
+  return { alike: several, steps: levels.length > 2 ? [...steps, [levels[0], levels.at(-1)]] : steps };
 }
 
 /** "optim=sgd, lr=0.01 or 0.1": the levels of other settings that these pairs are bound to, where recipes have others. */
-function bound(part, recipes, settings, s, pairs) {
+function bound(part, recipes, settings, s, pairs, over) {
   const level = (o, one) => part.cells.settings[o][one.cell], text = (o, code) => part.settings[o].levels[code], limits = new Map();
   for (const o of settings) {
     const there = new Set(pairs.map(([low]) => level(o, low)));
-    if (o !== s && recipes.some((one) => !there.has(level(o, one)) && text(o, level(o, one)) !== "-")) limits.set(o, there);
+    if (o === over || (o !== s && recipes.some((one) => !there.has(level(o, one)) && text(o, level(o, one)) !== "-"))) limits.set(o, there);
   }
   const told = [...limits].filter(([o, there]) => [...there].some((code) => text(o, code) !== "-")); // the rest may follow from these
   const alike = recipes.filter((one) => told.every(([o, there]) => there.has(level(o, one))));
-  const shown = [...limits].filter(([o]) => told.some(([other]) => other === o) || alike.some((one) => text(o, level(o, one)) !== "-"));
+  const shown = [...limits].filter(([o]) => o === over || told.some(([other]) => other === o) || alike.some((one) => text(o, level(o, one)) !== "-"));
   return shown.map(([o, there]) => `${part.settings[o].name}=${[...there].sort((a, b) => a - b).map((code) => text(o, code)).join(" or ")}`).join(", ");
 }
 
@@ -615,7 +618,6 @@ function fixed() {
   const list = (sentences) => (sentences ?? []).map((sentence) => element("li", {}, sentence));
   $("#answer ol").replaceChildren(...list(part.sentences));
   $("#noise .said").replaceChildren(element("ul", {}, ...list(part.noise)));
-  $("#effects .flips").replaceChildren(...(part.flips?.length ? [element("p", { className: "note" }, "Effects that change their sign over another setting, over all cells:"), element("ul", {}, ...list(part.flips))] : []));
 }
 
 function choice(name, title, options, chosen, change) {
