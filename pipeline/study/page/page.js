@@ -732,12 +732,8 @@ function begin(place) {
   redraw();
 }
 
-/** Paper is narrower than the screen, and nothing on it can be scrolled to. */
-addEventListener("beforeprint", () => {
-  [...dirty].forEach(draw);
-  document.querySelectorAll(".js-plotly-plot").forEach((div) => Plotly.relayout(div, { width: 660 }));
-});
-addEventListener("afterprint", () => document.querySelectorAll(".js-plotly-plot").forEach((div) => Plotly.relayout(div, { width: null, autosize: true })));
+/** Nothing on paper can be scrolled to. */
+addEventListener("beforeprint", () => [...dirty].forEach(draw));
 
 if (matchMedia("(max-width: 900px)").matches) $("#filters").open = false;
 begin(0);
