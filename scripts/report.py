@@ -1,6 +1,7 @@
-"""How far the cells of a sweep are, what each leaves under compression, and the mean over those that are done.
+"""How far the cells of a sweep are and what makes a network foldable: one screen, and a page to open.
 
-python -m scripts.report runs
+python -m scripts.report runs                  prints the screen and writes runs/report/index.html
+python -m scripts.report runs --cells --no-page
 python -m scripts.report runs --where optim.name=sgd --by optim.sam.rho --out rows.csv --plot curves.png
 """
 
@@ -14,14 +15,18 @@ from typing import Any
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.cells import STATES
-from pipeline.results import SCHEMA, SPEED, headline, read_speeds
+from pipeline.results import DENSE, SCHEMA, SPEED, headline, measured, read_speeds
+from pipeline.study.lines import told
+from pipeline.study.page.families import NEEDED, Family, failures, families, rank, stages, states
+from pipeline.study.page.files import write_report
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_value, foretold, headlines, last_measurement
-from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
+from pipeline.study.sweep import Sweep, joined, load, short, shown, split
 from pipeline.study.terminal import points, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import Metric
@@ -30,6 +35,10 @@ OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
     ".csv": pl.DataFrame.write_csv,
     ".parquet": pl.DataFrame.write_parquet,
 }
+CONTEXT = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}  # of a cell's values, where all share it
+VALUES = ("dense", "fold", "prune", "gap")  # of a cell, see `headlines`
+ENDS = 5  # the best and the worst cells that a screen shows
+FITS = 16  # lines of methods that a screen has room for; with more, the stage that leads stands alone
 
 
 def main() -> None:
@@ -41,83 +50,154 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder that holds the cells: paths.runs of the sweep")
+    parser.add_argument("runs", type=Path, help="folder of the cells (paths.runs of the sweep), or a .parquet of --out")
     parser.add_argument("--where", action="append", default=[], metavar="SETTING=VALUE", help="these cells only")
     parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="a mean table for each value")
+    parser.add_argument("--cells", action="store_true", help="a line for every cell")
+    parser.add_argument("--page", type=Path, metavar="FOLDER", help="where the page goes; RUNS/report if not given")
+    parser.add_argument("--no-page", action="store_true", help="print only")
     parser.add_argument("--out", type=Path, help="all rows with their cells' settings, as .csv or .parquet")
     parser.add_argument("--plot", type=Path, help="mean curves as a picture; with --by, one for each value")
     return parser.parse_args()
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print the tables and write the files."""
+    """Print the screen and write the files."""
     if args.out is not None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
-    sweep = load(args.runs, tuple(SCHEMA) if args.out else COLUMNS, warn).where(args.where)
+    whole = args.out is not None or not args.no_page
+    sweep = load(args.runs, tuple(SCHEMA) if whole else NEEDED, warn).where(args.where)
     by = [sweep.setting(name) for name in args.by]
-    for metric, part in sweep.by_metric().items():
-        print_cells(part)
-        for label, group in split(part.cells.filter(pl.col("state") == "done"), by):
-            rows = last_measurement(part.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
-            print_means(label, rows, len(group))
-            if args.plot is not None and not rows.is_empty():
-                name = "-".join(filter(None, (metric, label)))
-                written(plot_path(args.plot, name), partial(picture, label, rows))
-    done = sweep.cells.filter(pl.col("state") == "done")
-    print_speeds(read_speeds((args.runs / cell / SPEED for cell in done["cell"]), warn))
+    found = families(sweep)
+    for family in found:
+        print_answer(family, alone=len(found) == 1)
+        for label, group in split(family.sweep.cells.filter(pl.col("state") == "done"), by):
+            means(family, label, group, args.plot, FITS if len(found) == 1 else 0)
+        if args.cells:
+            print_cells(family.sweep)
+        elif len(found) == 1:
+            print_ends(family.sweep)
+    speeds = speeds_of(sweep, args.runs)
+    print_speeds(speeds)
     if args.out is not None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
+    if not args.no_page:
+        folder = args.page or page_folder(args.runs)
+        write_report(folder, args.runs, sweep, found, speeds)
+        print(f"wrote {folder / 'index.html'}; beside it: png, effects.csv, cells.parquet, summary.md")
+
+
+def page_folder(runs: Path) -> Path:
+    """RUNS/report; beside a file, "rows-report" for rows.parquet."""
+    return runs.with_name(f"{runs.stem}-report") if runs.is_file() else runs / "report"
 
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+def speeds_of(sweep: Sweep, runs: Path) -> pl.DataFrame:
+    """Sizes and times of the networks of the done cells; a file of rows has none."""
+    done = sweep.cells.filter(pl.col("state") == "done")["cell"]
+    return read_speeds((runs / cell / SPEED for cell in done), warn) if runs.is_dir() else pl.DataFrame()
+
+
+def print_answer(family: Family, alone: bool) -> None:
+    """Print how many cells of a family are in each state, why cells failed, and the answer."""
+    console = terminal()
+    print("\n" * (not alone), end="")
+    console.print(f"{family.title}: {states(family.sweep)}", style="bold", markup=False, soft_wrap=True)
+    for reason, count in failures(family.sweep):
+        console.print(f"{count} cell{'s' * (count != 1)} ended with: {reason}", markup=False, soft_wrap=True)
+    for number, sentence in enumerate(family.sentences, 1):
+        console.print(f"{number}. {escape(sentence)}")
+
+
 def print_cells(sweep: Sweep) -> None:
-    """Print one line per cell, then why cells failed, then how many cells are in each state."""
-    differing = sweep.differing()
+    """Print one line for every cell, then why cells failed."""
+    differing, metric = sweep.differing(), headline(sweep.rows)
     lines = sweep.cells.join(headlines(sweep.rows), on="cell", how="left", maintain_order="left")
     state = pl.col("state").replace_strict({s: i for i, s in enumerate(STATES)}, default=len(STATES))
     lines = lines.sort(state, *differing, "cell", nulls_last=True)
+    title, table = cells_table(lines, ["state", *differing], metric)
     console = terminal()
-    title, table = cells_table(lines, differing, headline(sweep.rows))
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
     console.print(table)
-    counts = dict(lines["state"].value_counts().iter_rows())
     for name, reason in lines.filter(pl.col("reason") != "").select("cell", "reason").iter_rows():
         console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
-    console.print(", ".join(f"{counts.get(state, 0)} {state}" for state in STATES), style="bold")
 
 
-def cells_table(lines: pl.DataFrame, differing: Sequence[str], metric: Metric) -> tuple[str, Table]:
-    """(title, table); values that all cells share (name, which pictures, stage, ratio) are in the title."""
-    context = {"split": "{} samples", "stage": "{}", "ratio": "ratio {}"}
-    alike = [name for name in context if lines[name].drop_nulls().n_unique() == 1]
-    prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # a cell is <name>-<hash>
-    prefix = f"{name}-" if len(prefix) == 1 and (name := prefix.pop()) else ""
-    lines = lines.with_columns(pl.col("cell").str.strip_prefix(prefix))
-    title = ", ".join(
-        [
-            f"Cells {prefix}*" if prefix else "Cells",
-            *(context[name].format(shown(lines[name].drop_nulls()[0])) for name in alike),
-        ]
-    )
+def print_ends(sweep: Sweep) -> None:
+    """Print the ENDS best and the ENDS worst of the done cells, by what folding leaves, a line for each."""
+    metric, settings = headline(sweep.rows), told(sweep)
+    lines = sweep.cells.join(headlines(sweep.rows), on="cell", how="left", maintain_order="left")
+    found = ends(lines, metric)
+    if found.is_empty():
+        return
+    title, names = titled("Cells" if len(found) == len(lines) else f"Best and worst of {len(lines)} cells", found)
+    console, table = terminal(), Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("cell", no_wrap=True, min_width=max(map(len, names)))
+    for name in VALUES:
+        table.add_column(name, justify="right", min_width=6)
+    room = console.width - max(map(len, names)) - 9 * len(VALUES) - 6
+    table.add_column("recipe", no_wrap=True, overflow="ellipsis", max_width=max(room, 20))
+    for name, at in zip(names, found.iter_rows(named=True), strict=True):
+        recipe = ", ".join(f"{short}={shown(at[full])}" for full, short in settings.items() if at[full] is not None)
+        table.add_row(Text(name), *values_of(at, metric), Text(recipe))
+    console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def ends(lines: pl.DataFrame, metric: Metric) -> pl.DataFrame:
+    """The best ENDS and the worst ENDS of the done cells that have a folded value, the best first."""
+    found = lines.filter((pl.col("state") == "done") & pl.col("fold").is_not_null())
+    found = found.sort("fold", "cell", descending=[metric.higher_is_better, False])
+    return found if len(found) <= 2 * ENDS else pl.concat([found.head(ENDS), found.tail(ENDS)])
+
+
+def cells_table(lines: pl.DataFrame, columns: Sequence[str], metric: Metric) -> tuple[str, Table]:
+    """(title, table), see `titled`."""
+    title, cells = titled("Cells", lines)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    names = {"cell": "cell", "state": "state", **short(differing), "epoch": "epoch"}
-    names |= {name: name for name in context if name not in alike and lines[name].null_count() < len(lines)}
+    lines = lines.with_columns(pl.Series("cell", cells, dtype=pl.String))
+    names = {"cell": "cell", **short(columns), "epoch": "epoch"}
+    names |= {name: name for name in CONTEXT if lines[name].drop_nulls().n_unique() > 1}
     for name, header in names.items():
         table.add_column(header, overflow="fold", justify="left" if lines[name].dtype == pl.String else "right")
-    forms = {name: lambda value: metric.short(value).strip() for name in ("dense", "fold", "prune")}
-    forms["gap"] = lambda value: points(value, metric)
-    for name in forms:
+    for name in VALUES:
         table.add_column(name, justify="right")
     for at in lines.iter_rows(named=True):
-        values = ("-" if at[n] is None else form(at[n]) for n, form in forms.items())
-        table.add_row(*(Text(shown(at[name])) for name in names), *values)
+        table.add_row(*(Text(shown(at[name])) for name in names), *values_of(at, metric))
     return title, table
 
 
-def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
+def titled(kind: str, lines: pl.DataFrame) -> tuple[str, list[str]]:
+    """(title, names of cells): what all cells share (name, which pictures, stage, ratio) is in the title alone."""
+    alike = [name for name in CONTEXT if lines[name].drop_nulls().n_unique() == 1]
+    prefix = {name.rpartition("-")[0] for name in lines["cell"]}  # a cell is <name>-<hash>
+    shared = f"{name}-" if len(prefix) == 1 and (name := prefix.pop()) else ""
+    told_of = (CONTEXT[name].format(shown(lines[name].drop_nulls()[0])) for name in alike)
+    title = ", ".join([f"{kind} {shared}*" if shared else kind, *told_of])
+    return title, [name.removeprefix(shared) for name in lines["cell"]]
+
+
+def values_of(line: dict[str, Any], metric: Metric) -> list[str]:
+    """The texts of VALUES."""
+    forms = dict.fromkeys(VALUES, lambda value: metric.short(value).strip())
+    forms["gap"] = lambda value: points(value, metric)
+    return ["-" if line[name] is None else form(line[name]) for name, form in forms.items()]
+
+
+def means(family: Family, label: str, group: pl.DataFrame, plot: Path | None, fits: int) -> None:
+    """Print the mean table of the cells of a group (fits: see `leading`) and, where asked for, draw their curves."""
+    rows = last_measurement(family.sweep.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
+    recipes = None if family.found is None else family.found.methods.select("cell", "recipe").unique()
+    print_means(label, rows, len(group), fits, recipes)
+    if plot is not None and not rows.is_empty():
+        written(plot_path(plot, "-".join(filter(None, (family.slug, label)))), partial(picture, label, rows))
+
+
+def print_means(label: str, rows: pl.DataFrame, done: int, fits: int, recipes: pl.DataFrame | None) -> None:
     """Print the mean table of these cells, or that there are no rows."""
     print()
     if rows.is_empty():
@@ -126,12 +206,23 @@ def print_means(label: str, rows: pl.DataFrame, done: int) -> None:
     notes = [f"; dense {headline(rows).text(dense)}"] * (dense is not None) + [f"; {missing} more have no rows"] * (
         missing > 0
     )
-    print_table(rows, means_title(label, rows) + "".join(notes), duel=True)
+    fitting = leading(rows, fits)
+    notes += ["; other stages are on the page"] * (len(fitting) < len(rows))
+    print_table(fitting, means_title(label, rows) + "".join(notes), duel=True, recipes=recipes)
     if (found := foretold(rows)) is not None:
         told = f"Fidelity, which sees no data, ranks the {found.n} raw results at {found.value:.2f} (Spearman)"
         told += f" and the {found.gaps} gaps at {found.gap:.2f}" * (found.gaps > 2)
         told += f"; of {found.sure} clear gaps it names the winner in {found.sign:.0%}" * (found.sure > 0)
         print(f"{told}.")
+
+
+def leading(rows: pl.DataFrame, fits: int) -> pl.DataFrame:
+    """The rows; those of the stage that leads alone, where methods and stages together would take more than `fits`."""
+    there = measured(rows).select("method", "stage").unique()
+    if len(there) <= fits or there["stage"].n_unique() < 2:
+        return rows
+    first = min(stages(there["stage"].unique().to_list()), key=rank)
+    return rows.filter((pl.col("stage") == first) | (pl.col("method") == DENSE))
 
 
 def picture(label: str, rows: pl.DataFrame, path: Path) -> None:

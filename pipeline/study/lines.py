@@ -14,9 +14,10 @@ from pipeline.study.sweep import Sweep, short, shown
 from pipeline.tables import UserError
 from pipeline.tasks import Metric
 
-SEEDS = ("seed", "named.seed")  # settings that tell repetitions of one recipe from each other
+# Settings that tell repetitions of one recipe from each other; "named.": those that a checkpoint was trained with.
+SEEDS = ("named.seed", "seed")
 # Settings that change nothing that is measured, or that say of what the cells are, not how they were trained.
-BESIDE = ("compression.", "checkpoint", "device", "export", "launcher", "name", "profile.", "trainer.devices")
+BESIDE = ("checkpoint", "compression", "device", "export", "launcher", "name", "profile", "trainer.devices")
 
 
 def in_points(metric: Metric) -> pl.Expr:
@@ -60,7 +61,7 @@ def lines(sweep: Sweep) -> Lines:
         raise UserError("no cell that is done has rows yet; come back when one has")
     metric = headline(rows)
     rows = rows.with_columns(in_points(metric))
-    settings = short([name for name in sweep.differing() if not name.startswith(BESIDE) and name not in SEEDS])
+    settings = told(sweep)
     cells = done.select(
         "cell",
         seed=pl.coalesce(*(name for name in SEEDS if name in done.columns), pl.lit(None, pl.Int64)),
@@ -77,6 +78,16 @@ def lines(sweep: Sweep) -> Lines:
     methods = measured(rows).select(*columns, value=pl.col(metric.name))
     methods = cells.select("cell", "recipe", "seed").join(methods, on="cell", maintain_order="left")
     return Lines(beside, methods, tuple(settings.values()), metric)
+
+
+def told(sweep: Sweep) -> dict[str, str]:
+    """{full name: short name} of the settings that tell the recipes of a sweep apart."""
+    return short([name for name in sweep.differing() if name not in SEEDS and not _beside(name)])
+
+
+def _beside(name: str) -> bool:
+    own = name.removeprefix("named.")
+    return any(own == beside or own.startswith(f"{beside}.") for beside in BESIDE)
 
 
 def areas(found: pl.DataFrame, upward: bool) -> pl.DataFrame:

@@ -64,14 +64,19 @@ def _duels(rows: pl.DataFrame, value: pl.Expr, higher_is_better: bool | None = N
     return found.with_columns(gap=gap if upward else -gap)
 
 
-def gaps(rows: pl.DataFrame) -> pl.DataFrame:
-    """One line per stage and ratio: n cells that have both sides, the mean gap over them, its margin, and wins.
+def gaps(rows: pl.DataFrame, recipes: pl.DataFrame | None = None) -> pl.DataFrame:
+    """One line per stage and ratio: n recipes that have both sides, the mean gap over them, its margin, and wins.
 
-    gap: by how much the best folding leads the best pruning; margin: half of its 95% interval (Student's t over cells),
-    null when n < 3; wins: fraction of the cells in which folding is strictly better
+    gap: by how much the best folding leads the best pruning; margin: half of its 95% interval (Student's t over
+    recipes), null when n < 3; wins: fraction of the recipes in which folding is strictly better
+
+    recipes: cell, recipe; the seeds of a recipe are averaged first. Without it each cell is a recipe of its own.
     """
-    gap = pl.col("gap")
-    found = duels(rows).drop_nulls("gap").group_by("stage", "ratio", maintain_order=True)
+    gap, found = pl.col("gap"), duels(rows).drop_nulls("gap")
+    if recipes is not None:
+        found = found.join(recipes.select("cell", "recipe"), on="cell", how="left", maintain_order="left")
+        found = found.group_by("recipe", "stage", "ratio", maintain_order=True).agg(gap.mean())
+    found = found.group_by("stage", "ratio", maintain_order=True)
     found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
     margins = [half_interval(std, n) if n >= 3 else None for std, n in found["std", "n"].iter_rows()]
     return found.with_columns(margin=pl.Series(margins, dtype=pl.Float64)).drop("std")

@@ -19,10 +19,10 @@ TITLES = {
 }
 
 
-def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
+def result_table(rows: pl.DataFrame, duel: bool = False, recipes: pl.DataFrame | None = None) -> Table:
     """Methods x ratios, mean headline, the best method of each stage and ratio in bold; failed ones are marked.
 
-    duel: add below each stage the gap of folding to pruning over the cells (`gaps`), in points
+    duel: add below each stage the gap of folding to pruning, in points; recipes: see `gaps`
     """
     metric = headline(rows)
     ratios = sorted(set(rows.filter(pl.col("method") != DENSE)["ratio"]))
@@ -36,7 +36,7 @@ def result_table(rows: pl.DataFrame, duel: bool = False) -> Table:
         if left:
             table.add_row(name, *(f"{left[r]:.0%}" if r in left else "-" for r in ratios))
     found = curves(rows)
-    compared = gaps(rows) if duel else None
+    compared = gaps(rows, recipes) if duel else None
     for stage in dict.fromkeys(stage for stage, _ in found):
         table.add_section()
         table.add_row(f"[dim]{escape(TITLES.get(stage, stage))}[/]")
@@ -75,7 +75,7 @@ DUEL_LINES = {
     "gap, points": lambda at, metric: points(at["gap"], metric),
     "95% interval": lambda at, metric: "-" if at["margin"] is None else f"±{points(at['margin'], metric)[1:]}",
     "win rate": lambda at, metric: "-" if at["margin"] is None else f"{at['wins']:.0%}",
-    "n cells": lambda at, metric: f"{at['n']}",
+    "n recipes": lambda at, metric: f"{at['n']}",
 }
 
 
@@ -84,13 +84,13 @@ def terminal() -> Console:
     return Console(highlight=False, width=None if Console().is_terminal else 120)
 
 
-def print_table(rows: pl.DataFrame, title: str, duel: bool = False) -> None:
+def print_table(rows: pl.DataFrame, title: str, duel: bool = False, recipes: pl.DataFrame | None = None) -> None:
     """The table of a run, or of several, on the terminal, and a line for each reason why something failed."""
     console = terminal()
     console.print(
         title, style="bold", markup=False, soft_wrap=True
     )  # not the table's own title, which a narrow table breaks into pieces
-    console.print(result_table(rows, duel))
+    console.print(result_table(rows, duel, recipes))
     failed = rows.filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
         console.print(f"{count} measurements failed: {reason}", markup=False, soft_wrap=True)

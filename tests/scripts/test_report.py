@@ -50,10 +50,10 @@ def runs(tmp_path):
 
 @pytest.fixture
 def report(monkeypatch, capsys):
-    """The command in this process: its lines, single-spaced, without rules."""
+    """The command in this process, which writes no page if not asked: its lines, single-spaced, without rules."""
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    def call(*arguments, page=False):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments), *([] if page else ["--no-page"])])
         main()
         return [" ".join(re.sub("[│┃─]", " ", line).split()) for line in capsys.readouterr().out.splitlines()]
 
@@ -61,7 +61,7 @@ def report(monkeypatch, capsys):
 
 
 def test_the_command_shows_cells_states_and_means(runs):
-    command = [sys.executable, "-m", "scripts.report", str(runs)]
+    command = [sys.executable, "-m", "scripts.report", str(runs), "--cells", "--no-page"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert max(map(len, done.stdout.splitlines())) <= 120
@@ -78,7 +78,8 @@ def test_the_command_shows_cells_states_and_means(runs):
         "f-6 broken sgd 0.01 0 - - - - - -",
     ]
     assert "e-5: loss is [nan]" in lines
-    assert "3 done, 1 running, 1 failed, 1 broken" in lines
+    assert lines[:2] == ["m on d: 3 done, 1 running, 1 failed, 1 broken", "1 cell ended with: loss is [nan]"]
+    assert lines[2].startswith("1. 3 networks of 3 recipes were measured")
     assert "Mean accuracy (%) over 3 done cells, test samples; dense 90.0%" in lines
     raw = lines[lines.index("raw (as compressed)") :]
     assert raw[1:7] == [
@@ -87,15 +88,15 @@ def test_the_command_shows_cells_states_and_means(runs):
         "gap, points +13.3 +13.3",
         "95% interval ±51.7 ±51.7",  # 4.303 * sd(20, -10, 30) / sqrt(3)
         "win rate 67% 67%",
-        "n cells 3 3",
+        "n recipes 3 3",
     ]
 
 
 def test_where_keeps_the_cells_that_meet_all_conditions(runs, report):
     lines = report(runs, "--where", "optim=sgd", "--where", "optim.sam.rho=0", "--where", "lr=1e-1")
-    assert "1 done, 0 running, 0 failed, 0 broken" in lines
-    assert report(runs, "--where", "augment=[crop, flip]")[-1] == report(runs)[-1]
-    assert "1 done, 0 running, 0 failed, 0 broken" in report(runs, "--where", "rho=null")
+    assert lines[0] == "m on d: 1 done, 0 running, 0 failed, 0 broken"
+    assert report(runs, "--where", "augment=[crop, flip]") == report(runs)
+    assert report(runs, "--where", "rho=null")[0] == "m on d: 1 done, 0 running, 0 failed, 0 broken"
 
 
 def test_cells_of_another_headline_stand_apart(runs, report, tmp_path):
@@ -103,7 +104,7 @@ def test_cells_of_another_headline_stand_apart(runs, report, tmp_path):
     store = RowStore(add(runs, "g-7") / "rows.parquet")
     store.rows = store.rows.with_columns(metric=pl.lit("miou"), miou=pl.col("acc") - 0.125, acc=pl.lit(1.0))
     store.write()
-    lines = report(runs, "--plot", tmp_path / "plot.png", "--out", tmp_path / "rows.csv")
+    lines = report(runs, "--cells", "--plot", tmp_path / "plot.png", "--out", tmp_path / "rows.csv")
     cells = [line for line in lines if re.match(r"([a-f]-)?\d (done|running|failed|broken) ", line)]
     assert [line.split()[0] for line in cells] == ["c-3", "b-2", "a-1", "d-4", "e-5", "f-6", "7"]
     assert cells[-1].endswith("77.5 67.5 47.5 +20.0")
@@ -111,10 +112,69 @@ def test_cells_of_another_headline_stand_apart(runs, report, tmp_path):
         "Mean accuracy (%) over 3 done cells",
         "Mean iou (%) over 1 done cell",
     ]
-    assert "3 done, 1 running, 1 failed, 1 broken" in lines
-    assert "1 done, 0 running, 0 failed, 0 broken" in lines
+    assert "m on d, acc: 3 done, 1 running, 1 failed, 1 broken" in lines
+    assert "m on d, miou: 1 done, 0 running, 0 failed, 0 broken" in lines
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["plot-acc.png", "plot-miou.png"]
     assert set(pl.read_csv(tmp_path / "rows.csv")["metric"]) == {"acc", "miou"}
+
+
+def test_cells_of_another_model_are_never_in_one_mean(runs, report):
+    store = RowStore(add(runs, "g-7", fold=0.2) / "rows.parquet")
+    store.rows = store.rows.with_columns(model=pl.lit("vit"))
+    store.write()
+    lines = report(runs)
+    titles = [line for line in lines if re.match(r"\w+ on d: ", line)]
+    assert titles == [
+        "m on d: 3 done, 1 running, 1 failed, 1 broken",
+        "vit on d: 1 done, 0 running, 0 failed, 0 broken",
+    ]
+    means = [line for line in lines if line.startswith("fold ")]
+    assert means == ["fold 66.7 56.7", "fold 30.0 20.0"]  # of the stage that leads, each
+    assert sum(line.startswith("1. ") for line in lines) == 2
+
+
+def test_a_screen_shows_the_best_and_the_worst_cells_and_asks_for_all(tmp_path, report):
+    for i in range(12):
+        add(tmp_path, f"run-{i:02}", fold=0.2 + i / 50, lr=0.1 * (i + 1))
+    lines = report(tmp_path)
+    assert "Best and worst of 12 cells run-*, test samples, repaired, ratio 0.5" in lines
+    listed = [line.split()[0] for line in lines if re.match(r"\d\d 90", line)]
+    assert listed == ["11", "10", "09", "08", "07", "04", "03", "02", "01", "00"]
+    assert "11 90.0 52.0 60.0 -8.0 lr=1.2" in lines
+    whole = report(tmp_path, "--cells")
+    assert sum(bool(re.match(r"\d\d done ", line)) for line in whole) == 12
+
+
+def test_many_methods_leave_the_stage_that_leads(tmp_path, report, monkeypatch):
+    add(tmp_path, "a-1")
+    assert {"raw (as compressed)", "repaired (statistics re-estimated)"} <= set(report(tmp_path))
+    monkeypatch.setattr("scripts.report.FITS", 3)
+    lines = report(tmp_path)
+    assert "raw (as compressed)" not in lines
+    assert "Mean accuracy (%) over 1 done cell, test samples; dense 90.0%; other stages are on the page" in lines
+
+
+def test_the_page_and_the_files_beside_it(runs, report):
+    lines = report(runs, page=True)
+    assert lines[-1] == f"wrote {runs}/report/index.html; beside it: png, effects.csv, cells.parquet, summary.md"
+    folder = runs / "report"
+    assert {path.name for path in folder.iterdir()} == {
+        "index.html", "png", "effects.csv", "cells.parquet", "summary.md",
+    }  # fmt: skip
+    assert {path.stem for path in (folder / "png").iterdir()} == {"curves", "settings", "effects", "base"}
+    assert len(pl.read_parquet(folder / "cells.parquet")) == 45
+    summary = (folder / "summary.md").read_text()
+    assert "6 cells: 3 done, 1 running, 1 failed, 1 broken." in summary
+    assert "- 1 cells: loss is [nan]" in summary
+    assert "1. 3 networks of 3 recipes were measured" in summary
+    assert report(runs, page=True) == lines  # its own folder is no cell
+
+
+def test_a_page_from_a_file_of_rows(runs, report, tmp_path):
+    report(runs, "--out", tmp_path / "rows.parquet")
+    lines = report(tmp_path / "rows.parquet", page=True)
+    assert lines[-1].startswith(f"wrote {tmp_path}/rows-report/index.html")
+    assert lines[0] == "m on d: 3 done, 1 running, 1 failed, 0 broken"  # a cell without rows is not in the file
 
 
 def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
@@ -144,7 +204,7 @@ def test_out_joins_rows_and_settings(runs, report, tmp_path, suffix, read):
 
 def test_a_damaged_file_does_not_hide_the_other_cells(runs, monkeypatch, capsys):
     (runs / "a-1" / "rows.parquet").write_bytes(b"PAR1 damaged PAR1")
-    monkeypatch.setattr(sys, "argv", ["report", str(runs)])
+    monkeypatch.setattr(sys, "argv", ["report", str(runs), "--no-page"])
     main()
     out, err = capsys.readouterr()
     assert re.fullmatch(r"warning: \S+a-1/rows.parquet is damaged or of another version \(.*\)\n", err)
@@ -153,9 +213,14 @@ def test_a_damaged_file_does_not_hide_the_other_cells(runs, monkeypatch, capsys)
 
 def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
     add(tmp_path, "a-1", "running", measured=False)
-    lines = report(tmp_path)
+    lines = report(tmp_path, "--cells", page=True)
+    assert lines[:2] == [
+        "this sweep: 0 done, 0 running, 0 failed, 1 broken",
+        "1. No cell of this sweep that is done has rows yet.",
+    ]
+    assert "no cell that is done has rows yet" in lines
     assert "cell state epoch dense fold prune gap" in lines
-    assert lines[-1] == "no cell that is done has rows yet"
+    assert "No cell of this sweep that is done has rows yet." in (tmp_path / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -171,12 +236,13 @@ def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
         (["runs", "--out", "table.xlsx"], "unknown kind of --out '.xlsx'.*choose from: .csv, .parquet"),
         (["runs", "--out", "no/such/folder.csv"], "folder.csv cannot be written"),
         (["runs", "--plot", "picture.nothing"], "picture.nothing cannot be written"),
+        (["runs", "--page", "runs/a-1/cell.json"], "cell.json cannot be written .*; give another --page, or --no-page"),
     ],
 )
 def test_bad_input_gets_one_line(runs, report, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
-        report(*arguments)
+        report(*arguments, page="--page" in arguments)
     assert "\n" not in str(error.value)
 
 
@@ -220,7 +286,7 @@ def test_sizes_and_speeds_are_medians_over_the_cells_of_a_model(tmp_path, report
 
 def test_a_damaged_file_of_speeds_is_named(tmp_path, monkeypatch, capsys):
     (add(tmp_path, "a-1") / "speed.parquet").write_bytes(b"PAR1 damaged PAR1")
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--no-page"])
     main()
     assert re.fullmatch(r"warning: \S+a-1/speed.parquet is damaged \(.*\)\n", capsys.readouterr().err)
 
@@ -228,11 +294,11 @@ def test_a_damaged_file_of_speeds_is_named(tmp_path, monkeypatch, capsys):
 def test_the_name_that_all_cells_share_is_in_the_title(tmp_path, report):
     add(tmp_path, "my-run-1f")
     add(tmp_path, "my-run-2e")
-    lines = report(tmp_path)
-    assert lines[0] == "Cells my-run-*, test samples, repaired, ratio 0.5"
+    lines = report(tmp_path, "--cells")
+    assert "Cells my-run-*, test samples, repaired, ratio 0.5" in lines
     assert "1f done 2 90.0 80.0 60.0 +20.0" in lines
     add(tmp_path, "other")
-    assert "my-run-1f done 2 90.0 80.0 60.0 +20.0" in report(tmp_path)
+    assert "my-run-1f done 2 90.0 80.0 60.0 +20.0" in report(tmp_path, "--cells")
 
 
 def test_names_are_as_short_as_they_can_be():

@@ -135,6 +135,14 @@ def test_gap_and_win_rate_against_a_hand_computation():
     assert line["margin"] == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-6)  # t at .975, 2 degrees
 
 
+def test_seeds_of_a_recipe_are_one_in_the_interval_of_the_gap():
+    rows = [*cell("a", 0.7, 0.5, 0.6), *cell("b", 0.4, 0.6, 0.1), *cell("c", 0.9, 0.3, 0.4), *cell("d", 0.6, 0.5, 0.1)]
+    recipes = pl.DataFrame({"cell": ["a", "b", "c", "d"], "recipe": ["x", "x", "y", "z"]})
+    line = gaps(table(rows), recipes).row(0, named=True)  # gaps .1 and -.2 are one recipe's
+    assert (line["n"], line["wins"]) == (3, pytest.approx(2 / 3))
+    assert line["gap"] == pytest.approx((-0.05 + 0.5 + 0.1) / 3)
+
+
 def test_what_failed_is_in_no_mean_and_two_cells_have_no_interval():
     rows = [*cell("a", 0.7, 0.5, None), *cell("b", None, 0.5, 0.2), *cell("c", math.nan, 0.5, 0.2)]
     rows += [*cell("d", 0.5, None, None), *cell("e", 0.5, 0.5, 0.1)]
@@ -185,7 +193,7 @@ def test_the_table_of_several_cells_shows_gap_interval_wins_and_n(capsys):
     assert "gap, points +16.7 +10.0" in lines  # .1, -.2 and .6
     assert "95% interval ±100.4 -" in lines
     assert "win rate 67% 100%" in lines
-    assert "n cells 3 1" in lines
+    assert "n recipes 3 1" in lines
     assert "1 measurements failed: why" in lines
 
 

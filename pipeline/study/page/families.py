@@ -1,0 +1,116 @@
+"""Which cells of a sweep may be averaged: those of one model, one data set and one headline."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import polars as pl
+
+from pipeline.cells import STATES
+from pipeline.results import headline
+from pipeline.study.answer import answer, headline_place
+from pipeline.study.lines import Lines, lines
+from pipeline.study.summary import HEADLINE_STAGES, last_measurement
+from pipeline.study.sweep import COLUMNS, Sweep
+from pipeline.tables import UserError
+from pipeline.tasks import Metric
+
+FAMILY = ("model", "data")  # columns of a row that no mean is over
+NEEDED = (*COLUMNS, *FAMILY, "macs")  # of a row, for the screen and the page
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cells of one model, data set and headline.
+
+    title: "resnet18 on cifar10"; label: the parts of it that tell the family from the others, "" where it is alone
+    """
+
+    title: str
+    label: str
+    sweep: Sweep
+
+    @property
+    def metric(self) -> Metric:
+        return headline(self.sweep.rows)
+
+    @property
+    def slug(self) -> str:
+        """The label as a part of a file's name."""
+        return re.sub(r"[^\w.=+-]+", "-", self.label)
+
+    @cached_property
+    def found(self) -> Lines | None:
+        """What statistics read; None where no cell that is done has rows yet."""
+        try:
+            return lines(self.sweep)
+        except UserError:
+            return None
+
+    @cached_property
+    def rows(self) -> pl.DataFrame:
+        """The rows of the last measurement of the cells that are done."""
+        done = self.sweep.cells.filter(pl.col("state") == "done").select("cell")
+        return last_measurement(self.sweep.rows.join(done, on="cell", how="semi", maintain_order="left"))
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """The answer in plain sentences, or the one line that says why there is none."""
+        return answer(self.found) if self.found else [f"No cell of {self.title} that is done has rows yet."]
+
+    @cached_property
+    def shown(self) -> tuple[str, float] | None:
+        """The stage and ratio that lead (see headline_place), else any; None where nothing was measured."""
+        if self.found is None or self.found.methods.is_empty():
+            return None
+        stage, ratio = headline_place(self.found)
+        there = self.found.methods.select("stage", "ratio").unique().sort(pl.all())
+        return (stage, ratio) if ratio is not None else there.row(0)
+
+
+def families(sweep: Sweep) -> list[Family]:
+    """The families of a sweep, the largest first. Cells without rows are with the first of their headline."""
+    parts = {}
+    for metric, part in sweep.by_metric().items():
+        rows = part.rows.partition_by(*FAMILY, as_dict=True, maintain_order=True)
+        measured = part.rows["cell"].unique().to_list()
+        bare = ~part.cells["cell"].is_in(measured)
+        for names, own in rows.items():
+            there = part.cells["cell"].is_in(own["cell"].unique().to_list())
+            cells = part.cells.filter(there if any(key[0] == metric for key in parts) else there | bare)
+            parts[metric, *names] = Sweep(cells, own)
+        if not rows:
+            parts[metric, "", ""] = part
+    ordered = sorted(parts, key=lambda key: -len(parts[key].cells))
+    differs = [len({key[place] for key in parts}) > 1 for place in range(3)]
+    return [Family(_title(*key), _label(key, differs), parts[key]) for key in ordered]
+
+
+def stages(names: list[str]) -> list[str]:
+    """Names of stages, those that lead first, the others by name."""
+    return sorted(names, key=lambda name: (rank(name), name))
+
+
+def rank(stage: str) -> int:
+    return HEADLINE_STAGES.index(stage) if stage in HEADLINE_STAGES else len(HEADLINE_STAGES)
+
+
+def states(sweep: Sweep) -> str:
+    """ "3 done, 1 running, 1 failed, 1 broken" """
+    counts = Counter(sweep.cells["state"])
+    return ", ".join(f"{counts[state]} {state}" for state in STATES)
+
+
+def failures(sweep: Sweep) -> list[tuple[str, int]]:
+    """(reason, number of cells) for cells that ended with a reason, the most frequent first."""
+    return Counter(reason for reason in sweep.cells["reason"] if reason).most_common()
+
+
+def _title(metric: str, model: str, data: str) -> str:
+    return (f"{model} on {data}" if model else "this sweep") + f", {metric}" * bool(metric)
+
+
+def _label(key: tuple[str, ...], differs: list[bool]) -> str:
+    metric, model, data = (part if differ else "" for part, differ in zip(key, differs, strict=True))
+    return " ".join(filter(None, (model, data, metric)))

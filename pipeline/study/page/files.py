@@ -1,0 +1,72 @@
+"""The folder that a report leaves: the page, pictures for papers, tables and the answer as text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.study.effects import effects
+from pipeline.study.page.families import Family, failures, stages, states
+from pipeline.study.page.html import page, places_of
+from pipeline.study.sweep import Sweep, joined
+from pipeline.tables import UserError, first_line
+
+FILES = ("index.html", "png", "effects.csv", "cells.parquet", "summary.md")
+
+
+def write_report(folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family], speeds: pl.DataFrame) -> list[Path]:
+    """Write FILES into a folder, which is made where it is missing; gives their paths.
+
+    runs: where the sweep is from; speeds: lines of `read_speeds`. UserError where the folder cannot be written.
+    """
+    title = f"Foldability of {runs.resolve().stem}"
+    try:
+        (folder / "png").mkdir(parents=True, exist_ok=True)
+        (folder / "summary.md").write_text(summary(title, whole, parts))
+        effects_table(parts).write_csv(folder / "effects.csv")
+        joined(whole).write_parquet(folder / "cells.parquet")
+        write_pictures(folder / "png", parts)
+        (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds))
+    except OSError as error:
+        what = f"{folder} cannot be written ({first_line(error)})"
+        raise UserError(f"{what}; give another --page, or --no-page") from error
+    return [folder / name for name in FILES]
+
+
+def write_pictures(folder: Path, parts: Sequence[Family]) -> None:
+    """PAPERS of every family, "curves.png", or with several families "curves-resnet18.png".
+
+    Pictures of an earlier report go first, so that none stays that this one would not draw.
+    """
+    from pipeline.study.page.papers import PAPERS  # brings matplotlib, which takes a second, to those who want pictures
+
+    for name in PAPERS:
+        for old in folder.glob(f"{name}*.png"):
+            old.unlink()
+    for family in parts:
+        for name, draw in PAPERS.items():
+            if family.shown is not None and (figure := draw(family)) is not None:
+                figure.savefig(folder / f"{'-'.join(filter(None, (name, family.slug)))}.png", dpi=200)
+
+
+def effects_table(parts: Sequence[Family]) -> pl.DataFrame:
+    """Effects of every family and stage, at the ratio that leads and for the area under the curve."""
+    tables = []
+    for family in parts:
+        if family.found is None or family.shown is None:
+            continue
+        for stage in stages(family.found.table["stage"].unique().to_list()):
+            for ratio in (family.shown[1], None):
+                found = effects(family.found, stage, ratio)
+                tables.append(found.select(pl.lit(family.title).alias("family"), pl.all()))
+    return pl.concat(tables, how="diagonal_relaxed") if tables else pl.DataFrame({"family": []})
+
+
+def summary(title: str, whole: Sweep, parts: Sequence[Family]) -> str:
+    """The answer of every family in plain sentences, as Markdown."""
+    failed = [f"- {count} cells: {reason}" for reason, count in failures(whole)]
+    lines = [f"# {title}", "", f"{len(whole.cells)} cells: {states(whole)}.", *failed]
+    for family in parts:
+        heading = ["", f"## {family.title[0].upper()}{family.title[1:]}"] if len(parts) > 1 else []
+        lines += [*heading, "", *(f"{i}. {sentence}" for i, sentence in enumerate(family.sentences, 1))]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,89 @@
+"""The page as one file: plotly, style, script and data stand in it, so that it opens anywhere and fetches nothing."""
+
+import json
+import os
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from string import Template
+from typing import Any
+from urllib.parse import quote
+
+import polars as pl
+
+from pipeline.results import code_version
+from pipeline.study.claims import noise_sentence
+from pipeline.study.noise import noise
+from pipeline.study.page.colors import styles
+from pipeline.study.page.columns import Places, axes_of, packed
+from pipeline.study.page.families import Family, failures, states
+from pipeline.study.sweep import Sweep
+from pipeline.study.terminal import TITLES
+from pipeline.tables import optional
+
+ADDRESS = "wandb.url"  # a cell's page in W&B, one line in its folder
+
+
+def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, speeds: pl.DataFrame) -> str:
+    """The text of index.html. speeds: lines of `read_speeds`, which may be none."""
+    plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
+    found = [part.found.methods["method"].unique(maintain_order=True) for part in parts if part.found]
+    said = [{"sentences": part.sentences, "noise": noises(part), **packed(part, places, speeds)} for part in parts]
+    data = {"parts": said, "styles": styles(list(dict.fromkeys(chain(*found))))}
+    here = files("pipeline.study.page")
+    return Template((here / "template.html").read_text()).substitute(
+        title=escape(title),
+        about=escape(about(whole)),
+        css=(here / "page.css").read_text(),
+        script=(here / "page.js").read_text(),
+        plotly=plotly,
+        data=embedded(data),
+    )
+
+
+def noises(family: Family) -> list[str]:
+    """A sentence on the noise between seeds for each stage that has some, at the ratio that leads, over all cells."""
+    if family.found is None or family.shown is None:
+        return []
+    ratio = family.shown[1]
+    heard = {stage: noise(family.found, stage, ratio) for stage in axes_of(family).stages}
+    return [f"{TITLES.get(k, k)}, ratio {ratio:g}: {noise_sentence(v, family.metric)}" for k, v in heard.items() if v]
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand in a script element: no text in it can end the element or begin a comment."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def about(sweep: Sweep) -> str:
+    """How far the sweep is, why cells failed, and by which code the page was written."""
+    why = "; ".join(f"{count} with: {reason}" for reason, count in failures(sweep)[:3])
+    failed = f" Cells ended without a result: {why}." if why else ""
+    return f"{len(sweep.cells)} cells: {states(sweep)}.{failed} Written by foldability {code_version()}."
+
+
+def places_of(sweep: Sweep, runs: Path, at: Path) -> Places:
+    """Links relative to the page in the folder `at`, so that runs and page can be moved as a whole.
+
+    None where the runs are a file.
+    """
+    if runs.is_file():
+        return Places({}, {})
+    names = sweep.cells["cell"].to_list()
+    addresses = {name: address for name in names if (address := _address(runs / name))}
+    return Places({name: _relative(runs / name, at) for name in names}, addresses)
+
+
+def _relative(folder: Path, at: Path) -> str:
+    return quote(os.path.relpath(folder.resolve(), at.resolve()).replace(os.sep, "/"))
+
+
+def _address(folder: Path) -> str:
+    """The address that a run left in its folder; "" where it left none, or no address."""
+    try:
+        text = (folder / ADDRESS).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if text.startswith(("https://", "http://")) else ""

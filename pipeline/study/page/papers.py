@@ -1,0 +1,192 @@
+"""The pictures of the page as matplotlib figures, for papers. Values are in points, see `lines.in_points`."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.study.effects import effects
+from pipeline.study.matching import coded_levels
+from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
+from pipeline.study.page.columns import axes_of
+from pipeline.study.page.families import Family, stages
+from pipeline.study.summary import half_interval
+from pipeline.study.terminal import TITLES
+
+OUTCOMES = {"base": (BASE, "uncompressed"), "prune": (PRUNE, "best pruning"), "fold": (FOLD, "best folding")}
+FOREST = {"fold": (FOLD, "o", "folded value"), "base": (BASE, "s", "uncompressed"), "gap": (GAP, "D", "gap")}
+ROWS = 24  # of a forest plot
+LEVELS = 16  # of a setting; with more a panel cannot be read
+
+
+def curves(family: Family) -> Figure | None:
+    """The headline over the ratio, mean over recipes with 95% intervals, a panel for each of the leading stages."""
+    axes, drawn = axes_of(family), styles(axes_of(family).methods)
+    figure, panels = _panels(family, sharey=True)
+    for panel, stage in zip(panels, _stages(family), strict=True):
+        for method in axes.methods:
+            of = family.found.methods.filter((pl.col("stage") == stage) & (pl.col("method") == method))
+            line = over_recipes(of, ["ratio"], "value").sort("ratio")
+            if len(line):
+                look = {"color": drawn[method]["color"], "ls": DASHES[drawn[method]["dash"]], "label": method}
+                _line(panel, family, line, "ratio", look)
+        base = family.found.at(stage, None)["base"].mean()
+        if base is not None:
+            panel.axhline(_value(family, base), color=BASE, ls=":", label="uncompressed")
+        panel.set_xlabel("fraction of channels removed")
+    panels[0].set_ylabel(family.metric.heading)
+    return _finished(figure, panels)
+
+
+def settings(family: Family) -> Figure | None:
+    """Folded value, best pruning and uncompressed value by each setting, and the gap below; at the leading stage."""
+    stage, ratio = family.shown
+    table = family.found.at(stage, ratio)
+    names = [name for name in family.found.settings if 1 < table[name].n_unique() <= LEVELS]
+    if not names:
+        return None
+    figure = Figure(figsize=(0.6 + 2.6 * len(names), 4.6), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, sharey="row", height_ratios=[2, 1])
+    for name, above, below in zip(names, *panels, strict=True):
+        codes, levels = coded_levels(table[name])
+        coded = table.with_columns(place=pl.Series(codes))
+        for outcome, (color, title) in {**OUTCOMES, "gap": (GAP, "gap")}.items():
+            line = over_recipes(coded, ["place"], outcome).sort("place")
+            look = {"color": color, "label": title}
+            _line(below if outcome == "gap" else above, family, line, "place", look, plain=outcome == "gap")
+        below.axhline(0, color=BASE, lw=0.8)
+        for panel in (above, below):
+            panel.set_xticks(range(len(levels)), [] if panel is above else levels)
+        below.set_xlabel(name)
+    panels[0][0].set_ylabel(family.metric.heading)
+    panels[1][0].set_ylabel("gap, points")
+    figure.suptitle(f"{_title(stage)}, ratio {ratio:g}; mean of recipes, n = {table['recipe'].n_unique()}", fontsize=10)
+    return _finished(figure, [panels[0][0]])
+
+
+def forest(family: Family) -> Figure | None:
+    """Effects by matched pairs with 95% intervals, a panel for each of the leading stages; filled: survives Holm."""
+    _, ratio = family.shown
+    found = {stage: effects(family.found, stage, ratio) for stage in _stages(family)}
+    first = next(iter(found.values())).filter(pl.col("outcome") == "fold")
+    order = first.sort(pl.col("effect").abs(), descending=True).head(ROWS)
+    if order.is_empty():
+        return None
+    names = list(map(_comparison, order.iter_rows(named=True)))
+    figure = Figure(figsize=(2.6 + 3.2 * len(found), 1.3 + 0.42 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for panel, (stage, table) in zip(panels, found.items(), strict=True):
+        _forest(panel, table, names)
+        panel.set_title(f"{_title(stage)}, ratio {ratio:g}", fontsize=9)
+        panel.set_xlabel("change in points" if not family.metric.log else "change in % (100 ln)")
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].invert_yaxis()
+    return _finished(figure, panels[:1])
+
+
+def base_value(family: Family) -> Figure | None:
+    """What folding leaves of each recipe over the value of its uncompressed network."""
+    _, ratio = family.shown
+    figure, panels = _panels(family)
+    for panel, stage in zip(panels, _stages(family), strict=True):
+        table = family.found.at(stage, ratio).group_by("recipe").agg(pl.col("base", "fold").mean()).drop_nulls()
+        points = [[_value(family, v) for v in table[name]] for name in ("base", "fold")]
+        panel.scatter(*points, color=FOLD, s=14, alpha=0.6, lw=0)
+        if points[0]:
+            ends = [min(map(min, points)), max(map(max, points))]
+            panel.plot(ends, ends, color=BASE, ls=":", label="nothing lost")
+        panel.set_xlabel(f"uncompressed: {family.metric.heading}")
+        panel.set_title(f"{_title(stage)}, ratio {ratio:g}; n = {len(table)} recipes", fontsize=9)
+    panels[0].set_ylabel(f"folded: {family.metric.heading}")
+    return _finished(figure, panels[:1])
+
+
+PAPERS: dict[str, Callable[[Family], Figure | None]] = {
+    "curves": curves,
+    "settings": settings,
+    "effects": forest,
+    "base": base_value,
+}
+
+
+def over_recipes(table: pl.DataFrame, by: Sequence[str], value: str) -> pl.DataFrame:
+    """by, mean, half, n: seeds of a recipe are averaged first; half of the 95% interval from 3 recipes on, else NaN."""
+    recipes = table.drop_nulls(value).group_by(*by, "recipe").agg(pl.col(value).mean())
+    found = recipes.group_by(*by).agg(pl.col(value).mean().alias("mean"), pl.col(value).std().alias("sd"), n=pl.len())
+    half = [half_interval(sd, n) if n >= 3 else math.nan for sd, n in found.select("sd", "n").iter_rows()]
+    return found.with_columns(half=pl.Series(half, dtype=pl.Float64))
+
+
+def _stages(family: Family) -> list[str]:
+    """The two stages that lead."""
+    return stages(family.found.methods["stage"].unique().to_list())[:2]
+
+
+def _title(stage: str) -> str:
+    return TITLES.get(stage, stage)
+
+
+def _value(family: Family, points: float) -> float:
+    return math.exp(points / 100) if family.metric.log else points
+
+
+def _panels(family: Family, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    names = _stages(family)
+    figure = Figure(figsize=(0.8 + 3.6 * len(names), 3.8), layout="constrained")
+    panels = list(figure.subplots(1, len(names), sharey=sharey, squeeze=False)[0])
+    for panel, stage in zip(panels, names, strict=True):
+        recipes = family.found.methods.filter(pl.col("stage") == stage)["recipe"].n_unique()
+        panel.set_title(f"{_title(stage)}; n = {recipes} recipes", fontsize=9)
+        panel.grid(alpha=0.3)
+        if family.metric.log:
+            panel.set_yscale("log")
+    return figure, panels
+
+
+def _line(panel: Axes, family: Family, line: pl.DataFrame, x: str, look: dict[str, Any], plain: bool = False) -> None:
+    """Means with error bars, on the scale of the metric; plain: in points."""
+    scale = (lambda points: points) if plain else (lambda points: _value(family, points))
+    means = np.array([scale(mean) for mean in line["mean"]])
+    halves = line["half"].fill_nan(0.0)
+    below = [scale(mean) - scale(mean - half) for mean, half in zip(line["mean"], halves, strict=True)]
+    above = [scale(mean + half) - scale(mean) for mean, half in zip(line["mean"], halves, strict=True)]
+    panel.errorbar(line[x].to_numpy(), means, yerr=[below, above], marker="o", ms=3.5, lw=1.3, capsize=2, **look)
+    if family.metric.log and not plain:
+        panel.set_yscale("log")
+
+
+def _forest(panel: Axes, table: pl.DataFrame, names: list[str]) -> None:
+    for shift, (outcome, (color, marker, title)) in zip((-0.22, 0, 0.22), FOREST.items(), strict=True):
+        for at, line in _placed(table.filter(pl.col("outcome") == outcome), names):
+            sure = line["p_holm"] is not None and line["p_holm"] < 0.05 and line["n"] >= 8
+            panel.errorbar(
+                line["effect"], at + shift, xerr=line["half"] or 0.0, color=color, marker=marker, ms=4.5, lw=1.1,
+                capsize=2, mfc=color if sure else "white", label=title,
+            )  # fmt: skip
+    panel.axvline(0, color=BASE, lw=0.8)
+    panel.grid(alpha=0.3, axis="x")
+
+
+def _placed(table: pl.DataFrame, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line in table.iter_rows(named=True):
+        if (name := _comparison(line)) in names:
+            yield names.index(name), line
+
+
+def _comparison(line: dict[str, Any]) -> str:
+    """ "lr 0.01 to 0.1 if optim=sgd" """
+    where = f" if {line['where']}" * bool(line["where"])
+    return f"{line['setting']} {line['low']} to {line['high']}{where}"
+
+
+def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
+    """The figure with one legend below, each label once."""
+    labelled = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,365 @@
+"""The page in a headless Chromium: what it draws against what Python computes, filters, safety, its three widths."""
+
+import math
+import os
+import random
+import shutil
+from itertools import product
+
+import polars as pl
+import pytest
+
+from pipeline.results import Row, table
+from pipeline.study.effects import effects
+from pipeline.study.intervals import needed
+from pipeline.study.page.columns import Places, codes, floats
+from pipeline.study.page.families import families
+from pipeline.study.page.files import effects_table, write_pictures
+from pipeline.study.page.html import embedded, page, places_of
+from pipeline.study.sweep import Sweep
+from pipeline.tables import UserError
+
+EVIL = "<img src=x onerror='window.broken=1'></script>"
+SECTIONS = ("curves", "settings", "effects", "map", "noise", "size", "parallel", "table")
+
+
+def made(metric: str = "acc", model: str = "toy", seeds: int = 2) -> Sweep:
+    """A factorial of lr, momentum (with sgd alone), decay and an evil text, in two seeds, with one recipe missing.
+
+    sam flips its sign over the optimizer. A quarter of the ratios and stages lacks pruning.
+    """
+    rng = random.Random(0)
+    grid = product(("sgd", "adam"), (0.1, 0.01, 0.001), (0.0, 0.05), (EVIL, "b & c"), range(seeds))
+    cells, rows = [], []
+    for i, (optim, lr, rho, text, seed) in enumerate(list(grid)[seeds:]):
+        cell = f"{model}-{i:03}"
+        momentum = 0.9 if optim == "sgd" else None
+        settings = {
+            "optim.name": optim,
+            "optim.lr": lr,
+            "optim.momentum": momentum,
+            "optim.rho": rho,
+            "data.text": text,
+        }
+        cells.append({"cell": cell, "state": "done", "reason": "", "seconds": 1.0, "seed": seed, **settings})
+        lift = 0.1 * (rho > 0) * (1 if optim == "sgd" else -1) + 0.02 * math.log10(lr) + 0.02 * (text == EVIL)
+        rows += measured(cell, model, metric, 0.6 + lift, rng)
+    return Sweep(pl.DataFrame(cells), table(rows))
+
+
+def measured(cell: str, model: str, metric: str, level: float, rng: random.Random) -> list[Row]:
+    context = {"model": model, "data": "digits", "seed": 0, "epoch": 1, "step": 10, "split": "test", "metric": metric}
+    about = {"calibration": "none", "sizes": "uniform", "statistics": "none"}
+
+    def row(method: str, ratio: float, stage: str, value: float) -> Row:
+        kind = {"dense": "dense", "fold": "fold"}.get(method, "prune")
+        value = value if metric == "acc" else 10 * math.exp(3 * (1 - value))
+        size = {"params": int(1000 * (1 - ratio) ** 2), "macs": int(9000 * (1 - ratio) ** 2)}
+        return Row(
+            cell, **context, **about, **size, method=method, ratio=ratio, stage=stage, kind=kind, **{metric: value}
+        )
+
+    found = [row("dense", 0.0, "raw", level + 0.2 + rng.gauss(0, 0.01))]
+    for method, ratio, stage in product(("fold", "l1"), (0.25, 0.5), ("raw", "repaired")):
+        lost = ratio / 4 + 0.1 * (stage == "raw") + 0.05 * (method == "l1")
+        if method == "fold" or rng.random() < 0.9:
+            found.append(row(method, ratio, stage, level - lost + rng.gauss(0, 0.02)))
+    return found
+
+
+def joined(*sweeps: Sweep) -> Sweep:
+    return Sweep(pl.concat(s.cells for s in sweeps), pl.concat(s.rows for s in sweeps))
+
+
+def written(sweep: Sweep, folder, speeds: pl.DataFrame | None = None):
+    path = folder / "index.html"
+    speeds = pl.DataFrame() if speeds is None else speeds
+    path.write_text(page(f"title {EVIL}", sweep, families(sweep), Places({}, {}), speeds))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("no Chromium is found; put one on the PATH, or name it in CHROMIUM")
+    options = ["--no-sandbox", "--enable-unsafe-swiftshader"]  # a software renderer for the parallel coordinates
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=binary, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def shown(chromium, tmp_path):
+    """A page in a tab: errors and requests are kept, and refused at the end."""
+    tabs = []
+
+    def show(sweep: Sweep, width: int = 1366, **more):
+        tab = chromium.new_page(viewport={"width": width, "height": 800})
+        tab.wrong = []
+        tab.on("pageerror", lambda error: tab.wrong.append(str(error)))
+        tab.on("console", lambda message: message.type == "error" and tab.wrong.append(message.text))
+        tab.on("request", lambda request: request.url.startswith("http") and tab.wrong.append(request.url))
+        tab.goto(written(sweep, tmp_path, **more).as_uri())
+        tab.wait_for_selector("#shown:not(:empty)")
+        tabs.append(tab)
+        return tab
+
+    yield show
+    for tab in tabs:
+        assert tab.wrong == []
+        tab.close()
+
+
+def scrolled(tab, *names: str) -> None:
+    """Scroll to these sections, by default all, so that their pictures are drawn."""
+    for name in names or SECTIONS:
+        tab.evaluate("name => document.getElementById(name).scrollIntoView()", name)
+        tab.wait_for_function("name => !dirty.has(name)", arg=name)
+
+
+def traces(tab, section: str) -> list[list[dict]]:
+    """The traces of each picture of a section, with arrays as lists."""
+    return tab.evaluate(
+        """section => [...document.querySelectorAll(`#${section} .js-plotly-plot`)].map((div) => div.data.map(
+        ({ name, x, y, z, error_y, text, dimensions }) => (
+        { name, x, y, z, half: error_y?.array, text, values: dimensions?.map((one) => one.values) })))""",
+        section,
+    )
+
+
+def close(one: float | None, other: float | None) -> bool:
+    return (one is None and other is None) or one == pytest.approx(other, abs=2e-3, rel=2e-4)
+
+
+SHARED = made()
+
+
+@pytest.mark.parametrize("metric", ["acc", "perplexity"])
+def test_the_browser_finds_the_effects_that_python_finds(shown, metric) -> None:
+    """Float32 columns, matched pairs, halves where a sign flips, intervals, Holm: all are computed a second time."""
+    sweep = SHARED if metric == "acc" else made(metric)
+    tab = shown(sweep)
+    (family,) = families(sweep)
+    for stage, ratio in product((0, 1), (0, 1, 2)):
+        tab.evaluate("ratio => { state.ratio = ratio; redraw(); }", ratio)
+        got = tab.evaluate("stage => view.effects(stage).map((row) => ({ ...row, over: undefined }))", stage)
+        want = effects(family.found, ["repaired", "raw"][stage], [0.25, 0.5, None][ratio])
+        assert len(got) == len(want) > 15
+        keys = ("setting", "low", "high", "outcome", "where")
+        got = {tuple(row[key] for key in keys): row for row in got}
+        for row in want.iter_rows(named=True):
+            own = got[tuple(row[key] for key in keys)]
+            assert own["n"] == row["n"]
+            assert close(own["mean"], row["effect"])
+            assert close(own["half"], row["half"])
+            assert close(own["p_holm"], row["p_holm"])
+        assert any("optim=" in row["where"] for row in want.filter(pl.col("setting") == "rho").iter_rows(named=True))
+
+
+def test_curves_are_means_over_recipes_with_their_intervals(shown) -> None:
+    tab = shown(SHARED)
+    (family,) = families(SHARED)
+    (panel, _) = traces(tab, "curves")
+    fold = next(trace for trace in panel if trace["name"] == "fold")
+    methods = family.found.methods.filter((pl.col("stage") == "repaired") & (pl.col("method") == "fold"))
+    recipes = methods.group_by("recipe", "ratio").agg(pl.col("value").mean())
+    want = recipes.group_by("ratio").agg(pl.col("value").mean(), n=pl.len(), sd=pl.col("value").std()).sort("ratio")
+    assert fold["x"] == want["ratio"].to_list()
+    assert fold["y"] == pytest.approx(want["value"].to_list(), rel=1e-5)
+    n, sd = want["n"][0], want["sd"][0]
+    assert n == 23  # 24 recipes, one is missing
+    assert fold["half"][0] == pytest.approx(2.0739 * sd / math.sqrt(n), rel=1e-4)  # t at .975, 22 degrees
+    assert "23 recipes, 46 cells" in fold["text"][0]
+
+
+def test_a_filter_acts_on_all_pictures_at_once(shown) -> None:
+    tab = shown(SHARED)
+    scrolled(tab)
+    before = {name: traces(tab, name) for name in SECTIONS[:-1]}
+    rows = tab.locator("#table tbody tr").count()
+    tab.get_by_label("adam", exact=True).uncheck()
+    scrolled(tab)
+    assert "optim = sgd" in tab.locator("#shown").inner_text()
+    assert "11 recipes, 22 cells" in tab.locator("#shown").inner_text()
+    after = {name: traces(tab, name) for name in SECTIONS[:-1]}
+    assert [name for name in before if before[name] == after[name]] == []
+    assert tab.locator("#table tbody tr").count() == 22 < rows
+    tab.get_by_role("button", name="Reset filters").click()
+    scrolled(tab, "curves")
+    assert traces(tab, "curves") == before["curves"]
+
+
+def test_the_ratio_and_the_stages_are_chosen_with_the_keyboard(shown) -> None:
+    tab = shown(SHARED)
+    tab.locator("select[name=ratio]").focus()
+    tab.keyboard.press("ArrowDown")
+    assert "area under the curve" in tab.locator("#shown").inner_text()
+    tab.locator("input[name=stage]").first.focus()
+    tab.keyboard.press("Space")
+    assert len(traces(tab, "curves")) == 1
+    tab.locator("input[name=stage]").nth(1).focus()
+    tab.keyboard.press("Space")
+    assert tab.locator("#curves .none").inner_text() == "Choose a stage."
+
+
+def test_a_picture_is_drawn_when_it_is_scrolled_to(shown) -> None:
+    tab = shown(SHARED)
+    assert len(traces(tab, "curves")) == 2
+    assert tab.locator("#parallel .js-plotly-plot").count() == 0
+    scrolled(tab, "parallel")
+    assert tab.locator("#parallel .js-plotly-plot").count() == 1
+
+
+def test_dragging_along_an_axis_filters_the_table(shown) -> None:
+    tab = shown(SHARED)
+    scrolled(tab, "parallel")
+    ends = tab.evaluate(
+        """async () => {
+        const div = document.querySelector("#parallel .js-plotly-plot"), last = div.data[0].dimensions.length - 1;
+        const values = [...div.data[0].dimensions[last].values].sort((a, b) => b - a);
+        await Plotly.restyle(div, `dimensions[${last}].constraintrange`, [[values[2], values[0]]]);
+        return values.length; }"""
+    )
+    assert ends == 23
+    assert tab.locator("#table tbody tr").count() == 6  # two seeds of the best three recipes
+    assert "inside of the ranges" in tab.locator("#table .note").inner_text()
+
+
+@pytest.mark.parametrize("width", [390, 1366])
+def test_the_page_is_no_wider_than_its_window(shown, width) -> None:
+    tab = shown(SHARED, width)
+    scrolled(tab)
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert tab.locator("#filters").evaluate("(details) => details.open") == (width > 900)
+
+
+def test_texts_of_the_user_are_texts(shown) -> None:
+    """A setting that is a tag is shown as it is, on the page, in pictures and in the table, and never runs."""
+    tab = shown(SHARED)
+    scrolled(tab, "settings", "parallel")
+    assert tab.evaluate("window.broken") is None
+    assert tab.locator("img[src=x]").count() == 0
+    assert tab.title() == f"title {EVIL}"
+    assert tab.get_by_label(EVIL).count() == 1
+    assert "<img src=x" in tab.locator("#table tbody").inner_text()
+    assert "<img" in tab.locator("#settings").inner_text()
+
+
+def test_models_are_apart_and_the_largest_is_chosen_first(shown) -> None:
+    few = made(model="small", seeds=1)
+    sweep = joined(few, SHARED)
+    tab = shown(sweep)
+    assert "Shown: toy on digits;" in tab.locator("#shown").inner_text()
+    assert "46 networks" in tab.locator("#answer li").first.inner_text()
+    tab.locator("select[name=part]").select_option(label="small on digits")
+    assert "23 recipes, 23 cells" in tab.locator("#shown").inner_text()
+    assert "23 networks" in tab.locator("#answer li").first.inner_text()
+    scrolled(tab, "noise")
+    assert "no recipe that is kept was run with two seeds" in tab.locator("#noise").inner_text()
+
+
+def test_a_perplexity_has_a_log_axis_and_its_best_cell_is_the_lowest(shown) -> None:
+    tab = shown(made("perplexity"))
+    scrolled(tab, "curves")
+    assert tab.evaluate("document.querySelector('#curves .js-plotly-plot').layout.yaxis.type") == "log"
+    column = tab.locator("#table tbody tr td:nth-child(2)").all_inner_texts()
+    values = [float(text) for text in column]
+    assert values == sorted(values)
+    (family,) = families(made("perplexity"))
+    best = family.found.at("repaired", 0.5)["fold"].min()
+    assert values[0] == pytest.approx(math.exp(best / 100), rel=1e-3)
+
+
+def test_what_there_is_no_data_for_says_why(shown) -> None:
+    cells = SHARED.cells.with_columns(pl.lit("running").alias("state"))
+    tab = shown(Sweep(cells, SHARED.rows))
+    scrolled(tab)
+    reasons = [tab.locator(f"#{name} .none").all_inner_texts() for name in SECTIONS]
+    assert reasons == [["No cell of toy on digits that is done has rows yet."]] * len(SECTIONS)
+
+
+def test_one_cell_alone_makes_a_page(shown) -> None:
+    sweep = Sweep(SHARED.cells.head(1), SHARED.rows.filter(pl.col("cell") == SHARED.cells["cell"][0]))
+    tab = shown(sweep)
+    scrolled(tab, "settings", "effects", "map", "noise")
+    for name in ("settings", "effects", "map", "noise"):
+        assert tab.locator(f"#{name} .none").count() > 0
+    assert len(traces(tab, "curves")) == 2
+
+
+def test_times_of_networks_stand_over_what_is_left(shown) -> None:
+    speeds = pl.DataFrame(
+        {"cell": ["toy-000", "toy-001"], "method": ["fold"] * 2, "ratio": [0.5] * 2, "median": [0.002, 0.004]}
+    ).with_columns(runtime=pl.lit("eager"), batch_size=pl.lit(8), device=pl.lit("cpu"))
+    tab = shown(SHARED, speeds=speeds)
+    scrolled(tab, "size")
+    (timed,) = traces(tab, "size")[-1]
+    assert timed["x"] == pytest.approx([3.0])
+    titles = tab.evaluate(
+        "[...document.querySelectorAll('#size .js-plotly-plot')].map((d) => d.layout.xaxis.title.text)"
+    )
+    assert titles[-1] == "milliseconds (eager, batch 8, cpu)"
+
+
+def test_paper_shows_every_picture(shown) -> None:
+    tab = shown(SHARED)
+    tab.pdf()
+    assert tab.evaluate("[...dirty].join()") == ""
+
+
+def test_quantiles_and_pairs_needed_are_those_of_python(shown) -> None:
+    from scipy.special import stdtrit
+
+    tab = shown(SHARED)
+    for df in (1, 2, 7, 30, 999):
+        assert tab.evaluate("df => quantile(df)", df) == pytest.approx(stdtrit(df, 0.975), rel=1e-6)
+    for sd in (0.1, 1.0, 4.77, 20.0):
+        assert tab.evaluate("sd => needed(sd)", sd) == needed(sd)
+
+
+def test_columns_take_the_smallest_type_and_keep_what_is_unknown() -> None:
+    assert [codes(pl.Series([0, top]))[0] for top in (255, 256, 70_000)] == ["u1", "u2", "u4"]
+    assert codes(pl.Series([], dtype=pl.UInt32)) == ("u1", "")
+    assert floats(pl.Series([1.0, None])) == ("f4", "AACAPwAAwH8=")
+
+
+def test_data_cannot_end_its_element() -> None:
+    assert "<" not in embedded({"a": EVIL})
+
+
+def test_links_are_relative_and_addresses_are_addresses(tmp_path) -> None:
+    names = ["a b", "c", "d"]
+    for name, address in zip(names, ("https://wandb.ai/x/y/runs/a", "javascript:alert(1)", None), strict=True):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if address:
+            (tmp_path / "runs" / name / "wandb.url").write_text(f"{address}\n")
+    cells = pl.DataFrame({"cell": names})
+    found = places_of(Sweep(cells, table([])), tmp_path / "runs", tmp_path / "runs" / "report")
+    assert found.folders == {"a b": "../a%20b", "c": "../c", "d": "../d"}
+    assert found.wandb == {"a b": "https://wandb.ai/x/y/runs/a"}
+
+
+def test_pictures_and_effects_of_each_family_are_written(tmp_path) -> None:
+    parts = families(joined(made(seeds=1), made("perplexity", "small")))
+    (tmp_path / "curves-of-before.png").touch()
+    (tmp_path / "mine.png").touch()
+    write_pictures(tmp_path, parts)
+    names = {
+        f"{picture}-{slug}"
+        for picture in ("curves", "settings", "effects", "base")
+        for slug in ("small-perplexity", "toy-acc")
+    }
+    assert {path.stem for path in tmp_path.iterdir()} == {*names, "mine"}
+    found = effects_table(parts)
+    assert set(found["family"]) == {"toy on digits, acc", "small on digits, perplexity"}
+    assert set(found["ratio"]) == {0.5, None}
+    assert set(found["stage"]) == {"raw", "repaired"}
+
+
+def test_a_page_without_plotly_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(UserError, match=r"pip install 'foldability\[study\]'"):
+        page("title", SHARED, families(SHARED), Places({}, {}), pl.DataFrame())
