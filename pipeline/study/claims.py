@@ -28,7 +28,7 @@ class Claim:
     """A sentence about one step of a setting. other: the setting that it depends on, "" where there is none
 
     kind: effect, flip (its sign changes over another setting), interaction, none (not told from 0), few (n too small)
-    size: the largest effect in it, absolute, in points; signs: +1, -1: those that it asserts
+    size: the largest effect in it, absolute, in points; n: pairs; signs: +1, -1: those that it asserts
     """
 
     text: str
@@ -38,6 +38,7 @@ class Claim:
     high: str
     outcome: str
     size: float
+    n: int
     other: str = ""
     signs: frozenset[int] = frozenset()
 
@@ -62,12 +63,21 @@ def claims(
 def weighed(effects: pl.DataFrame, interactions: pl.DataFrame, metric: Metric) -> list[Claim]:
     """`claims` as records, without the noise."""
     lines = effects.filter(pl.col("outcome").is_in(["fold", "gap"]))
+    if lines.is_empty():
+        return []
     steps = lines.partition_by("outcome", "setting", "low", "high", maintain_order=True)
-    found = [claim for step in steps for claim in _step(step.to_dicts(), metric)]
-    if effects.is_empty():
-        return found
-    stage, ratio = effects["stage"][0], effects["ratio"][0]
-    return found + list(_interacting(interactions, stage, ratio, metric))
+    found = _one_few_each([claim for step in steps for claim in _step(step.to_dicts(), metric)])
+    return found + list(_interacting(interactions, lines["stage"][0], lines["ratio"][0], metric))
+
+
+def _one_few_each(found: list[Claim]) -> list[Claim]:
+    """Of a setting whose n is too small at every step, one step: that with the most pairs."""
+    told = {claim.setting for claim in found if claim.kind != "few"}
+    kept: dict[str, Claim] = {}
+    for claim in (claim for claim in found if claim.kind == "few"):
+        if claim.setting not in kept or claim.n > kept[claim.setting].n:
+            kept[claim.setting] = claim
+    return [c for c in found if c.kind != "few" or (c is kept[c.setting] and c.setting not in told)]
 
 
 def _step(lines: list[Line], metric: Metric) -> Iterator[Claim]:
@@ -83,7 +93,7 @@ def _is_sure(line: Line) -> bool:
 
 
 def _plain(line: Line, metric: Metric) -> Claim:
-    about = (line["setting"], line["low"], line["high"], line["outcome"], abs(line["effect"]))
+    about = (line["setting"], line["low"], line["high"], line["outcome"], abs(line["effect"]), line["n"])
     subject, what = named(line), outcome_at(line, metric)
     if line["n"] < FEWEST:
         text = f"{subject}: n too small for a word on {what} ({_n(line['n'])}{_would(line, metric)})."
@@ -110,7 +120,8 @@ def _turning(lines: list[Line], metric: Metric) -> Claim:
     subject = named({**first, "where": ""})
     text = f"{subject} {turns} {outcome_at(first, metric)}, depending on {over}: {', '.join(halves)}"
     text += "." if settled else "; not settled."
-    about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines))
+    n = sum(line["n"] for line in lines)
+    about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines), n)
     return Claim(text, "flip", *about, over, signs if settled else frozenset())
 
 
@@ -136,7 +147,7 @@ def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: M
         difference = signed(line["difference"], line["half"], metric)
         text = f"{subject} acts on {what} by an amount that depends on {line['other']}: {' and '.join(halves)}, "
         text += f"a difference of {difference} ({line['n']} quadruples)."
-        about = (line["setting"], line["low"], line["high"], "fold", abs(line["difference"]))
+        about = (line["setting"], line["low"], line["high"], "fold", abs(line["difference"]), line["n"])
         yield Claim(text, "interaction", *about, line["other"])
 
 
@@ -146,17 +157,14 @@ def noise_sentence(noise: dict[str, Noise], metric: Metric) -> str:
     for outcome, one in noise.items():
         spread = f"{outcome_name(outcome, metric)} by {amount(one.sd, None, metric)}"
         if one.reliability is not None:
-            between = "" if one.low is None else f", {max(one.low, 0):.0%} to {one.high:.0%}"
-            spread += f" (recipes make {max(one.reliability, 0):.0%} of its variance{between})"
+            share, low, high = (max(value, 0) for value in (one.reliability, one.low, one.high))
+            spread += f" (recipes make {share:.0%} of its variance, {low:.0%} to {high:.0%})"
         parts.append(spread)
     first = next(iter(noise.values()))
-    text = f"Networks that differ in their seed alone scatter (standard deviation): {', '.join(parts)}; "
-    text += f"{first.recipes} recipe{'s' * (first.recipes != 1)} with several seeds, {first.cells} networks."
-    return (
-        text
-        if first.needed is None
-        else f"{text[:-1]}, so that seeds alone ask for {_pairs(first.needed)} to show {one_point(metric)}."
-    )
+    over = f"{first.recipes} recipe{'s' * (first.recipes != 1)} with several seeds, {first.cells} networks"
+    asked = f"seeds alone ask for {_pairs(first.needed)} to show {one_point(metric)}"
+    spreads = f"{', '.join(parts)} (standard deviations over {over})"
+    return f"Networks that differ in their seed alone scatter: {spreads}; {asked}."
 
 
 def _beside(line: Line, metric: Metric) -> str:

@@ -22,7 +22,7 @@ class Noise:
         is one recipe alone.
     low, high: the 95% interval of reliability (see `reliability`)
     needed: matched pairs of single networks whose t-interval would have a half of one point if seeds were all that
-        their differences scatter by; None where the networks cannot be told apart
+        their differences scatter by
     """
 
     sd: float
@@ -32,7 +32,7 @@ class Noise:
     reliability: float | None
     low: float | None
     high: float | None
-    needed: int | None
+    needed: int
 
 
 def noise(found: Lines, stage: str, ratio: float | None) -> dict[str, Noise] | None:
