@@ -148,6 +148,8 @@ def _unsettled(table: pl.DataFrame, weighted: list[Claim], found: Lines) -> list
     widest = open_.sort(pl.col("n"), descending=True, maintain_order=True).unique("setting", maintain_order=True)
     parts = [
         f"{named(line)} {signed(line['effect'], line['half'], found.metric)} ({line['n']} pairs)"
+        if line["n"] >= FEWEST
+        else f"{named(line)} (n too small: {line['n']} pair{'s' * (line['n'] != 1)})"
         for line in widest.to_dicts()
     ]
     return [f"Not settled: {', '.join(parts)}."] if parts else []

@@ -72,12 +72,9 @@ def weighed(effects: pl.DataFrame, interactions: pl.DataFrame, metric: Metric) -
 
 def _one_few_each(found: list[Claim]) -> list[Claim]:
     """Of a setting whose n is too small at every step, one step: that with the most pairs."""
-    told = {claim.setting for claim in found if claim.kind != "few"}
-    kept: dict[str, Claim] = {}
-    for claim in (claim for claim in found if claim.kind == "few"):
-        if claim.setting not in kept or claim.n > kept[claim.setting].n:
-            kept[claim.setting] = claim
-    return [c for c in found if c.kind != "few" or (c is kept[c.setting] and c.setting not in told)]
+    settings = {claim.setting for claim in found} - {claim.setting for claim in found if claim.kind != "few"}
+    most = {name: max((c for c in found if c.setting == name), key=lambda claim: claim.n) for name in settings}
+    return [claim for claim in found if claim is most.get(claim.setting, claim)]
 
 
 def _step(lines: list[Line], metric: Metric) -> Iterator[Claim]:
