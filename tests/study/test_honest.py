@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 from scipy.stats import binom
 
-from benchmarks.honesty import PLACE, WORLDS, World, verdict
+from benchmarks.honesty import WORLDS, World, verdict
 from pipeline.study.intervals import summary
 from pipeline.study.matching import design
 
