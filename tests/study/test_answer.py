@@ -51,5 +51,10 @@ def claim(setting: str, size: float, sign: int, outcome: str = "fold", kind: str
 
 def test_of_each_setting_the_largest_effect_is_told_and_one_of_the_other_sign():
     found = [claim("a", 1, 1), claim("a", 3, 1), claim("a", 2, -1), claim("b", 4, 1), claim("c", 9, 1, "gap")]
-    found.append(claim("d", 99, 1, kind="none"))
-    assert [c.text for c in telling(found)] == ["b 4", "a 3", "a 2", "c 9"]
+    found += [
+        claim("d", 99, 1, kind="none"),
+        claim("b", 7, 1, kind="interaction"),
+        claim("a", 6, 1, kind="interaction"),
+    ]
+    assert [c.text for c in telling(found)] == ["b 4", "a 3", "a 2", "b 7", "c 9"]
+    assert [c.text for c in telling(found, 3)] == ["b 4", "b 7", "c 9"]
