@@ -142,7 +142,7 @@ def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: M
         what = outcome_at({"outcome": "fold", "stage": stage, "ratio": ratio}, metric)
         subject = named({**line, "where": "", "along": ""})
         difference = signed(line["difference"], line["half"], metric)
-        text = f"{subject} acts on {what} by an amount that depends on {line['other']}: {' and '.join(halves)}, "
+        text = f"{subject} acts on {what}, by an amount that depends on {line['other']}: {' and '.join(halves)}, "
         text += f"a difference of {difference} ({line['n']} quadruples)."
         about = (line["setting"], line["low"], line["high"], "fold", abs(line["difference"]), line["n"])
         yield Claim(text, "interaction", *about, line["other"])

@@ -77,6 +77,8 @@ def splits(found: Design) -> Iterator[Split]:
     for setting in range(len(found.settings)):
         for low, high in found.steps(setting):
             lows, highs = found.matched(setting, low, high)
+            if not len(lows):
+                continue
             differences = found.values[highs] - found.values[lows]
             for other in (o for o in range(len(found.settings)) if o != setting):
                 key, code = found.key(setting, other)[lows], found.codes[lows, other]
