@@ -79,10 +79,9 @@ def _one_few_each(found: list[Claim]) -> list[Claim]:
 
 def _step(lines: list[Line], metric: Metric) -> Iterator[Claim]:
     """The claim over one step and outcome: one line, or one for each level of the setting that turns the sign."""
-    if lines[0]["over"]:
-        yield _turning(lines, metric)
-    elif lines[0]["outcome"] == "fold" or _is_sure(lines[0]):
-        yield _plain(lines[0], metric)
+    claim = _turning(lines, metric) if lines[0]["over"] else _plain(lines[0], metric)
+    if claim.sure or claim.outcome == "fold":
+        yield claim
 
 
 def _is_sure(line: Line) -> bool:
@@ -107,19 +106,23 @@ def _turning(lines: list[Line], metric: Metric) -> Claim:
     """Every half, never the mean; an assertion only where halves of both signs are sure."""
     signs = frozenset(_sign(line) for line in lines if _is_sure(line))
     settled = len(signs) == 2 and lines[0]["p_flip"] < LEVELS["flip"]
-    halves = [
-        f"{signed(line['effect'], line['half'], metric) if line['n'] > 1 else 'unknown'} where {line['where']} "
-        f"({_n(line['n'])}; {_beside(line, metric)})"
+    halves = ", ".join(
+        f"{signed(line['effect'], line['half'], metric)} where {line['where']} ({_n(line['n'])}; {_beside(line, metric)})"
+        if line["n"] >= FEWEST
+        else f"n too small where {line['where']} ({_n(line['n'])})"
         for line in lines
-    ]
-    first, over = lines[0], lines[0]["over"]
-    turns = "raises or lowers" if settled else "may raise or lower"
-    subject = named({**first, "where": ""})
-    text = f"{subject} {turns} {outcome_at(first, metric)}, depending on {over}: {', '.join(halves)}"
-    text += "." if settled else "; not settled."
-    n = sum(line["n"] for line in lines)
+    )
+    first, over, n = lines[0], lines[0]["over"], sum(line["n"] for line in lines)
     about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines), n)
-    return Claim(text, "flip", *about, over, signs if settled else frozenset())
+    subject, what = named({**first, "where": ""}), outcome_at(first, metric)
+    if sum(line["n"] >= FEWEST for line in lines) < 2:
+        counts = ", ".join(f"{_n(line['n'])} where {line['where']}" for line in lines)
+        text = f"{subject}: n too small for a word on {what}, where its sign may depend on {over} ({counts})."
+        return Claim(text, "few", *about, over)
+    if settled:
+        return Claim(f"{subject} raises or lowers {what}, depending on {over}: {halves}.", "flip", *about, over, signs)
+    text = f"{subject} may raise or lower {what}, depending on {over}: {halves}; not settled."
+    return Claim(text, "flip", *about, over)
 
 
 def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: Metric) -> Iterator[Claim]:

@@ -81,6 +81,16 @@ def test_both_halves_are_said_where_a_sign_changes_and_never_the_mean():
     assert "24 pairs" not in sentence
 
 
+def test_halves_of_fewer_than_eight_pairs_are_refused_with_what_their_sign_may_depend_on():
+    def values(rho, l1, lr):
+        return {"fold": 60 + bool(rho) * (5 if l1 else -5) + jitter(rho, l1, lr)}
+
+    levels = WIDE | {"lr": (1, 2, 3, 4)}
+    (sentence,) = about(lines_of(grid(levels, values), tuple(levels)), "SAM")
+    assert "n too small for a word on the accuracy" in sentence
+    assert sentence.endswith("its sign may depend on l1 (4 pairs where l1=0, 4 pairs where l1=1e-05).")
+
+
 def test_an_effect_that_is_larger_in_one_half_is_said_with_both():
     def values(rho, l1, lr):
         return {"fold": 60 + bool(rho) * (8 if l1 else 2) + jitter(rho, l1, lr)}
