@@ -106,12 +106,7 @@ def _turning(lines: list[Line], metric: Metric) -> Claim:
     """Every half, never the mean; an assertion only where halves of both signs are sure."""
     signs = frozenset(_sign(line) for line in lines if _is_sure(line))
     settled = len(signs) == 2 and lines[0]["p_flip"] < LEVELS["flip"]
-    halves = ", ".join(
-        f"{signed(line['effect'], line['half'], metric)} where {line['where']} ({_n(line['n'])}; {_beside(line, metric)})"
-        if line["n"] >= FEWEST
-        else f"n too small where {line['where']} ({_n(line['n'])})"
-        for line in lines
-    )
+    halves = ", ".join(_half(line, metric) for line in lines)
     first, over, n = lines[0], lines[0]["over"], sum(line["n"] for line in lines)
     about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines), n)
     subject, what = named({**first, "where": ""}), outcome_at(first, metric)
@@ -123,6 +118,13 @@ def _turning(lines: list[Line], metric: Metric) -> Claim:
         return Claim(f"{subject} raises or lowers {what}, depending on {over}: {halves}.", "flip", *about, over, signs)
     text = f"{subject} may raise or lower {what}, depending on {over}: {halves}; not settled."
     return Claim(text, "flip", *about, over)
+
+
+def _half(line: Line, metric: Metric) -> str:
+    if line["n"] < FEWEST:
+        return f"n too small where {line['where']} ({_n(line['n'])})"
+    effect = signed(line["effect"], line["half"], metric)
+    return f"{effect} where {line['where']} ({_n(line['n'])}; {_beside(line, metric)})"
 
 
 def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: Metric) -> Iterator[Claim]:
