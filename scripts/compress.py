@@ -317,10 +317,10 @@ def is_checkpoint(path: str) -> bool:
 
 def start(arguments: list[str]) -> Any:
     try:
+        check_launcher(arguments)
         sys.argv[1:] = checked(expanded(arguments), "compress")
     except UserError as error:
         refuse(error)
-    check_launcher(sys.argv)
     return run_stoppable(main)
 
 
