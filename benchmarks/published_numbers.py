@@ -6,6 +6,7 @@ says so, and stop the page otherwise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,6 +15,7 @@ from scipy.stats import fisher_exact, pearsonr, spearmanr
 from pipeline.study.effects import pairs
 from pipeline.study.intervals import summary
 from pipeline.study.lines import Lines
+from pipeline.study.published import FAMILIES
 from pipeline.study.sweep import Sweep
 
 TITLES = {
@@ -128,6 +130,30 @@ def step(
     return mean(pairs(table, setting, found.settings, low, high)[outcome])
 
 
+def named(line: dict[str, Any]) -> str:
+    """A line of `effects`: "SAM rho 0 to 0.1", with the levels of the setting over which its sign changes."""
+    change = "off to on" if line["setting"] == "augment" else f"{line['low']} to {line['high']}"
+    where = f" ({line['where'].replace('lr=', 'rate ').replace('=', ' ')})" if line["over"] else ""
+    return f"{NAMES[line['setting']]} {change}{where}"
+
+
+def factor(found: Mean, sign: int) -> str:
+    """A gap of language models as a ratio of perplexities, pruned to folded: "0.58 (0.49 to 0.69)".
+
+    sign: what the sentence says of it: 1 folding has the lower one, -1 pruning has, 0 not told
+    """
+    {1: rises, -1: falls, 0: level}[sign](found)
+    value, low, high = (np.exp((found.value + end * found.half) / 100) for end in (0, -1, 1))
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def ranked(table: pl.DataFrame, x: str, y: str) -> str:
+    """Rank correlation and its 95% interval: Fisher's z with the error of Fieller et al., Biometrika 44 (1957)."""
+    r = float(spearmanr(table[x], table[y]).statistic)
+    low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * 1.96 * (1.06 / (len(table) - 3)) ** 0.5)
+    return f"{r:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def llama(study: Study, rates: Sequence[float], *models: str, ratio: float = HALF) -> Mean:
     """The gap of the language models of these learning rates, in points: 100 ln(pruned / folded perplexity)."""
     at = study.llama.at("raw", ratio)
@@ -153,6 +179,14 @@ def explained(table: pl.DataFrame, outcome: str, columns: Sequence[np.ndarray]) 
     x = np.stack([np.ones(len(y)), *columns], axis=1)
     rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
     return float(1 - rest @ rest / ((y - y.mean()) @ (y - y.mean())))
+
+
+def within(table: pl.DataFrame, draws: int = 1000) -> str:
+    """ "31 to 54%": 95% interval of what rate, decay and their product explain of the gap; networks drawn again."""
+    rng = np.random.default_rng(0)
+    found = [rate_and_decay(table[rng.integers(0, len(table), len(table))])["product"] for _ in range(draws)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return f"{100 * low:.0f} to {high:.0%}"
 
 
 def rate_and_decay(table: pl.DataFrame, outcome: str = "gap") -> dict[str, float]:
@@ -194,6 +228,10 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def gap(study: Study, family: str, stage: str = "repaired", ratio: float = HALF) -> Mean:
     stage = last(family) if stage == "repaired" else stage
     return mean(networks(study.found[family], family, stage, ratio)["gap"])
+
+
+def simple_vit(study: Study, outcome: str) -> dict[str, Mean]:
+    return cyclic(networks(study.found[VIT], VIT, "norm_tuned"), outcome)
 
 
 # --- figures that are no accuracies
@@ -240,6 +278,16 @@ def corruptions(extras: pl.DataFrame, family: str, dense: pl.DataFrame) -> pl.Da
             excess = corrupt["fold"] - np.interp(clean["fold"], x, y) if inside else None
             lines.append({"cell": cell, "ratio": ratio, **lead, "excess": excess})
     return pl.DataFrame(lines, infer_schema_length=None).sort("cell", "ratio")
+
+
+def distances(found: Lines, extras: pl.DataFrame, family: str, ratio: float = HALF) -> pl.DataFrame:
+    """One line per network: gap, and nearer, by how much folding's outputs are nearer to the whole network's than those
+    of the nearer pruning (log2 of the distances' ratio; distances between logits, behind the repair)."""
+    at = extras.filter((pl.col("family") == family) & (pl.col("event") == "FD") & (pl.col("ratio") == ratio))
+    at = at.filter(pl.col("log").str.ends_with(FAMILIES[family].log))
+    wide = at.filter(pl.col("value") > 0).pivot("method", index="cell", values="value").drop_nulls()
+    wide = wide.select("cell", nearer=(pl.min_horizontal("l1", "l2") / pl.col("fold")).log(2))
+    return networks(found, family, last(family), ratio).join(wide, on="cell")
 
 
 def sharpness(found: Lines, extras: pl.DataFrame, family: str, ratio: float = HALF) -> pl.DataFrame:

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 from matplotlib.figure import Figure
 
-from benchmarks.published_numbers import ADAM, HALF, NAMES, SGD, STAGES, TITLES, Study, last, mean, networks, step
+from benchmarks.published_numbers import ADAM, HALF, SGD, STAGES, TITLES, Study, last, mean, named, networks
 from pipeline.study.effects import effects
 
 
@@ -37,21 +37,20 @@ def draw_gap(study: Study, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+SHOWN = (("fold", "C0", "folded accuracy"), ("gap", "C1", "gap"), ("base", "grey", "base"))
+
+
 def draw_effects(study: Study, path: Path) -> None:
     """Matched effects on the folded accuracy, the gap and the base, repaired at half: a panel per optimizer."""
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    figure = Figure(figsize=(13, 6.6), layout="constrained")
     for panel, family in zip(figure.subplots(1, 2), (SGD, ADAM), strict=True):
         found = study.found[family]
-        steps = effects(found, "repaired", HALF, ("fold",)).select("setting", "low", "high").unique(maintain_order=True)
-        labels = []
-        for place, (setting, low, high) in enumerate(steps.rows()):
-            for shift, (outcome, color) in enumerate((("fold", "C0"), ("gap", "C1"), ("base", "grey"))):
-                effect = step(found, "repaired", setting, low, high, outcome)
-                label = {"fold": "folded accuracy", "gap": "gap", "base": "base"}[outcome] if place == 0 else None
-                at = place + 0.25 * (shift - 1)
-                panel.errorbar(effect.value, at, xerr=effect.half, fmt="o", color=color, markersize=4, label=label)
-            change = "off to on" if setting == "augment" else f"{low} to {high}"
-            labels.append(f"{NAMES[setting]} {change} ({effect.n})")
+        lines = effects(found, "repaired", HALF, ("fold",)).filter(pl.col("n") > 1).to_dicts()
+        labels = [f"{named(line)} ({line['n']})" for line in lines]
+        for shift, (outcome, color, label) in enumerate(SHOWN):
+            values, halves = ([line[f"{outcome}_{part}"] for line in lines] for part in ("effect", "half"))
+            places = [place + 0.25 * (shift - 1) for place in range(len(lines))]
+            panel.errorbar(values, places, xerr=halves, fmt="o", color=color, markersize=4, label=label)
         panel.set_yticks(range(len(labels)), labels)
         panel.invert_yaxis()
         panel.axvline(0, color="black", linewidth=0.8)

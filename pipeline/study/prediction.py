@@ -20,6 +20,7 @@ from pipeline.tables import UserError, optional
 
 TARGETS = ("fold", "gap")  # headline first
 FOLDS = 10  # at most; as many as there are groups where these are fewer
+TREES = 100  # of a forest
 FEWEST = 20  # recipes; below, a tenth of them is one or two
 MEAN, BASE, ALWAYS = "mean", "base", "always fold"  # what every model stands beside
 RECIPE = "recipe"
@@ -155,7 +156,7 @@ def _model(name: str) -> Any:
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
     if name == "forest":
-        return RandomForestRegressor(100, min_samples_leaf=2, random_state=0)
+        return RandomForestRegressor(TREES, min_samples_leaf=2, random_state=0)
     products = PolynomialFeatures(2, include_bias=False)
     return make_pipeline(StandardScaler(), products, StandardScaler(), RidgeCV(np.logspace(-2, 4, 13)))
 

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import numpy as np
 import polars as pl
 import pytest
@@ -29,8 +31,15 @@ def line(found: pl.DataFrame, **which: str) -> dict:
     return found.row(by_predicate=pl.all_horizontal(pl.col(k) == v for k, v in which.items()), named=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_trees() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.study.prediction.TREES", 10)
+        yield
+
+
 @pytest.fixture(scope="module")
-def known() -> tuple[Lines, pl.DataFrame]:
+def known(few_trees: None) -> tuple[Lines, pl.DataFrame]:
     """What folding leaves follows the rate, where there is decay; the gap is noise around 2."""
     follows = 50 + 10 * pl.col("rate") * (pl.col("decay") == "on") + 0.3 * pl.col("noise")
     found = lines_of(follows, 2 + pl.col("noise"))

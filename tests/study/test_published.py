@@ -1,12 +1,16 @@
 import gzip
+import os
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 from pipeline.results import SCHEMA
-from pipeline.study.lines import lines
+from pipeline.study.effects import pairs
+from pipeline.study.lines import Lines, lines
 from pipeline.study.published import FAMILIES, extras, published
+from pipeline.study.summary import half_interval
 from pipeline.study.sweep import Sweep, load
 from pipeline.tables import UserError
 
@@ -207,3 +211,96 @@ def test_perplexities_of_language_models_are_lines_in_log_points(tmp_path: Path)
         published(tmp_path / "study.csv", "vit")
     with pytest.raises(UserError, match="no figures but perplexities"):
         extras(tmp_path / "study.csv")
+
+
+# --- the real file: means of the study's own logs, in %, and what its pairs say
+
+
+@pytest.fixture(scope="module")
+def study() -> dict[str, Lines]:
+    """The lines of each family. FOLDABILITY_STUDY: path of study_rows.csv.gz."""
+    path = os.environ.get("FOLDABILITY_STUDY")
+    if path is None:
+        pytest.skip("FOLDABILITY_STUDY does not name study_rows.csv.gz")
+    return {family: lines(published(path, family, warn=lambda text: None)) for family in FAMILIES}
+
+
+# family, least base, stage, ratio: networks, then mean accuracies of fold, l1 and l2, mean gap and share of wins.
+MEANS = {
+    ("resnet18-adam", 0, "raw", 0.3): (184, 62.6, 43.4, 43.7, 14.8, 0.84),
+    ("resnet18-adam", 0, "repaired", 0.1): (184, 81.2, 80.1, 81.6, -0.8, 0.61),
+    ("resnet18-adam", 0, "repaired", 0.5): (184, 70.9, 59.3, 62.0, 8.3, 0.82),
+    ("resnet18-adam", 0, "tuned", 0.5): (184, 76.4, 71.1, 73.4, 2.7, 0.86),
+    ("resnet18-adam", 0, "tuned 5 epochs", 0.9): (184, 44.7, 42.7, 43.0, 0.9, 0.61),
+    ("resnet18-sgd", 0, "raw", 0.2): (541, 59.5, 51.3, 51.9, 5.8, 0.75),
+    ("resnet18-sgd", 0, "repaired", 0.7): (541, 33.6, 24.1, 23.8, 8.7, 0.90),
+    ("resnet18-sgd", 94, "repaired", 0.5): (161, 64.7, 52.2, 52.1, 11.8, 0.98),
+    ("preactresnet18", 0, "raw", 0.3): (50, 68.3, 21.7, 21.3, 44.9, 1.0),
+    ("preactresnet18", 0, "repaired", 0.5): (50, 58.8, 32.4, 32.0, 25.8, 1.0),
+    ("preactresnet18", 0, "tuned 5 epochs", 0.7): (50, 70.6, 58.5, 58.9, 11.0, 0.96),
+    ("vit", 80, "raw", 0.5): (66, 81.4, 80.6, 81.1, 0.3, 0.73),
+    ("vit", 80, "norm_tuned", 0.9): (66, 65.9, 58.7, 61.0, 4.9, 0.85),
+    ("clip", 0, "raw", 0.2): (72, 44.9, 28.1, 39.7, 5.2, 0.99),
+    ("clip", 0, "norm_tuned", 0.5): (72, 31.3, 8.8, 13.1, 18.2, 1.0),
+    ("clip", 0, "tuned", 0.2): (22, 72.5, 71.8, 72.0, 0.6, 1.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", MEANS, ids=str)
+def test_means_are_those_of_the_published_logs(study: dict[str, Lines], which: tuple) -> None:
+    family, least, stage, ratio = which
+    at = study[family].at(stage, ratio).filter(pl.col("base") >= least).drop_nulls("gap")
+    methods = study[family].methods.filter((pl.col("stage") == stage) & (pl.col("ratio") == ratio))
+    means = methods.join(at.select("cell"), on="cell", how="semi").group_by("method").agg(pl.col("value").mean())
+    values = dict(means.rows())
+    n, *accuracies, gap, wins = MEANS[which]
+    assert len(at) == n
+    assert [values[name] for name in ("fold", "l1", "l2")] == pytest.approx(accuracies, abs=0.06)
+    assert at["gap"].mean() == pytest.approx(gap, abs=0.06)
+    assert (at["gap"] > 0).mean() == pytest.approx(wins, abs=0.006)
+
+
+LEADS = {  # repaired, half of the channels: gap, half of its 95% interval, networks
+    "resnet18-adam": (8.3, 1.7, 184),
+    "resnet18-sgd": (8.5, 0.6, 541),
+    "preactresnet18": (25.8, 1.9, 50),
+    "clip": (18.2, 0.7, 72),
+    "vit": (0.0, 0.1, 161),  # those of base 50 and more
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LEADS)
+def test_folding_leads_by_what_was_found_before(study: dict[str, Lines], family: str) -> None:
+    stage = "norm_tuned" if family in ("vit", "clip") else "repaired"
+    at = study[family].at(stage, 0.5).filter(pl.col("base") >= 50)["gap"].drop_nulls()
+    gap, half, n = LEADS[family]
+    assert len(at) == n
+    assert at.mean() == pytest.approx(gap, abs=0.06)
+    assert half_interval(at.std(), n) == pytest.approx(half, abs=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("l1", "effect", "half"), [(0.0, 1.3, 1.6), (1e-5, 7.6, 1.5)])
+def test_sam_moves_the_gap_under_sgd_where_l1_is_on(
+    study: dict[str, Lines], l1: float, effect: float, half: float
+) -> None:
+    found = study["resnet18-sgd"]
+    table = found.at("repaired", 0.5).filter(pl.col("l1") == l1)
+    gap = pairs(table, "rho", found.settings, 0.0, 0.1)["gap"]
+    assert gap.mean() == pytest.approx(effect, abs=0.06)
+    assert half_interval(gap.std(), len(gap)) == pytest.approx(half, abs=0.06)
+
+
+@pytest.mark.slow
+def test_rate_and_decay_under_adam_act_on_the_gap_together_alone(study: dict[str, Lines]) -> None:
+    at = study["resnet18-adam"].at("repaired", 0.5)
+    rate, decay, gap = at["lr"].log10().to_numpy(), at["weight_decay"].to_numpy(), at["gap"].to_numpy()
+
+    def explained(*columns: np.ndarray) -> float:
+        x = np.stack([np.ones(len(gap)), *columns], axis=1)
+        return 1 - (gap - x @ np.linalg.lstsq(x, gap, rcond=None)[0]).var() / gap.var()
+
+    assert explained(rate, decay, rate * decay) == pytest.approx(0.42, abs=0.01)
+    assert explained(rate, decay) < 0.03
