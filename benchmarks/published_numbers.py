@@ -56,7 +56,7 @@ class Study:
 
 REPAIRED = {"vit": "norm_tuned", "clip": "norm_tuned"}  # what follows the compression; "repaired" for all others
 HALF = 0.5
-TRANSFORMERS_FROM = 50.0  # %: below, a SimpleViT had not learnt, and nothing is left to lose
+LEARNT = 50.0  # %: below, a SimpleViT had not learnt, and nothing is left to lose
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def last(family: str) -> str:
 def networks(found: Lines, family: str, stage: str, ratio: float | None = HALF) -> pl.DataFrame:
     """The networks of one stage and ratio that have both sides; of SimpleViTs, those that had learnt."""
     table = found.at(stage, ratio).drop_nulls("gap")
-    return table.filter(pl.col("base") >= TRANSFORMERS_FROM) if family == "vit" else table
+    return table.filter(pl.col("base") >= LEARNT) if family == "vit" else table
 
 
 def step(
