@@ -310,3 +310,7 @@ def effective_table(found: Lines) -> list[str]:
         rows.append([f"{rate:g}", f"{lr:g}", f"{momentum:g}", *(f"{v.value:.1f} ± {v.half:.1f}" for v in values)])
         rows[-1].append(str(len(group)))
     return table(["effective rate", "rate", "momentum", "folded", "pruned", "gap", "base", "networks"], rows)
+
+
+if __name__ == "__main__":
+    main()

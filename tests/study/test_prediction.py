@@ -51,7 +51,7 @@ def test_settings_that_decide_are_found_and_base_accuracy_that_does_not_is_not(
 ) -> None:
     fold = {"target": "fold", "held_out": "recipe"}
     assert line(known[1], features="settings", model="ridge", **fold)["r2"] > 0.95
-    assert line(known[1], features="settings", model="forest", **fold)["r2"] > 0.95
+    assert line(known[1], features="settings", model="forest", **fold)["r2"] > 0.9
     assert line(known[1], features="base", model="ridge", **fold)["r2"] < 0.3
     assert line(known[1], features="none", model="mean", **fold)["r2"] <= 0
 
