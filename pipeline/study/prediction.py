@@ -137,15 +137,20 @@ def _lines(task: Task, matrices: dict[str, Array]) -> Iterator[dict[str, Any]]:
 
 
 def foretold(task: Task, x: Array | None, model: str) -> Array:
-    """(n,) what a model says of each network when all of its group are held out. x: (n, F) features."""
+    """(n,) what a model says of each network when all of its group are held out. x: (n, F) features.
+
+    A feature that the other networks share (the level that is held out was the only other one) is left out: they cannot
+    tell what it does, and its rounding errors would be taken for a scale.
+    """
     from sklearn.model_selection import GroupKFold
 
     said = np.full(len(task.y), np.nan)
     for rest, out in GroupKFold(task.folds).split(task.y, groups=task.groups):
-        if x is None:
+        told = None if x is None else np.ptp(x[rest], axis=0) > 1e-9 * np.ptp(x, axis=0)
+        if told is None or not told.any():
             said[out] = task.y[rest].mean()
         else:
-            said[out] = _model(model).fit(x[rest], task.y[rest]).predict(x[out])
+            said[out] = _model(model).fit(x[rest][:, told], task.y[rest]).predict(x[out][:, told])
     return said
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -114,3 +115,12 @@ def test_too_few_recipes_are_refused() -> None:
     found = lines_of(pl.col("rate"), pl.col("rate"), repeats=2)
     with pytest.raises(UserError, match="16 recipes have all features; prediction needs 20"):
         predictions(found, "raw", 0.5)
+
+
+def test_a_level_that_nobody_else_has_is_foretold_without_its_setting() -> None:
+    found = lines_of(50 + 10 * pl.col("rate") + 0.3 * pl.col("noise"), pl.col("rate"))
+    tiny = pl.when(pl.col("decay") == "on").then(1e-5).otherwise(0.0)
+    table = predictions(replace(found, table=found.table.with_columns(decay=tiny)), "raw", 0.5)
+    # Decay does nothing here, so that the rate tells all of a level that was never seen.
+    held_out = table.filter((pl.col("held_out") == "decay") & (pl.col("features") == "settings"))
+    assert held_out.filter(pl.col("target") == "fold")["r2"].min() > 0.9
