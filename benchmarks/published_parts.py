@@ -144,7 +144,7 @@ def beyond(study: Study) -> Iterator[str]:
     yield (
         "The distance between the outputs of the smaller and the whole network, on the test pictures, goes with the "
         "gap. To take the nearer of the two needs no labels, and is right no more often than folding always on "
-        f"{' and '.join([', '.join(worse[:-1]), worse[-1]])}. SGD's folded networks have no distances in the logs."
+        f"{'; '.join(worse)}. SGD's folded networks have no distances in the logs."
     )
 
 
@@ -222,8 +222,8 @@ def _noise(study: Study) -> str:
     once = repeats(study.found[ADAM], study.extras, ADAM, "-sharpness")
     return (
         f"measuring a network once more (k-means and the repair's batches drawn again) scatters by {once['fold']:.2f} "
-        f"points of folded accuracy and {once['gap']:.2f} of gap (standard deviations, Adam, 184 networks), which "
-        "bounds it from below."
+        f"points of folded accuracy and {once['gap']:.2f} of gap (standard deviations, Adam, 184 networks), so "
+        "that the noise is at least that."
     )
 
 
