@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
@@ -190,9 +191,7 @@ def foretelling(study: Study) -> Iterator[str]:
             for features in ("base", "settings", "settings + base"):
                 scored = own.filter((pl.col("features") == features) & (pl.col("model") == "forest")).row(0, named=True)
                 cells.append(f"{scored['r2']:.2f}, {scored['mae']:.1f}")
-            levels = at.filter((pl.col("target") == target) & (pl.col("held_out") != "recipe"))
-            levels = levels.filter((pl.col("features") == "settings + base") & (pl.col("model") == "forest"))
-            worst = levels.sort("r2").row(0, named=True)
+            worst = farthest(study, family, target)
             chosen = own.filter((pl.col("features") == "settings + base") & (pl.col("model") == "forest"))["regret"]
             regrets = f"{always[0]:.2f}, {chosen[0]:.2f}" if len(always) else "-"
             mae = own.filter(pl.col("model") == "mean")["mae"][0]
@@ -274,6 +273,13 @@ def foretold(study: Study) -> dict[str, pl.DataFrame]:
     learnt = found[VIT].table.filter(pl.col("base") >= LEARNT)
     found[VIT] = replace(found[VIT], table=learnt)
     return {family: predictions(one, last(family), HALF) for family, one in found.items()}
+
+
+def farthest(study: Study, family: str, target: str = "fold") -> dict[str, Any]:
+    """The forest's line at the setting where holding out whole levels goes worst."""
+    at = study.predicted[family].filter((pl.col("target") == target) & (pl.col("held_out") != "recipe"))
+    at = at.filter((pl.col("features") == "settings + base") & (pl.col("model") == "forest"))
+    return at.sort("r2").row(0, named=True)
 
 
 def best(study: Study, family: str, features: str) -> float:
