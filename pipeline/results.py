@@ -165,7 +165,7 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except FileNotFoundError:  # the cell has measured nothing yet
+    except (FileNotFoundError, NotADirectoryError):  # nothing measured yet, or the sweep is one file of rows
         return None
     except OSError as error:
         warn(f"{path} cannot be read ({first_line(error)})")
