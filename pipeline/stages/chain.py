@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.compression.plan import Step, remember_
 from pipeline.stages.compress import Compress
+from pipeline.stages.quantize import Quantize
 from pipeline.stages.repair import Repair
 from pipeline.stages.stage import Stage, State, Supplies, timed
 from pipeline.stages.tune import Tune, TuneNorms
@@ -25,6 +26,7 @@ STAGES: dict[str, type] = {
     "repair": Repair,
     "tune_norms": TuneNorms,
     "tune": Tune,
+    "quantize": Quantize,
 }
 # A tail is the chain behind a compression; these are the names that `stages=` has for some. A stage that a network has
 # nothing for (repair without BatchNorm) is left out of a named tail; where it is the last one, the tail has no rows.

@@ -147,6 +147,14 @@ def number_text(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def spelled(name: str, stage: Any) -> str:
+    """The spelling, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
+    usual = type(stage)()
+    given = {key: value for key, value in vars(stage).items() if value != getattr(usual, key)}
+    options = [f"{key}={value if isinstance(value, str) else number_text(value)}" for key, value in given.items()]
+    return f"{name}({','.join(options)})" if options else name
+
+
 @contextmanager
 def timed(found: dict[str, float]) -> Iterator[None]:
     """Adds the seconds that the block takes to found["seconds"]."""

@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
 from pipeline.compression.recipe import Calibration
 from pipeline.evaluate import outputs
-from pipeline.stages.stage import State, Supplies, number_text
+from pipeline.stages.stage import State, Supplies, spelled
 from pipeline.tables import UserError, pick
 from pipeline.tasks.task import Batch, Task
 
@@ -134,14 +134,6 @@ def train_(
                 p.requires_grad_(flag)
             for p in tuned:
                 p.grad = None
-
-
-def spelled(name: str, stage: Tune | TuneNorms) -> str:
-    """The spelling, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
-    usual = type(stage)()
-    given = {key: value for key, value in vars(stage).items() if value != getattr(usual, key)}
-    options = [f"{key}={value if isinstance(value, str) else number_text(value)}" for key, value in given.items()]
-    return f"{name}({','.join(options)})" if options else name
 
 
 def check_positive(name: str, **values: float) -> None:
