@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.compressed import load
+from pipeline.compression import compress
 from pipeline.compression.calibrate.batches import Batches
 from pipeline.compression.calibrate.compensate import input_moments
+from pipeline.compression.checkpoint import load_compressed, save_compressed, stored_size
 from pipeline.compression.copies import bare_copy
+from pipeline.compression.plan import Step, remember_
 from pipeline.compression.quantize.grids import (
     BITS,
     FITS,
@@ -22,7 +26,10 @@ from pipeline.compression.quantize.grids import (
 from pipeline.compression.quantize.network import grids_of, on_grids, quantize_, sites
 from pipeline.compression.quantize.packing import packed, packed_size, unpacked
 from pipeline.compression.quantize.rounding import gptq
+from pipeline.models import build_model
 from pipeline.tables import UserError
+
+RESNET = {"name": "resnet20", "classes": 10, "channels": 3}
 
 
 class Reference:
@@ -196,7 +203,7 @@ def test_gptq_follows_the_papers_formula_column_by_column():
 
 
 class Net(nn.Module):
-    """Convolutions with patches, points and groups, a transposed one, a tied weight, and a layer that is never called."""
+    """Convolutions with patches, points and groups, a transposed one, a tied weight, and a layer nobody calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,3 +276,73 @@ def test_options_that_are_not_there_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             Scheme(**options)
+
+
+def quantized_resnet(bits: int) -> nn.Module:
+    """ResNet-20 for ten classes, channels last, on grids but for the last layer; it has gone through one stage."""
+    torch.manual_seed(0)
+    net = build_model("resnet20", 10, 3).eval().to(memory_format=torch.channels_last)
+    schemes = {name: Scheme(bits) for name in sites(net)}
+    del schemes["linear.weight"]
+    quantize_(net, schemes)
+    remember_(net, Step("quantize"))
+    return net
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_file_holds_the_bits_and_gives_the_weights_back_bit_for_bit(bits, tmp_path):
+    net = quantized_resnet(bits)
+    save_compressed(net, tmp_path / "net.safetensors", architecture=RESNET)
+    size = (tmp_path / "net.safetensors").stat().st_size
+    weights = sum(site.weight.numel() for site in sites(net).values())
+    others = sum(t.numel() * t.element_size() for t in net.state_dict().values()) - 4 * weights
+    channels = sum(len(site.weight) for site in sites(net).values())
+    least = weights * bits / 8 + others + 5 * channels  # a scale of four bytes, and a zero of one
+    assert least < size < least + 640 * 4 + 26_000, "the last layer is floats, and the manifest takes some kB"
+    loaded, manifest = load_compressed(tmp_path / "net.safetensors", build_model("resnet20", 10, 3).eval())
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+        assert tensor.stride() == loaded.state_dict()[name].stride(), name
+    assert set(manifest["grids"]) == set(on_grids(net)) == set(on_grids(loaded)) == {*sites(net)} - {"linear.weight"}
+    assert 0 <= size - stored_size(net) < 26_000
+    assert stored_size(loaded) == stored_size(net)
+
+
+def test_four_bits_are_an_eighth_of_the_floats():
+    """Of the weights: ResNet-20's norms and scales, which stay numbers, are a fiftieth of it."""
+    net = quantized_resnet(4)
+    floats = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    assert 1 / 8 < stored_size(net) / floats < 1 / 8 + 0.02
+
+
+def test_a_file_holds_a_weight_that_left_its_grid_as_it_is(tmp_path):
+    net = quantized_resnet(4)
+    with torch.no_grad():
+        net.conv1.weight += 1e-4
+    save_compressed(net, tmp_path / "net.safetensors", architecture=RESNET)
+    loaded, manifest = load(tmp_path / "net.safetensors")
+    assert torch.equal(loaded.conv1.weight, net.conv1.weight)
+    assert "conv1.weight" not in manifest["grids"]
+    assert len(manifest["grids"]) == 18
+
+
+def test_tied_and_half_precision_weights_come_back(tmp_path):
+    net = Net().eval().bfloat16()
+    quantize_(net, dict.fromkeys(sites(net), Scheme(5, "group", 8)))
+    remember_(net, Step("quantize"))
+    save_compressed(net, tmp_path / "net.safetensors")
+    loaded, manifest = load_compressed(tmp_path / "net.safetensors", Net().eval())
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in net.state_dict().items())
+    assert loaded.last.weight.dtype == torch.bfloat16
+    assert loaded.tied.weight is loaded.last.weight
+    assert manifest["tied"] == {"tied.weight": "last.weight"}
+
+
+def test_folding_a_quantized_network_gives_floats_again(tmp_path):
+    folded = compress(quantized_resnet(4), torch.zeros(1, 3, 16, 16), "fold", 0.5).model
+    whole = sites(quantized_resnet(4))
+    kept = {name for name, site in sites(folded).items() if site.weight.shape == whole[name].weight.shape}
+    assert set(on_grids(folded)) <= kept
+    save_compressed(folded, tmp_path / "net.safetensors", architecture=RESNET)
+    loaded, _ = load(tmp_path / "net.safetensors")
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in folded.state_dict().items())

@@ -1,7 +1,7 @@
 """GPTQ (arXiv:2210.17323): each column is rounded in turn, and the columns after it make up for its error.
 
 The rounded weight Q has a small Σ ‖(W - Q) x‖² over inputs x, which depends on them through H = Σ x xᵀ alone. With
-U the upper Cholesky factor of H⁻¹ (section 3.3, step 3), rounding column i by e = (w_i - q_i) / U_ii changes every later
+U the upper Cholesky factor of H⁻¹ (section 3.3, step 3), rounding column i by e = (w_i - q_i) / U_ii changes each later
 column j by -e U_ij (eq. 2-3). Columns of large H_ii go first, while there are many to make up for them.
 """
 
