@@ -13,7 +13,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.quantize.grids import Scheme
 from pipeline.compression.quantize.network import in_order, quantize_, sites
 from pipeline.compression.recipe import Calibration
-from pipeline.stages.stage import State, Supplies, spelled
+from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, spelled
 from pipeline.tables import pick
 
 FLOAT = 32  # bits that leave the first and the last layer as they are
@@ -44,6 +44,8 @@ class Quantize:
     calibrate: str = "data"
     ends: int = 8
 
+    terms = Terms(leaves="grid", before="sets")
+
     def __post_init__(self) -> None:
         pick("rounding", ROUNDINGS, self.rounding)
         pick("calibrate", CALIBRATIONS, self.calibrate)
@@ -68,6 +70,9 @@ class Quantize:
 
     def reason_against(self, model: nn.Module) -> str:
         return "" if sites(model) else "no convolution, linear layer or embedding has a weight"
+
+    def seen(self, supplies: Supplies) -> Seen:
+        return Seen(min(CALIBRATION, supplies.samples) if self.needs else 0)
 
     def run(self, state: State, supplies: Supplies) -> State:
         model = state.model
