@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.compression.checkpoint import stored_tensors
+from pipeline.compression.checkpoint import stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example, call_arguments
@@ -33,7 +33,7 @@ class Profile:
     median, low, high: median and quartiles of the time of one pass, over `repeats` passes
     memory: at the peak of a pass (see `peak_memory`); None where the runtime hides it
     params, macs: of the network, macs for one sample; size: of its weights and buffers, which is that of its
-        safetensors file without the header
+        safetensors file without the header, where quantized weights are packed
     speedup: how many times as fast as the network that it was timed beside: the median over pairs of passes that follow
         each other, so that other load on the machine slows both; NaN where it was timed alone
     reason: why there are no times (NaN), if there are none
@@ -123,7 +123,7 @@ def profile(
     sizes = {
         "params": parameters(network),
         "macs": macs(network, batch_of(example, 1)),
-        "size": sum(t.numel() * t.element_size() for t in stored_tensors(network)[0].values()),
+        "size": stored_size(network),
     }
     found = []
     for name in runtimes:
