@@ -51,18 +51,18 @@ CHAINS = (
     "quantize(bits=3,rounding=gptq,calibrate=synthetic) > repair",
     "ptq",
     "ptq(calibrate=synthetic)",
-    *(f"ptq(range={name})" for name in ("average", "percentile", "entropy")),
     "fold@0.3 > repair",
     "fold@0.3 > quantize(bits=3) > repair",
-    f"fold@0.3 > {GPTQ.format(3)} > repair",
-    f"mix+data@0.3 > repair > {GPTQ.format(3)} > repair",
+    "mix+data@0.3 > repair",
     "mix+data@0.3 > repair > ptq",
+    *(f"mix+data@{ratio} > repair > {GPTQ.format(bits)} > repair" for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2))),
 )
 CHOICES = (
     *("quantize(bits=3) > repair", "quantize(bits=3,ends=3) > repair", "quantize(bits=3,ends=32) > repair"),
     *("quantize(bits=3,grid=symmetric) > repair", "quantize(bits=3,range=minmax) > repair"),
     *("quantize(bits=3,per=tensor) > repair", "quantize(bits=3,per=group) > repair"),
     *("quantize(bits=2) > repair", "quantize(bits=2,ends=2) > repair"),
+    *("ptq", *(f"ptq(range={name})" for name in ("average", "percentile", "entropy"))),
 )
 REPAIR, CHOOSE = 1024, slice(10_000, 12_000)  # training pictures
 # (points of accuracy that may be lost at most, or None; accuracy that is left at least; times smaller at least)
@@ -71,7 +71,7 @@ TARGETS: dict[str, tuple[float | None, float, float]] = {
     "ptq(calibrate=synthetic)": (0.3, 0, 0),
     "quantize(bits=4) > repair": (0.5, 0, 0),
     "quantize(bits=3) > repair": (2.0, 0, 0),
-    f"mix+data@0.3 > repair > {GPTQ.format(3)} > repair": (None, 85.0, 14.0),
+    **{chain: (None, 85.0, 14.0) for chain in CHAINS if chain.startswith("mix") and "bits" in chain},
 }
 BATCH_SIZES = (1, 32)
 
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="cifar10.npz")
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the .th files")
     parser.add_argument("--parts", nargs="*", default=[*FILES, "choices", "latency"])
+    parser.add_argument("--chains", nargs=2, type=int, default=[0, None], help="from which to before which")
     parser.add_argument("--test-size", type=int, default=10_000, help="of the test pictures, the first ones")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each race")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantize"))
@@ -197,15 +198,20 @@ def main() -> None:
     assert data.train is not None
     seen, chosen = batches(data.train, slice(REPAIR), 128), batches(data.train, CHOOSE)
     test = batches(data.test, slice(options.test_size))
+    chains = CHAINS[slice(*options.chains)]
     work = {
-        **{name: partial(measured, network(name, options.checkpoints), CHAINS, seen, test) for name in FILES},
+        **{name: partial(measured, network(name, options.checkpoints), chains, seen, test) for name in FILES},
         "choices": partial(measured, network("resnet20", options.checkpoints), CHOICES, seen, chosen),
         "latency": lambda: [row for name in ("resnet20", "resnet18") for row in timed(name, options.seconds)],
     }
     kept = options.out.with_suffix(".json")
     found = json.loads(kept.read_text()) if kept.exists() else {}
     for name in options.parts:
-        found |= {name: work[name](), "machine": machine("onnxruntime")}
+        rows = work[name]()
+        if name in FILES:  # chains that were measured before are kept
+            named = {row["chain"]: row for row in (*found.get(name, ()), *rows)}
+            rows = [named[chain] for chain in ("", *CHAINS) if chain in named]
+        found |= {name: rows, "machine": machine("onnxruntime")}
         write(options.out, found, page(found))
 
 
