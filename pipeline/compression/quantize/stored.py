@@ -52,8 +52,8 @@ def with_weights(
         sizes = [packed_size(like.numel(), of["bits"]), count * numbers.itemsize, count]
         codes, scale, zero, left = left.split([*sizes, len(left) - sum(sizes)])
         # Copies, as safetensors returns views of the file, which would change with it, and which numbers do not fit.
-        pair = (part.clone().view(dtype).view(of["scales"]) for part, dtype in ((scale, numbers), (zero, torch.uint8)))
-        grids[name] = grid = Grid(of["bits"], *pair, of["group"], of["dim"])
+        scale, zero = scale.clone().view(numbers).view(of["scales"]), zero.clone().view(of["scales"])
+        grids[name] = grid = Grid(of["bits"], scale, zero, of["group"], of["dim"])
         matrix = unpacked(codes, grid.bits, like.numel()).view(like.shape[grid.dim], -1)
         tensors[name] = as_weight(values(grid, matrix), like, grid.dim)
     return tensors, grids
