@@ -20,6 +20,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
+from pipeline.onnx_network import OnnxNetwork
 from pipeline.tables import UserError, one_line, pick
 
 Run = Callable[[], Any]  # one forward pass on one batch
@@ -54,11 +55,19 @@ class Profile:
 
 
 def eager(network: nn.Module, example: Example) -> Callable[[Example], Run]:
+    need_module(network)
+
     def bind(inputs: Example) -> Run:
         args, kwargs = call_arguments(inputs)
         return lambda: network(*args, **kwargs)
 
     return bind
+
+
+def need_module(network: nn.Module) -> None:
+    """Raise UserError for a network that torch does not compute."""
+    if isinstance(network, OnnxNetwork):
+        raise UserError("the network is an ONNX file; choose the runtime onnx")
 
 
 def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
@@ -67,25 +76,31 @@ def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
     Otherwise torch counts the networks of one class as recompilations of one forward, and after some of them it gives
     up and runs the next one eagerly.
     """
+    need_module(network)
     torch.compiler.reset()
     return eager(torch.compile(network, dynamic=False), example)
 
 
 def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
-    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    """ONNX Runtime on the CPU, with as many threads as torch has; a network that is an ONNX file runs as it is."""
     device = device_of(network)
     if device.type != "cpu":
         raise UserError(f"ONNX Runtime is measured on the CPU, and the network is on {device}; move it to compare")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        export_onnx(network, example, path)
-        session = onnx_session(path)
+    session = network.session if isinstance(network, OnnxNetwork) else exported(network, example)
 
     def bind(inputs: Example) -> Run:
         arrays = onnx_inputs(session, inputs)
         return lambda: session.run(None, arrays)
 
     return bind
+
+
+def exported(network: nn.Module, example: Example) -> Any:
+    """An ONNX Runtime session of a network."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export_onnx(network, example, path)
+        return onnx_session(path)
 
 
 # (network, example of any batch size) -> (batch -> a forward pass on it)
@@ -121,8 +136,8 @@ def profile(
     networks = [bare_copy(each).eval() for each in (model, beside) if each is not None]
     network = networks[0]
     sizes = {
-        "params": parameters(network),
-        "macs": macs(network, batch_of(example, 1)),
+        "params": network.params if isinstance(network, OnnxNetwork) else parameters(network),
+        "macs": network.macs if isinstance(network, OnnxNetwork) else macs(network, batch_of(example, 1)),
         "size": stored_size(network),
     }
     found = []

@@ -13,8 +13,8 @@ reads them too; only weights on the grid of a quantizer are packed. Everything e
                     one, -1 = dropped}}; {} of a masked network, whose zeros are in its tensors
     numbers         new values of sizes that modules keep as Python numbers, after the whole chain
     tied            {name: the name under which its tensor is stored}
-    grids           {weight: its grid} of quantized weights, for which packed codes stand in the file, with their scales
-                    and zeros (see `quantize.stored`)
+    grids           {weight: its grid} of quantized weights, whose codes, scales and zeros are the bytes of the tensor
+                    packed_weights (see `quantize.stored`)
     channels_last   names of the weights in that memory format, which safetensors does not keep
     source          {"file", "sha256"} of the checkpoint that was compressed, or {} (see `source_of`)
     versions        of the libraries that wrote it

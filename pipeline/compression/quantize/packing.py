@@ -19,8 +19,8 @@ def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
     found = []
     for part in packed.split(AT_ONCE * bits // 8):
         places = np.unpackbits(part.numpy(), bitorder="little")
-        places = places[: len(places) // bits * bits].reshape(-1, bits)
-        found.append(np.packbits(places, axis=1, bitorder="little").reshape(-1))
+        each = places[: len(places) // bits * bits].reshape(-1, bits)
+        found.append(np.packbits(each, axis=1, bitorder="little").reshape(-1))
     return torch.from_numpy(np.concatenate(found)[:count])
 
 
