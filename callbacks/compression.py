@@ -169,6 +169,7 @@ class CompressionCallback(NetworkCallback):
                 "desc": f"Compressing ({split})",
                 "disable": own is None or own.is_disabled or not trainer.is_global_zero,
             },
+            self.save_to is not None,
         )
         fixed = {"epoch": epoch, "step": trainer.global_step, "version": code_version()}
         return measure(self._measured_net(trainer, pl_module, split), self.chains, host, {**self.context, **fixed})

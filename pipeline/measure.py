@@ -168,7 +168,7 @@ class Host:
     splits: those that `inputs` will have. traces: of the architecture, kept from one network to the next.
     forward: context of every forward pass (autocast). bar: options of tqdm; None: no progress bar.
     total: adds up (rows, sums) over processes, called once; every process must measure alike.
-    done: called with every network that was measured.
+    done: called with every network that was measured. certify: whether it keeps any, which then need certificates.
     """
 
     task: Task
@@ -181,6 +181,7 @@ class Host:
     total: Callable[[Tensor], Tensor] = lambda sums: sums
     done: Callable[[Entry, Compressed], None] = lambda entry, compressed: None
     bar: Mapping[str, Any] | None = None
+    certify: bool = False
 
 
 @dataclass
@@ -216,7 +217,8 @@ def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, A
     with or_fail(found, entries, "measurement", host.once):
         given = host.inputs()  # before anything can fail: processes may have to agree on it
         net = bare_copy(live).eval().to(host.device)
-        supplies = Supplies(net, given.example, host.task, given.training, chains.seed, host.traces, host.forward)
+        shared = (chains.seed, host.traces, host.forward, host.certify)
+        supplies = Supplies(net, given.example, host.task, given.training, *shared)
         measure_dense(supplies, given, host, entries, found)
         measure_chains(chains, supplies, given, host, entries[1:], found)
     return as_rows(entries, found, host, facts(chains, live, entries), context)

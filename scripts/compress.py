@@ -179,7 +179,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
 
     def work() -> None:
         bar = {"desc": "Compressing", "disable": sweeping}
-        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar)
+        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar, certify=bool(keep))
         with torch.no_grad():
             with once.instead("the uncompressed network cannot be timed"):
                 speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))

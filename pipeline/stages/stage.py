@@ -87,6 +87,7 @@ class Supplies:
     dense: the network where its chains begin. example: the network's arguments, a batch of one.
     batches: training samples with their labels, without augmentation.
     forward: context of every forward pass (autocast).
+    certify: whether networks will be kept, and so need certificates (see compression.certify).
     """
 
     dense: nn.Module
@@ -96,6 +97,7 @@ class Supplies:
     seed: int = 0
     traces: Traces = field(default_factory=Traces)
     forward: Callable[[], AbstractContextManager] = nullcontext
+    certify: bool = True
 
     @cached_property
     def inputs(self) -> list[Example]:
