@@ -52,6 +52,7 @@ from scripts.build import (
     Config,
     architecture_of,
     build_net,
+    compression_options,
     data_options,
     file_hash,
     load_data,
@@ -141,7 +142,8 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     exports = exporters(config["export"])
     timing = call("profile", timing_options, **config["profile"], sweeping=sweeping)
     data = data_of(json.dumps(data_options(config)))
-    tree, traces = chains_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
+    what = {key: config[key] for key in ("model", "data", "seed")}
+    tree, traces = chains_of(json.dumps({**what, "compression": compression_options(config, data)}))
     repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
     trace(tree, net, data.example, traces)
