@@ -93,7 +93,10 @@ def sharpness(model: nn.Module, task: Task, batches: Sequence[Batch], asked: Sha
             if rho is not None:
                 found[column] = mean([worst_case(net, loss, rho, ball, asked.steps) for loss in losses])
         if asked.hessian:
-            found["hessian_top"] = hessian_top(net, losses)
+            with warnings.catch_warnings():
+                # Forward differentiation, where torch first loads it, warns of torch's own torch.jit.script.
+                warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
+                found["hessian_top"] = hessian_top(net, losses)
     return found
 
 
@@ -215,7 +218,7 @@ def hessian_top(net: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> float
     """The largest eigenvalue of the Hessian of the mean of the losses, over all weights of the network."""
     from scipy.sparse.linalg import eigsh
 
-    curvlinops = library()
+    curvlinops = optional("sharpness.hessian", "curvlinops", "sharpness")
     # The operator asks for (inputs, labels): here these name a loss, so that it serves every task.
     data = [({"index": torch.tensor([i])}, torch.zeros(1)) for i in range(len(losses))]
     operator = curvlinops.HessianLinearOperator(
@@ -231,13 +234,6 @@ def hessian_top(net: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> float
     start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
     top = eigsh(operator.to_scipy(), k=1, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)
     return float(top[0]) / len(losses)
-
-
-def library() -> Any:
-    """curvlinops, which warns of torch's own deprecations where it is imported."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return optional("sharpness.hessian", "curvlinops", "sharpness")
 
 
 class Losses(nn.Module):

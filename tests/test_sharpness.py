@@ -149,7 +149,7 @@ def test_nothing_is_asked_for_by_null_and_the_defaults_by_true():
 
 
 def test_half_precision_and_no_samples_are_refused():
-    with pytest.raises(UserError, match="needs weights of single precision, and 0.weight is torch.bfloat16"):
+    with pytest.raises(UserError, match=r"needs weights of single precision, and 0\.weight is torch.bfloat16"):
         sharpness(nn.Sequential(nn.Linear(2, 2)).bfloat16(), TASK, BATCHES, Sharpness())
     with pytest.raises(UserError, match="and there are none; give repair_data="):
         sharpness(nn.Linear(2, 2), TASK, [], Sharpness())

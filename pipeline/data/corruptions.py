@@ -8,10 +8,12 @@ space, with the spectrum of such fractals. (The package imagecorruptions has str
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -83,13 +85,28 @@ def contrast(x: Tensor, factor: float, drawn: Generator) -> Tensor:
 
 
 def jpeg(x: Tensor, quality: int, drawn: Generator) -> Tensor:
-    return torch.stack([transforms.jpeg(one, quality) for one in as_bytes(x)]).to(x.dtype) / 255
+    def compressed(picture: Image.Image) -> Image.Image:
+        file = BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        return Image.open(file)
+
+    return each(x, compressed)
 
 
 def pixelate(x: Tensor, factor: float, drawn: Generator) -> Tensor:
-    """Shrink to this share of the size by means over boxes, then repeat pixels."""
-    small = F.interpolate(x, scale_factor=factor, mode="area")
-    return F.interpolate(small, size=x.shape[2:], mode="nearest-exact")
+    """Shrink to this share of the size by means over boxes, and enlarge by boxes again."""
+
+    def coarse(picture: Image.Image) -> Image.Image:
+        small = picture.resize([int(side * factor) for side in picture.size], Image.Resampling.BOX)
+        return small.resize(picture.size, Image.Resampling.BOX)
+
+    return each(x, coarse)
+
+
+def each(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """The pictures, each changed by Pillow as bytes."""
+    made = [transforms.pil_to_tensor(change(transforms.to_pil_image(one))) for one in as_bytes(x)]
+    return torch.stack(made).to(x.dtype) / 255
 
 
 # Name: what corrupts, and its strength at severities 1 to 5.
