@@ -10,7 +10,9 @@ reads them too; only weights on the grid of a quantizer are packed. Everything e
     params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size. MACs are
                     null where nothing was compressed
     groups          of the last compression: {name: {"before", "after", "error", "labels": the new channel of each old
-                    one, -1 = dropped}}; {} of a masked network, whose zeros are in its tensors
+                    one, -1 = dropped, "chosen": the channel that stands for each cluster, where none is a mean,
+                    "certificate": the least errors at this size (see certify.py; not in older files)}}; {} of a masked
+                    network, whose zeros are in its tensors
     numbers         new values of sizes that modules keep as Python numbers, after the whole chain
     tied            {name: the name under which its tensor is stored}
     grids           {weight: its grid} of quantized weights, whose codes, scales and zeros are the bytes of the tensor
@@ -112,16 +114,13 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
 
     Raises UserError for a file that is missing, damaged, of another format, or not of this architecture.
     """
-    with _opened(path) as (file, manifest, text):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if file.metadata().get("sha256") != digest_of(text, tensors):
-            raise UserError(f"{path} is damaged: its contents are not those of its checksum; copy it again")
-        tensors, grids = with_weights(tensors, manifest["grids"])
-        wrong = next(_misfits(manifest, tensors, model), None)
-        if wrong:
-            raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
-        # Copies, as safetensors returns views of the file, which would change with it.
-        given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
+    tensors, manifest = read_whole(path)
+    tensors, grids = with_weights(tensors, manifest["grids"])
+    wrong = next(_misfits(manifest, tensors, model), None)
+    if wrong:
+        raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
+    # Copies, as safetensors returns views of the file, which would change with it.
+    given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
     for name in manifest["channels_last"]:
         given[name] = given[name].contiguous(memory_format=CHANNELS_LAST[given[name].dim()])
     smaller = resized(model, given, manifest["numbers"])
@@ -144,6 +143,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest alone, without a look at the tensors. Raises UserError as `load_compressed` does."""
     with _opened(path) as (_, manifest, _):
         return manifest
+
+
+def read_whole(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by the names under which they are stored, as views of the file; the manifest), checksum compared.
+
+    Raises UserError for a file that is missing, damaged or of another format.
+    """
+    with _opened(path) as (file, manifest, text):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if file.metadata().get("sha256") != digest_of(text, tensors):
+            raise UserError(f"{path} is damaged: its contents are not those of its checksum; copy it again")
+    return tensors, manifest
 
 
 def source_of(path: str | Path) -> dict[str, str]:
