@@ -81,8 +81,8 @@ def sharpness(model: nn.Module, task: Task, batches: Sequence[Batch], asked: Sha
     seen = list(islice(batches, asked.batches))
     if not seen:
         raise UserError("sharpness is measured on training samples, and there are none; give repair_data=")
-    # A copy, whose weights may move. Attention's fused kernels have no second derivatives.
-    net = bare_copy(model).eval().requires_grad_(True)
+    # A copy, whose weights may move, in the memory format that torch flattens. Attention's fused kernels have no second derivatives.
+    net = bare_copy(model).eval().requires_grad_(True).to(memory_format=torch.contiguous_format)
     check_precision(net)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         losses = [loss_on(net, task, batch, asked.normalise) for batch in seen]
@@ -172,7 +172,9 @@ def worst_case(net: nn.Module, loss: Callable[[], Tensor], rho: float, ball: Bal
             vector_to_parameters(home + size * u, net.parameters())
         value = loss()
         grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True)
-        return float(value.detach().double()), size * parameters_to_vector(grads).nan_to_num(0, 0, 0)
+        return float(value.detach().double()), size * torch.cat([grad.reshape(-1) for grad in grads]).nan_to_num(
+            0, 0, 0
+        )
 
     try:
         return climbed(at, torch.zeros_like(home), rho, ball, steps)
