@@ -81,7 +81,8 @@ def sharpness(model: nn.Module, task: Task, batches: Sequence[Batch], asked: Sha
     seen = list(islice(batches, asked.batches))
     if not seen:
         raise UserError("sharpness is measured on training samples, and there are none; give repair_data=")
-    # A copy, whose weights may move, in the memory format that torch flattens. Attention's fused kernels have no second derivatives.
+    # A copy, whose weights may move, in the memory format that torch flattens. The fused kernels of attention have no
+    # second derivatives.
     net = bare_copy(model).eval().requires_grad_(True).to(memory_format=torch.contiguous_format)
     check_precision(net)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -96,6 +97,8 @@ def sharpness(model: nn.Module, task: Task, batches: Sequence[Batch], asked: Sha
             with warnings.catch_warnings():
                 # Forward differentiation, where torch first loads it, warns of torch's own torch.jit.script.
                 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
+                # curvlinops takes products for many vectors at once, which some kernels do one by one.
+                warnings.filterwarnings("ignore", ".*There is a performance drop.*", UserWarning)
                 found["hessian_top"] = hessian_top(net, losses)
     return found
 
