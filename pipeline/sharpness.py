@@ -81,8 +81,9 @@ def sharpness(model: nn.Module, task: Task, batches: Sequence[Batch], asked: Sha
     seen = list(islice(batches, asked.batches))
     if not seen:
         raise UserError("sharpness is measured on training samples, and there are none; give repair_data=")
-    # A copy, whose weights may move. Attention's fused kernels have no second derivatives.
-    net = bare_copy(model).eval().requires_grad_(True)
+    # A copy, whose weights may move, in the memory format that torch flattens. The fused kernels of attention have no
+    # second derivatives.
+    net = bare_copy(model).eval().requires_grad_(True).to(memory_format=torch.contiguous_format)
     check_precision(net)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         losses = [loss_on(net, task, batch, asked.normalise) for batch in seen]
@@ -96,6 +97,8 @@ def sharpness(model: nn.Module, task: Task, batches: Sequence[Batch], asked: Sha
             with warnings.catch_warnings():
                 # Forward differentiation, where torch first loads it, warns of torch's own torch.jit.script.
                 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
+                # curvlinops takes products for many vectors at once, which some kernels do one by one.
+                warnings.filterwarnings("ignore", ".*There is a performance drop.*", UserWarning)
                 found["hessian_top"] = hessian_top(net, losses)
     return found
 
@@ -172,7 +175,9 @@ def worst_case(net: nn.Module, loss: Callable[[], Tensor], rho: float, ball: Bal
             vector_to_parameters(home + size * u, net.parameters())
         value = loss()
         grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True)
-        return float(value.detach().double()), size * parameters_to_vector(grads).nan_to_num(0, 0, 0)
+        return float(value.detach().double()), size * torch.cat([grad.reshape(-1) for grad in grads]).nan_to_num(
+            0, 0, 0
+        )
 
     try:
         return climbed(at, torch.zeros_like(home), rho, ball, steps)

@@ -121,6 +121,17 @@ def test_the_model_its_modes_and_the_random_state_stay_as_they_are():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_the_memory_format_of_weights_and_pictures_changes_nothing():
+    torch.manual_seed(0)
+    net = build_model("resnet20", 4, 3)
+    x, y = BATCHES[0]
+    asked = Sharpness(steps=3)
+    plain = sharpness(net, TASK, [(x, y)], asked)
+    last = torch.channels_last
+    found = sharpness(net.to(memory_format=last), TASK, [(x.contiguous(memory_format=last), y)], asked)
+    assert found == pytest.approx(plain, rel=2e-2, abs=1e-5)
+
+
 def test_normalised_logits_do_not_know_their_scale():
     logits = torch.randn(5, 4)
     torch.testing.assert_close(normalised(logits), normalised(7 * logits + 2))
