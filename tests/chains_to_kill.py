@@ -1,4 +1,4 @@
-"""Runs chains of a tiny network on disk; as a script, kills itself at a point: python chains_to_kill.py FOLDER POINT."""
+"""Runs chains of a tiny network on disk; as a script, it kills itself: chains_to_kill.py FOLDER POINT."""
 
 import os
 import signal
