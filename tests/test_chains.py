@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains_to_kill import CHAIN, POINTS, ground, net, rows_of
+from chains_to_kill import CHAIN, POINTS, cut_off, ground, net, rows_of
+from safetensors import safe_open
 from torch import nn
 
 import pipeline.chains
 from pipeline.chains import NETWORK, ready
 from pipeline.compression.checkpoint import load_compressed
 from pipeline.compression.plan import history
+from pipeline.results import Row
 from pipeline.stages import Repair, parse_chain, parse_chains, spell_chain
 from pipeline.tables import UserError
 
@@ -74,32 +76,61 @@ def test_only_what_changed_is_done_anew(tmp_path, stages):
     assert taught.folder(parse_chain("distil(teacher=big)")) != before
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_killed_run_goes_on_and_ends_as_it_would_have(point, tmp_path, stages):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[dict, list]:
+    """The networks and rows of a run that nothing cut off."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = rows_of([CHAIN], ground(folder))
+    return networks(folder), told(rows)
+
+
+def networks(store: Path) -> dict[str, tuple]:
+    """{stage's folder: the manifest and the checksum of its network}"""
+    found = {}
+    for path in store.glob(f"*/{NETWORK}"):
+        with safe_open(path, "pt") as file:
+            found[path.parent.name] = tuple(sorted(file.metadata().items()))
+    return found
+
+
+def told(rows: list[Row]) -> list[tuple]:
+    return [(row.chain, row.loss, row.bytes, row.unlabelled, row.labelled, row.params) for row in rows]
+
+
+def killed(folder: Path, point: str) -> None:
     script = Path(__file__).parent / "chains_to_kill.py"
-    killed = subprocess.run([sys.executable, script, tmp_path / "killed", point], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
-    there = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert 0 < len(there) < 6
-    rows = rows_of([CHAIN], ground(tmp_path / "killed"))
-    resumed = list(stages)
-    whole = rows_of([CHAIN], ground(tmp_path / "whole"))
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert len(files(tmp_path / "whole")) == 5
-    assert [(row.chain, row.loss, row.bytes, row.unlabelled) for row in rows] == [
-        (row.chain, row.loss, row.bytes, row.unlabelled) for row in whole
-    ]
-    assert not list((tmp_path / "killed").glob("*.part"))
+    ended = subprocess.run([sys.executable, script, folder, point], capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+
+
+def interrupted(folder: Path, point: str) -> None:
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*cut_off(point, end))
+        rows_of([CHAIN], ground(folder))
+
+
+@pytest.mark.parametrize(("end", "point"), [(killed, "inside of distil"), *((interrupted, point) for point in POINTS)])
+def test_a_run_that_is_cut_off_goes_on_and_ends_as_it_would_have(end, point, whole, tmp_path, stages):
+    end(tmp_path, point)
+    there = networks(tmp_path)
+    finished = {name for name in there if not name.endswith(".part")}
+    assert len(finished) < 5
+    stages.clear()
+    rows = rows_of([CHAIN], ground(tmp_path))
+    assert (networks(tmp_path), told(rows)) == whole
+    assert not list(tmp_path.glob("*.part"))
     if point == "before the last repair":
-        assert resumed == ["quantize(bits=4)", "repair"], "it goes by the network before the grid"
+        assert stages == ["quantize(bits=4)", "repair"], "it goes by the network before the grid"
     if point == "inside of distil":
-        assert "mix+data@0.5" not in resumed
+        assert stages[0] == "distil(epochs=3)"
 
 
 def test_a_row_says_what_was_done_and_what_it_took(tmp_path):
     rows = rows_of(["fold@0.5 > repair > tune > quantize(bits=3)", "distil > l1@0.25"], ground(tmp_path))
-    told = [(row.method, row.ratio, row.stage, row.kind, row.unlabelled, row.labelled) for row in rows]
-    assert told == [
+    assert [(row.method, row.ratio, row.stage, row.kind, row.unlabelled, row.labelled) for row in rows] == [
         ("dense", 0.0, "raw", "dense", 0, 0),
         ("fold", 0.5, "raw", "fold", 0, 0),
         ("fold", 0.5, "repaired", "fold", 64, 0),
