@@ -43,7 +43,7 @@ class Distil:
     """
 
     epochs: int = 1
-    lr: float = 1e-3
+    lr: float = 3e-3
     labels: float = 0.0
     temperature: float = 4.0
     teacher: str = DENSE
