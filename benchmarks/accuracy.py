@@ -46,7 +46,7 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.common import write_below
+from benchmarks.common import line, write_below
 from pipeline.results import DENSE, measured, read_joined
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_rows, foretold, half_interval
@@ -295,10 +295,6 @@ def sizes(rows: pl.DataFrame) -> list[str]:
         "",
         f"Over both and all ratios: {every.mean():+.1f} ±{spread:.1f} points (n {len(every)} networks).",
     ]
-
-
-def line(name: str, cells: list[str]) -> str:
-    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
