@@ -188,7 +188,8 @@ def measure(subject: Subject, data: PictureData, draws: Sequence[int], out: Path
             facts["dense"] = own[0]["dense"] if own else bench.accuracy(bench.net)
         lines = pl.DataFrame([{**facts, **line} for line in bench.lines(method, ratio)], infer_schema_length=None)
         there = lines if there is None else pl.concat([there, lines], how="diagonal_relaxed")
-        there.write_parquet(out)
+        there.write_parquet(part := out.with_suffix(".part"))
+        part.replace(out)
         told = ", ".join(f"{stage} {acc:.1f}" for stage, acc in lines["stage", "acc"].iter_rows())
         print(f"{subject.name} ({facts['dense']:.2f}%): {method} at {ratio:g}, draw {draw}: {told}", flush=True)
 
