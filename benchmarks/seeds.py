@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import polars as pl
-from scipy.special import chdtri, stdtrit
 
 from benchmarks.common import line, write_below
-from pipeline.study.lines import lines
+from pipeline.study.lines import Lines, lines
+from pipeline.study.noise import noise
 from pipeline.study.summary import half_interval
 from pipeline.study.sweep import Sweep, load
 from pipeline.tables import UserError
@@ -26,6 +26,7 @@ from pipeline.tables import UserError
 RESULTS = Path("benchmarks/results/seeds.parquet")
 PAGE = Path("docs/own_study.md")
 MARK = "<!-- written by python -m benchmarks.seeds from here on -->"
+HALF = 0.5
 STAGES = ("raw", "repaired")
 OUTCOMES = {"base": "dense", "fold": "fold", "prune": "best pruning", "gap": "gap"}  # column of Lines: its name here
 FEWEST = 8  # seeds of a recipe whose noise is said by itself
@@ -78,19 +79,20 @@ def table_of(sweep: Sweep, optimizer: str) -> pl.DataFrame:
 
 
 def noise_part(sweep: Sweep) -> list[str]:
-    """Spread over the seeds of every recipe that has FEWEST, and pooled over all recipes at half of the channels."""
-    every = pl.concat([table_of(sweep, factorial.optimizer) for factorial in FACTORIALS], how="diagonal_relaxed")
+    """Spread over the seeds of every recipe that has FEWEST, and noise over all recipes at half of the channels."""
+    every = lines(sweep)
     said = []
-    for (recipe,), of_recipe in every.partition_by("recipe", as_dict=True, maintain_order=True).items():
+    for (recipe,), of_recipe in every.table.partition_by("recipe", as_dict=True, maintain_order=True).items():
         if of_recipe["seed"].n_unique() >= FEWEST:
-            said += ["", f"SGD, {recipe}: mean ± standard deviation of {of_recipe['seed'].n_unique()} seeds.", ""]
+            said += ["", f"{recipe}: mean ± standard deviation of {of_recipe['seed'].n_unique()} seeds.", ""]
             said += spread_table(of_recipe)
-    return ["## Noise over seeds", *said, "", POOLED, "", *pooled_table(every)]
+    return ["## Noise over seeds", *said, "", POOLED, "", *noise_table(every)]
 
 
 POOLED = (
-    "Pooled over all recipes, within each: standard deviation (and its 95% interval, chi-squared), and how many pairs "
-    "of networks that differ in a setting alone, independent of each other, give a 95% interval of ± 1 point."
+    "Over all recipes at half of the channels (`pipeline.study.noise`): deviation, the standard deviation within a "
+    "recipe, pooled; reliability, the share of the variance over networks that is between recipes (ICC(1), with a 95% "
+    "interval from a bootstrap over recipes); pairs, matched pairs of networks for a 95% interval of ± 1 point."
 )
 
 
@@ -104,35 +106,19 @@ def spread_table(of_recipe: pl.DataFrame) -> list[str]:
     return made
 
 
-def pooled_table(every: pl.DataFrame) -> list[str]:
-    half = [at(every, stage, 0.5) for stage in STAGES]
-    made = [
-        line("at .5", [*(f"{stage}: {what}" for stage in STAGES for what in ("deviation", "pairs"))]),
-        "|---" * 5 + "|",
-    ]
-    for column, name in OUTCOMES.items():
+def noise_table(every: Lines) -> list[str]:
+    columns = [f"{stage}: {what}" for stage in STAGES for what in ("deviation", "reliability", "pairs")]
+    made = [line("at .5", columns), "|---" * (1 + len(columns)) + "|"]
+    by_stage = [noise(every, stage, HALF) or {} for stage in STAGES]
+    for column in by_stage[0]:
         cells = []
-        for of_stage in half:
-            deviation, freedom = pooled(of_stage, column)
-            low, high = (deviation * (freedom / chdtri(freedom, tail)) ** 0.5 for tail in (0.025, 0.975))
-            cells += [f"{deviation:.2f} ({low:.2f} to {high:.2f})", str(pairs_needed(deviation * 2**0.5))]
-        made.append(line(name, cells))
-    return [*made, "", f"{half[0]['recipe'].n_unique()} recipes, {len(half[0])} networks."]
-
-
-def pooled(of_stage: pl.DataFrame, column: str) -> tuple[float, int]:
-    """(standard deviation within recipes, its degrees of freedom)"""
-    of_recipe = of_stage.group_by("recipe").agg(pl.col(column).var(), n=pl.len()).filter(pl.col("n") > 1)
-    freedom = int((of_recipe["n"] - 1).sum())
-    return float(((of_recipe["n"] - 1) * of_recipe[column]).sum() / freedom) ** 0.5, freedom
-
-
-def pairs_needed(deviation: float, half: float = 1.0) -> int:
-    """The fewest pairs whose mean difference has a 95% t-interval of ± `half`. deviation: of one difference."""
-    n = 2
-    while stdtrit(n - 1, 0.975) * deviation / n**0.5 > half:
-        n += 1
-    return n
+        for found in by_stage:
+            one = found[column]
+            share = "-" if one.reliability is None else f"{one.reliability:.2f}"
+            share += "" if one.low is None else f" ({one.low:.2f} to {one.high:.2f})"
+            cells += [f"{one.sd:.2f}", share, str(one.needed)]
+        made.append(line(OUTCOMES[column], cells))
+    return [*made, "", f"{every.recipes} recipes, {len(every.at(STAGES[0], HALF))} networks."]
 
 
 # --- factorials
@@ -145,7 +131,7 @@ def part(sweep: Sweep, factorial: Factorial) -> list[str]:
     made = [f"## {factorial.title}", "", f"{a.name}: {a.low:g} to {a.high:g}; {b.name}: {b.low:g} to {b.high:g}.", ""]
     made += [*means_table(table, factorial)]
     for stage in STAGES:
-        n = len(complete(at(table, stage, 0.5), factorial))
+        n = len(complete(at(table, stage, HALF), factorial))
         made += ["", f"Effects in points, {stage} (± half of a 95% t-interval over {n} seeds):", ""]
         made += contrast_table(table, factorial, stage)
     return made
@@ -153,7 +139,7 @@ def part(sweep: Sweep, factorial: Factorial) -> list[str]:
 
 def means_table(table: pl.DataFrame, factorial: Factorial) -> list[str]:
     a, b = factorial.first, factorial.second
-    half = [at(table, stage, 0.5) for stage in STAGES]
+    half = [at(table, stage, HALF) for stage in STAGES]
     names = [f"{stage} {name}" for stage in STAGES for column, name in OUTCOMES.items() if column != "base"]
     made = [line(a.name, [b.name, "n", "dense", *names]), "|---" * (4 + len(names)) + "|"]
     for low_or_high in ((a.low, b.low), (a.low, b.high), (a.high, b.low), (a.high, b.high)):

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from benchmarks import evidence
-from benchmarks.seeds import FACTORIALS, contrasts, effect, pairs_needed, pooled
+from benchmarks.seeds import FACTORIALS, contrasts, effect
 from pipeline.tables import UserError
 
 SAM_L1 = FACTORIALS[0]
@@ -53,16 +53,6 @@ def test_seeds_that_lack_a_recipe_are_left_out_and_one_seed_is_too_few():
     assert effect(more, SAM_L1, contrasts(SAM_L1)["SAM, L1 0"], "fold")[0] == pytest.approx(1.0)
     with pytest.raises(UserError, match="1 seeds have all four recipes; two are needed"):
         effect(table.filter(pl.col("seed") == 0), SAM_L1, contrasts(SAM_L1)["SAM, L1 0"], "fold")
-
-
-def test_noise_is_pooled_within_recipes():
-    deviation, freedom = pooled(made(KNOWN, seeds=500, noise=2.0), "fold")
-    assert freedom == 4 * 499
-    assert deviation == pytest.approx(2.0, rel=0.05)
-
-
-def test_as_many_pairs_as_the_interval_needs():
-    assert pairs_needed(1.0) == 7  # t(6) = 2.447, over the root of 7: 0.925; 6 pairs give 1.049
 
 
 def test_seeds_of_one_recipe_count_once():
