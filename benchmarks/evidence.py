@@ -4,6 +4,8 @@ A recipe is a way to train and an architecture: seeds of one are averaged first,
 (Student's t), because networks of one recipe are not independent of each other.
 """
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from benchmarks.common import line
@@ -11,6 +13,17 @@ from pipeline.study.summary import half_interval
 
 HALF = 0.5
 RECIPE = ("model", "recipe")
+IS_PUBLISHED = pl.col("recipe") == "published"
+# What a line of the results says, in words; statistics by stage.
+SEEN = {"none": "-", "synthetic": "128 synthetic", "data": "512"}
+FOLLOW = {
+    ("none", "raw"): "as trained",
+    ("weights", "raw"): "from weights",
+    ("synthetic", "raw"): "re-estimated, 128 synthetic",
+    ("data", "raw"): "re-estimated, 512",
+    ("data", "repaired"): "re-estimated, 1,024",
+    ("data", "reset"): "set anew, 1,024",
+}
 GRAIL = ("l1+grail", "repaired")  # what others are compared with: their data, and statistics re-estimated on it
 
 # (method, stage) with the same information: 512 or fewer unlabelled pictures, and statistics that follow pictures.
@@ -21,6 +34,7 @@ EQUAL = [
     ("l1+grail", "repaired"),
     ("fold+grail", "repaired"),
     ("l1: grail, in sequence", "repaired"),
+    ("channel pruning", "raw"),
     ("channel pruning", "repaired"),
     ("l1+data", "raw"),
     ("fold+data", "raw"),
@@ -45,21 +59,23 @@ DUELS = [
     (("mix+data", "raw"), ("fold+grail", "repaired")),
     (("mix+data", "raw"), ("l1: grail, in sequence", "repaired")),
     (("mix+data", "raw"), ("channel pruning", "repaired")),
+    (("mix+data", "raw"), ("channel pruning", "raw")),
     (("mix+data", "raw"), ("l1+data", "raw")),
+    (("fold+data", "raw"), ("l1+data", "raw")),
 ]
 
 
 def page(lines: pl.DataFrame) -> list[str]:
-    first = lines.filter(pl.col("draw") == 0)
-    recipes = by_recipe(first)
+    found = by_recipe(lines.filter(pl.col("draw") == 0))
+    ours, published = (found.filter(mask) for mask in (~IS_PUBLISHED, IS_PUBLISHED))
     parts = [
         ["## Well-trained networks", "", *networks(lines)],
-        ["### Equal information, at half of the channels", "", *equal(recipes)],
-        ["### Points of difference", "", *duels(recipes)],
-        ["### From GRAIL to ours, a part at a time", "", *ladder(recipes)],
-        ["### Every stage, at half of the channels", "", *every(recipes)],
-        ["### Other ratios, repaired", "", *ratios(recipes)],
-        ["### Repair by reset beside ours", "", *resets(recipes)],
+        ["### Equal information, at half of the channels", "", EQUALLY, "", *stages(ours, published, EQUAL)],
+        ["### Points of difference", "", *duels(ours, published)],
+        ["### From GRAIL to ours, a part at a time", "", *ladder(ours, published)],
+        ["### Every stage, at half of the channels", "", *stages(ours, published, every(found))],
+        ["### Other ratios, repaired", "", *ratios(ours, published)],
+        ["### Repair by reset beside ours", "", *resets(ours, published)],
         ["### Three draws of the calibration pictures", "", *draws(lines)],
     ]
     return [text for part in parts for text in (*part, "")][:-1]
@@ -72,10 +88,11 @@ def by_recipe(lines: pl.DataFrame) -> pl.DataFrame:
 
 
 def networks(lines: pl.DataFrame) -> list[str]:
-    alone = lines.unique("network", maintain_order=True)
+    alone = lines.unique("network", maintain_order=True).sort(IS_PUBLISHED, maintain_order=True)
     made = [
-        f"{len(alone)} networks of {alone.select(RECIPE).n_unique()} recipes, all {lines['n'].max():,} test pictures. "
-        "None of them chose a default, a method or an option.",
+        f"{len(alone)} networks, all {lines['n'].max():,} test pictures. Those of our own recipes chose nothing: every "
+        "default stood before they were trained. ResNet-20 and -32 are published ones, on which defaults were chosen, "
+        "and so stand in columns of their own, outside of every mean and interval.",
         "",
         line("network", ["recipe", "dense accuracy of its seeds"]),
         "|---|---|---|",
@@ -85,84 +102,97 @@ def networks(lines: pl.DataFrame) -> list[str]:
     return made
 
 
-def equal(recipes: pl.DataFrame) -> list[str]:
-    made = [
-        "Statistics of BatchNorm are re-estimated in every line, so that what differs is the channels and the weights. "
-        f"Accuracy in %, and points over {' '.join(GRAIL)}; ± half of a 95% interval over recipes.",
-        "",
-        line("method", ["stage", "pictures it saw", "statistics", "accuracy", "over l1+grail", "recipes"]),
-        "|---" * 7 + "|",
-    ]
-    return made + [stage_line(recipes, method, stage) for method, stage in EQUAL if has(recipes, method, stage)]
+EQUALLY = (
+    "Statistics of BatchNorm are re-estimated in every line but one, channel pruning as its paper has it, so that what "
+    "differs is the channels and the weights. Accuracy in %, and points over l1+grail, repaired; ± half of a 95% "
+    "interval over recipes."
+)
 
 
-def every(recipes: pl.DataFrame) -> list[str]:
-    half = at(recipes, HALF)
-    made = [
-        line("method", ["stage", "pictures it saw", "statistics", "accuracy", "over l1+grail repaired", "recipes"]),
-        "|---" * 7 + "|",
-    ]
-    pairs = half.select("method", "stage").unique(maintain_order=True)
-    return made + [stage_line(recipes, method, stage) for method, stage in pairs.iter_rows()]
+def every(found: pl.DataFrame) -> list[tuple[str, str]]:
+    """(method, stage) of all that was measured at half of the channels."""
+    return list(at(found, HALF).select("method", "stage").unique(maintain_order=True).iter_rows())
 
 
-def stage_line(recipes: pl.DataFrame, method: str, stage: str) -> str:
-    own = of(recipes, method, stage)
-    seen = {"none": "-", "synthetic": "128 synthetic", "data": "512"}[own["pictures"][0]]
-    follow = {"none": "as trained", "weights": "from weights", "synthetic": "re-estimated, synthetic"}
-    follow |= {"data": "re-estimated, 512" if stage == "raw" else "re-estimated, 1,024"}
-    over = "-" if (method, stage) == GRAIL else signed(difference(recipes, (method, stage), GRAIL))
-    cells = [stage, seen, follow[own["statistics"][0]], interval(own["acc"]), over, str(len(own))]
-    return line(method, cells)
-
-
-def duels(recipes: pl.DataFrame) -> list[str]:
-    made = [line("what", ["than what", "points", "better in"]), "|---|---|---|---|"]
-    for what, than in DUELS:
-        if has(recipes, *what) and has(recipes, *than):
-            found = difference(recipes, what, than)
-            wins = f"{(found > 0).sum()} of {len(found)} recipes"
-            made.append(line(", ".join(what), [", ".join(than), signed(found), wins]))
+def stages(ours: pl.DataFrame, published: pl.DataFrame, shown: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for each method and stage: what it saw, its accuracy, and its lead over GRAIL."""
+    names = list(published["model"].unique(maintain_order=True))
+    columns = ["stage", "pictures it saw", "statistics", "accuracy", "over l1+grail", "recipes", *names]
+    made = [line("method", columns), "|---" * (1 + len(columns)) + "|"]
+    for method, stage in shown:
+        own = of(ours, method, stage)
+        if own.is_empty():
+            continue
+        over = "-" if (method, stage) == GRAIL else signed(difference(ours, (method, stage), GRAIL))
+        facts = [stage, SEEN[own["pictures"][0]], FOLLOW[own["statistics"][0], stage]]
+        beside = [shown_beside(of(published, method, stage), name) for name in names]
+        made.append(line(method, [*facts, interval(own["acc"]), over, str(len(own)), *beside]))
     return made
 
 
-def ladder(recipes: pl.DataFrame) -> list[str]:
-    made = [line("method", ["what is new", "raw", "step", "repaired", "step"]), "|---" * 6 + "|"]
+def shown_beside(there: pl.DataFrame, model: str) -> str:
+    own = there.filter(pl.col("model") == model)["acc"]
+    return f"{own[0]:.1f}" if len(own) else "-"
+
+
+def duels(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
+    names = list(published["model"].unique(maintain_order=True))
+    made = [line("what", ["than what", "points", "better in", *names]), "|---" * (4 + len(names)) + "|"]
+    for what, than in DUELS:
+        found = difference(ours, what, than)
+        if len(found):
+            wins = f"{(found > 0).sum()} of {len(found)} recipes"
+            beside = [difference(published.filter(pl.col("model") == name), what, than) for name in names]
+            cells = [", ".join(than), signed(found), wins, *(signed(one) if len(one) else "-" for one in beside)]
+            made.append(line(", ".join(what), cells))
+    return made
+
+
+def ladder(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
+    names = list(published["model"].unique(maintain_order=True))
+    columns = ["what is new", "raw", "step", "repaired", "step", *(f"{name}, raw" for name in names)]
+    made = [line("method", columns), "|---" * (1 + len(columns)) + "|"]
     before = None
     for method, what in STEPS.items():
-        if not has(recipes, method, "repaired"):
+        if of(ours, method, "repaired").is_empty():
             continue
         cells = [what]
         for stage in ("raw", "repaired"):
-            step = "-" if before is None else signed(difference(recipes, (method, stage), (before, stage)))
-            cells += [interval(of(recipes, method, stage)["acc"]), step]
-        made.append(line(method, cells))
+            step = "-" if before is None else signed(difference(ours, (method, stage), (before, stage)))
+            cells += [interval(of(ours, method, stage)["acc"]), step]
+        made.append(line(method, [*cells, *(shown_beside(of(published, method, "raw"), name) for name in names)]))
         # Both selections are compared with the solver on l1's channels, not with each other.
         before = method if method != "fold+data" else "l1+data"
     return made
 
 
-def ratios(recipes: pl.DataFrame) -> list[str]:
-    there = sorted(recipes["ratio"].unique())
-    few = recipes.filter(pl.col("ratio") != HALF)["method"].unique(maintain_order=True)
-    made = [line("ratio removed", [f"{ratio:g}" for ratio in there]), "|---" * (1 + len(there)) + "|"]
-    for method in few:
-        made.append(line(method, [interval(of(recipes, method, "repaired", ratio)["acc"]) for ratio in there]))
+def ratios(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
+    there = sorted(ours["ratio"].unique())
+    names = list(published["model"].unique(maintain_order=True))
+    columns = [*(f"{ratio:g}" for ratio in there), *(f"{name} {ratio:g}" for name in names for ratio in there)]
+    made = [line("ratio removed", columns), "|---" * (1 + len(columns)) + "|"]
+    for method in ours.filter(pl.col("ratio") != HALF)["method"].unique(maintain_order=True):
+        cells = [interval(of(ours, method, "repaired", ratio)["acc"]) for ratio in there]
+        cells += [shown_beside(of(published, method, "repaired", ratio), name) for name in names for ratio in there]
+        made.append(line(method, cells))
     return made
 
 
-def resets(recipes: pl.DataFrame) -> list[str]:
-    reset = recipes.filter(pl.col("stage") == "reset")["method"].unique(maintain_order=True)
+def resets(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
+    names = list(published["model"].unique(maintain_order=True))
     made = [
         "Reset: statistics are those of the 1,024 pictures (REPAIR, arXiv:2211.08403). Ours: they change by as much as "
-        "compression changed them.",
+        "compression changed them. Points that ours wins:",
         "",
-        line("method", ["reset", "ours", "points that ours wins"]),
-        "|---|---|---|---|",
+        line("method", ["reset", "ours", "points", *names]),
+        "|---" * (4 + len(names)) + "|",
     ]
-    for method in reset:
-        cells = [interval(of(recipes, method, stage)["acc"]) for stage in ("reset", "repaired")]
-        made.append(line(method, [*cells, signed(difference(recipes, (method, "repaired"), (method, "reset")))]))
+    for method in ours.filter(pl.col("stage") == "reset")["method"].unique(maintain_order=True):
+        pair = (method, "repaired"), (method, "reset")
+        cells = [interval(of(ours, method, stage)["acc"]) for stage in ("reset", "repaired")]
+        beside = [difference(published.filter(pl.col("model") == name), *pair) for name in names]
+        won = [signed(difference(ours, *pair)), *(signed(one) if len(one) else "-" for one in beside)]
+        made.append(line(method, [*cells, *won]))
     return made
 
 
@@ -191,10 +221,6 @@ def at(table: pl.DataFrame, ratio: float) -> pl.DataFrame:
 
 def of(recipes: pl.DataFrame, method: str, stage: str, ratio: float = HALF) -> pl.DataFrame:
     return at(recipes, ratio).filter(pl.col("method") == method, pl.col("stage") == stage)
-
-
-def has(recipes: pl.DataFrame, method: str, stage: str) -> bool:
-    return not of(recipes, method, stage).is_empty()
 
 
 def difference(recipes: pl.DataFrame, what: tuple[str, str], than: tuple[str, str]) -> pl.Series:
