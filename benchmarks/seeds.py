@@ -9,6 +9,7 @@
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,11 @@ FACTORIALS = (
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    found = load(RESULTS)
-    parts = [noise_part(found)] + [part(found, factorial) for factorial in FACTORIALS]
+    try:
+        found = load(RESULTS)
+        parts = [noise_part(found)] + [part(found, factorial) for factorial in FACTORIALS]
+    except UserError as error:
+        sys.exit(f"error: {error}")
     write_below(PAGE, MARK, "Our own networks, with seeds", "\n\n".join("\n".join(p) for p in parts).split("\n"))
 
 

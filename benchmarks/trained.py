@@ -10,6 +10,7 @@ training pictures that repair sees; none was augmented or held out.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -216,8 +217,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="*", default=DRAWS, help="more seeds of the calibration pictures")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    for subject in subjects(options.path, options.model):
-        measure(subject, data_of(subject, options.data), options.draws, options.out)
+    try:
+        for subject in subjects(options.path, options.model):
+            measure(subject, data_of(subject, options.data), options.draws, options.out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
