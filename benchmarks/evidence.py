@@ -67,18 +67,24 @@ DUELS = [
 
 def page(lines: pl.DataFrame) -> list[str]:
     found = by_recipe(lines.filter(pl.col("draw") == 0))
-    ours, published = (found.filter(mask) for mask in (~IS_PUBLISHED, IS_PUBLISHED))
     parts = [
         ["## Well-trained networks", "", *networks(lines)],
-        ["### Equal information, at half of the channels", "", EQUALLY, "", *stages(ours, published, EQUAL)],
-        ["### Points of difference", "", *duels(ours, published)],
-        ["### From GRAIL to ours, a part at a time", "", *ladder(ours, published)],
-        ["### Every stage, at half of the channels", "", *stages(ours, published, every(found))],
-        ["### Other ratios, repaired", "", *ratios(ours, published)],
-        ["### Repair by reset beside ours", "", *resets(ours, published)],
+        ["### Equal information, at half of the channels", "", EQUALLY, "", *stages(found, EQUAL)],
+        ["### Points of difference", "", *duels(found)],
+        ["### From GRAIL to ours, a part at a time", "", *ladder(found)],
+        ["### Every stage, at half of the channels", "", *stages(found, every(found))],
+        ["### Other ratios, repaired", "", *ratios(found)],
+        ["### Repair by reset beside ours", "", *resets(found)],
         ["### Three draws of the calibration pictures", "", *draws(lines)],
     ]
     return [text for part in parts for text in (*part, "")][:-1]
+
+
+def apart(found: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """{column: its recipes}: our own, which chose nothing, and each published network, which chose defaults."""
+    published = found.filter(IS_PUBLISHED)
+    parts = {model: of_model for (model,), of_model in published.partition_by("model", as_dict=True).items()}
+    return {"our recipes": found.filter(~IS_PUBLISHED), **dict(sorted(parts.items()))}
 
 
 def by_recipe(lines: pl.DataFrame) -> pl.DataFrame:
@@ -90,9 +96,9 @@ def by_recipe(lines: pl.DataFrame) -> pl.DataFrame:
 def networks(lines: pl.DataFrame) -> list[str]:
     alone = lines.unique("network", maintain_order=True).sort(IS_PUBLISHED, maintain_order=True)
     made = [
-        f"{len(alone)} networks, all {lines['n'].max():,} test pictures. Those of our own recipes chose nothing: every "
-        "default stood before they were trained. ResNet-20 and -32 are published ones, on which defaults were chosen, "
-        "and so stand in columns of their own, outside of every mean and interval.",
+        f"{len(alone)} networks of {alone.select(RECIPE).n_unique()} recipes, all {lines['n'].max():,} test pictures. "
+        "Those of our own recipes chose nothing: every default stood before they were trained. On the published "
+        "ResNet-20 and -32 defaults were chosen, so both, and the mean of our own, also stand in columns by themselves.",
         "",
         line("network", ["recipe", "dense accuracy of its seeds"]),
         "|---|---|---|",
@@ -114,85 +120,76 @@ def every(found: pl.DataFrame) -> list[tuple[str, str]]:
     return list(at(found, HALF).select("method", "stage").unique(maintain_order=True).iter_rows())
 
 
-def stages(ours: pl.DataFrame, published: pl.DataFrame, shown: Sequence[tuple[str, str]]) -> list[str]:
+def stages(found: pl.DataFrame, shown: Sequence[tuple[str, str]]) -> list[str]:
     """One line for each method and stage: what it saw, its accuracy, and its lead over GRAIL."""
-    names = list(published["model"].unique(maintain_order=True))
-    columns = ["stage", "pictures it saw", "statistics", "accuracy", "over l1+grail", "recipes", *names]
+    parts = apart(found)
+    columns = ["stage", "pictures it saw", "statistics", "accuracy", "over l1+grail", "recipes", *parts]
     made = [line("method", columns), "|---" * (1 + len(columns)) + "|"]
     for method, stage in shown:
-        own = of(ours, method, stage)
-        if own.is_empty():
-            continue
-        over = "-" if (method, stage) == GRAIL else signed(difference(ours, (method, stage), GRAIL))
-        facts = [stage, SEEN[own["pictures"][0]], FOLLOW[own["statistics"][0], stage]]
-        beside = [shown_beside(of(published, method, stage), name) for name in names]
-        made.append(line(method, [*facts, interval(own["acc"]), over, str(len(own)), *beside]))
+        own = of(found, method, stage)
+        if len(own):
+            over = "-" if (method, stage) == GRAIL else signed(difference(found, (method, stage), GRAIL))
+            facts = [stage, SEEN[own["pictures"][0]], FOLLOW[own["statistics"][0], stage]]
+            beside = [interval(of(part, method, stage)["acc"]) for part in parts.values()]
+            made.append(line(method, [*facts, interval(own["acc"]), over, str(len(own)), *beside]))
     return made
 
 
-def shown_beside(there: pl.DataFrame, model: str) -> str:
-    own = there.filter(pl.col("model") == model)["acc"]
-    return f"{own[0]:.1f}" if len(own) else "-"
-
-
-def duels(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
-    names = list(published["model"].unique(maintain_order=True))
-    made = [line("what", ["than what", "points", "better in", *names]), "|---" * (4 + len(names)) + "|"]
+def duels(found: pl.DataFrame) -> list[str]:
+    parts = apart(found)
+    made = [line("what", ["than what", "points", "better in", *parts]), "|---" * (4 + len(parts)) + "|"]
     for what, than in DUELS:
-        found = difference(ours, what, than)
-        if len(found):
-            wins = f"{(found > 0).sum()} of {len(found)} recipes"
-            beside = [difference(published.filter(pl.col("model") == name), what, than) for name in names]
-            cells = [", ".join(than), signed(found), wins, *(signed(one) if len(one) else "-" for one in beside)]
-            made.append(line(", ".join(what), cells))
+        won = difference(found, what, than)
+        if len(won):
+            beside = [signed(difference(part, what, than)) for part in parts.values()]
+            wins = f"{(won > 0).sum()} of {len(won)} recipes"
+            made.append(line(", ".join(what), [", ".join(than), signed(won), wins, *beside]))
     return made
 
 
-def ladder(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
-    names = list(published["model"].unique(maintain_order=True))
-    columns = ["what is new", "raw", "step", "repaired", "step", *(f"{name}, raw" for name in names)]
+def ladder(found: pl.DataFrame) -> list[str]:
+    parts = apart(found)
+    columns = ["what is new", "raw", "step", "repaired", "step", *(f"{name}, raw step" for name in parts)]
     made = [line("method", columns), "|---" * (1 + len(columns)) + "|"]
-    before = None
+    before = ""
     for method, what in STEPS.items():
-        if of(ours, method, "repaired").is_empty():
+        if of(found, method, "raw").is_empty():
             continue
         cells = [what]
         for stage in ("raw", "repaired"):
-            step = "-" if before is None else signed(difference(ours, (method, stage), (before, stage)))
-            cells += [interval(of(ours, method, stage)["acc"]), step]
-        made.append(line(method, [*cells, *(shown_beside(of(published, method, "raw"), name) for name in names)]))
+            step = signed(difference(found, (method, stage), (before, stage)))
+            cells += [interval(of(found, method, stage)["acc"]), step]
+        cells += [signed(difference(part, (method, "raw"), (before, "raw"))) for part in parts.values()]
+        made.append(line(method, cells))
         # Both selections are compared with the solver on l1's channels, not with each other.
         before = method if method != "fold+data" else "l1+data"
     return made
 
 
-def ratios(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
-    there = sorted(ours["ratio"].unique())
-    names = list(published["model"].unique(maintain_order=True))
-    columns = [*(f"{ratio:g}" for ratio in there), *(f"{name} {ratio:g}" for name in names for ratio in there)]
+def ratios(found: pl.DataFrame) -> list[str]:
+    there = sorted(found["ratio"].unique())
+    parts = {"": found, **apart(found)}
+    columns = [f"{name} {ratio:g}" for name in parts for ratio in there]
     made = [line("ratio removed", columns), "|---" * (1 + len(columns)) + "|"]
-    for method in ours.filter(pl.col("ratio") != HALF)["method"].unique(maintain_order=True):
-        cells = [interval(of(ours, method, "repaired", ratio)["acc"]) for ratio in there]
-        cells += [shown_beside(of(published, method, "repaired", ratio), name) for name in names for ratio in there]
+    for method in found.filter(pl.col("ratio") != HALF)["method"].unique(maintain_order=True):
+        cells = [interval(of(part, method, "repaired", r)["acc"]) for part in parts.values() for r in there]
         made.append(line(method, cells))
     return made
 
 
-def resets(ours: pl.DataFrame, published: pl.DataFrame) -> list[str]:
-    names = list(published["model"].unique(maintain_order=True))
+def resets(found: pl.DataFrame) -> list[str]:
+    parts = apart(found)
     made = [
         "Reset: statistics are those of the 1,024 pictures (REPAIR, arXiv:2211.08403). Ours: they change by as much as "
         "compression changed them. Points that ours wins:",
         "",
-        line("method", ["reset", "ours", "points", *names]),
-        "|---" * (4 + len(names)) + "|",
+        line("method", ["reset", "ours", "points", *parts]),
+        "|---" * (4 + len(parts)) + "|",
     ]
-    for method in ours.filter(pl.col("stage") == "reset")["method"].unique(maintain_order=True):
+    for method in found.filter(pl.col("stage") == "reset")["method"].unique(maintain_order=True):
         pair = (method, "repaired"), (method, "reset")
-        cells = [interval(of(ours, method, stage)["acc"]) for stage in ("reset", "repaired")]
-        beside = [difference(published.filter(pl.col("model") == name), *pair) for name in names]
-        won = [signed(difference(ours, *pair)), *(signed(one) if len(one) else "-" for one in beside)]
-        made.append(line(method, [*cells, *won]))
+        cells = [interval(of(found, method, stage)["acc"]) for stage in ("reset", "repaired")]
+        made.append(line(method, [*cells, *(signed(difference(part, *pair)) for part in (found, *parts.values()))]))
     return made
 
 
@@ -230,11 +227,11 @@ def difference(recipes: pl.DataFrame, what: tuple[str, str], than: tuple[str, st
 
 
 def interval(values: pl.Series) -> str:
-    return f"{values.mean():.1f}" + margin(values)
+    return f"{values.mean():.1f}" + margin(values) if len(values) else "-"
 
 
 def signed(values: pl.Series) -> str:
-    return f"{values.mean():+.1f}" + margin(values)
+    return f"{values.mean():+.1f}" + margin(values) if len(values) else "-"
 
 
 def margin(values: pl.Series) -> str:
