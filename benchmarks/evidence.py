@@ -98,7 +98,7 @@ def networks(lines: pl.DataFrame) -> list[str]:
     made = [
         f"{len(alone)} networks of {alone.select(RECIPE).n_unique()} recipes, all {lines['n'].max():,} test pictures. "
         "Those of our own recipes chose nothing: every default stood before they were trained. On the published "
-        "ResNet-20 and -32 defaults were chosen, so both, and the mean of our own, also stand in columns by themselves.",
+        "ResNet-20 and -32 defaults were chosen, so both, and the mean of our own, also stand by themselves.",
         "",
         line("network", ["recipe", "dense accuracy of its seeds"]),
         "|---|---|---|",
