@@ -45,6 +45,10 @@ class CompressionCallback(NetworkCallback):
     parts: what is compressed: "hidden" channels, "residual" streams, the "width" of attention heads, or whole heads
         ("head"); a method's own options may name other parts
     predict: foretell on synthetic pictures how well every network will do: the `fidelity` of its rows (see predict.py)
+    sharpness: measure how fast the loss rises when weights move, on training samples, which `repair_data` gives: True
+        or options of `pipeline.sharpness.Sharpness`; None: not
+    corruptions: also evaluate on corrupted pictures: {"names": [...], "mean": [...], "std": [...]}, where mean and std
+        are those that pictures are normalised by (see `pipeline.data.corruptions`); None: not
     network: attribute of the LightningModule that holds the network, dots allowed
     task: what a batch is and what is measured on it; None: classification of the kind that the first batch shows
     eval_data: Dataset, loader or batches to measure on; None: what the Trainer validates on, as it validates
@@ -75,6 +79,8 @@ class CompressionCallback(NetworkCallback):
         round_to: int = 1,
         parts: Sequence[str] = DEFAULT_PARTS,
         predict: bool = False,
+        sharpness: Mapping[str, Any] | bool | None = None,
+        corruptions: Sequence[str] | Mapping[str, Any] | None = None,
         network: str = "net",
         task: Task | None = None,
         eval_data: Data | None = None,
@@ -87,7 +93,8 @@ class CompressionCallback(NetworkCallback):
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        tree = chains(methods, ratios, stages, round_to, seed, parts, predict)
+        beside = {"sharpness": sharpness, "corruptions": corruptions}
+        tree = chains(methods, ratios, stages, round_to, seed, parts, predict, **beside)
         super().__init__(tree, task, network, eval_data, repair_data, repair_size, batch_size)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
@@ -169,6 +176,7 @@ class CompressionCallback(NetworkCallback):
                 "desc": f"Compressing ({split})",
                 "disable": own is None or own.is_disabled or not trainer.is_global_zero,
             },
+            self.save_to is not None,
         )
         fixed = {"epoch": epoch, "step": trainer.global_step, "version": code_version()}
         return measure(self._measured_net(trainer, pl_module, split), self.chains, host, {**self.context, **fixed})

@@ -27,6 +27,7 @@ from pipeline.cells import flat
 from pipeline.compressed import load_as
 from pipeline.compression.checkpoint import is_compressed, source_of
 from pipeline.data import DATASETS
+from pipeline.data.corruptions import corruptions
 from pipeline.data.module import module_of
 from pipeline.data.picture_set import DataSource, PictureSet
 from pipeline.loggers import WANDB_MODES, check_login, wandb_logger
@@ -35,6 +36,7 @@ from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
 from pipeline.optim import build_schedule
 from pipeline.results import ROWS
+from pipeline.sharpness import asked_for
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import TASKS, USUAL, Task
 from pipeline.training import Training
@@ -74,6 +76,7 @@ def check(config: Config) -> None:
             "wandb.artifacts=true uploads the smaller networks that a run keeps, and this one keeps none; add "
             "compression.save=true"
         )
+    asked_for((config.get("compression") or {}).get("sharpness"))  # {} has no name in the hash of the cell
 
 
 # Settings that are younger than cells that people have, with the values at which they change nothing: a cell's name
@@ -83,6 +86,8 @@ AT_REST: dict[str, tuple[Any, ...]] = {
     "compile": (False,),
     "optim.decay": ("all",),
     "checkpoint_prefix": (None,),
+    "compression.sharpness": (None, False),
+    "compression.corruptions": (None,),
 }
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
@@ -271,8 +276,19 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
     return task
 
 
+def compression_options(config: Config, data: LightningDataModule) -> Config:
+    """The settings of compression; corruptions also know how the pictures of the data are normalised."""
+    options = config["compression"]
+    if (asked := corruptions(options["corruptions"])) is None:
+        return options
+    if data.kind != "pictures":
+        raise UserError(f"compression.corruptions are of pictures, and the data are {data.unit}; set it to null")
+    known = {key: data.preparation()[key] for key in ("mean", "std")}
+    return {**options, "corruptions": {"names": list(asked.names), "severity": asked.severity, **known}}
+
+
 def build_compression(config: Config, cell: str, folder: Path, data: LightningDataModule) -> CompressionCallback:
-    options = without(config["compression"], "save")
+    options = without(compression_options(config, data), "save")
     return call(
         "compression",
         CompressionCallback,

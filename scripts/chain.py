@@ -52,7 +52,7 @@ from scripts.build import (
 CHAINS = ("chain", "chains")  # settings
 BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
 STORE = "chains"  # folder, in that of the cell, of the stages' folders
-# In the cell's folder: rows of its chains, which are no grid of methods and ratios, and times of their networks.
+# In the cell's folder: rows of the chains, which are no grid of methods and ratios, and times of their networks.
 CHAIN_ROWS, TIMES = "chains.parquet", "chain_speed.parquet"
 PICTURE = "pareto.png"
 

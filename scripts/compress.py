@@ -51,6 +51,7 @@ from scripts.build import (
     Config,
     architecture_of,
     build_net,
+    compression_options,
     data_options,
     file_hash,
     load_data,
@@ -170,7 +171,8 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     exports = exporters(config["export"])
     data = data_of(json.dumps(data_options(config)))
     timing = call("profile", timing_options, **config["profile"], kind=data.kind, sweeping=sweeping)
-    tree, traces = chains_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
+    what = {key: config[key] for key in ("model", "data", "seed")}
+    tree, traces = chains_of(json.dumps({**what, "compression": compression_options(config, data)}))
     repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
     trace(tree, net, data.example, traces)
@@ -208,7 +210,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
 
     def work() -> None:
         bar = {"desc": "Compressing", "disable": sweeping}
-        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar)
+        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar, certify=bool(keep))
         with torch.no_grad():
             with once.instead("the uncompressed network cannot be timed"):
                 speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))
@@ -317,10 +319,10 @@ def is_checkpoint(path: str) -> bool:
 
 def start(arguments: list[str]) -> Any:
     try:
+        check_launcher(arguments)
         sys.argv[1:] = checked(expanded(arguments), "compress")
     except UserError as error:
         refuse(error)
-    check_launcher(sys.argv)
     return run_stoppable(main)
 
 

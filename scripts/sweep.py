@@ -30,12 +30,12 @@ SILENCE = 60.0  # seconds between two lines where no terminal can rewrite one
 
 
 def check_launcher(arguments: list[str]) -> None:
-    """Exit with the command that installs a missing launcher, before Hydra looks for its plugin."""
+    """UserError, with the command that installs it, for a launcher that is missing, before Hydra looks for it."""
     for argument in arguments:
         name = argument.removeprefix("launcher=")
         plugin = LAUNCHERS.get(name)
         if argument != name and plugin and not is_installed(plugin):
-            sys.exit(f"error: launcher {name!r} is not installed; pip install 'foldability[{name}]'")
+            raise UserError(f"launcher {name!r} is not installed; pip install 'foldability[{name}]'")
 
 
 def is_installed(plugin: str) -> bool:

@@ -154,10 +154,10 @@ def quiet() -> None:
 
 def start(arguments: list[str]) -> Any:
     try:
+        check_launcher(arguments)
         sys.argv[1:] = checked(quoted_chains(arguments), "train")
     except UserError as error:
         refuse(error)
-    check_launcher(sys.argv)
     return run_stoppable(main)
 
 

@@ -16,6 +16,7 @@ from pipeline.compression.calibrate.outputs import Answers, Outputs
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
+from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.choose.layers import other_units
 from pipeline.compression.choose.masks import masks_of
@@ -64,6 +65,7 @@ class Network:
     full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
     counted: a cache of MACs for this architecture.
     target: what readers are solved for on the pictures, a row of TARGETS.
+    certify: whether reports hold certificates (see certify.py).
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Network:
     full: Mapping[str, int] | None = None
     counted: Counted = field(default_factory=Counted)
     target: str = "mend"
+    certify: bool = True
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -149,6 +152,7 @@ def compressions(
     counted: Counted | None = None,
     full: Mapping[str, int] | None = None,
     seed: int = 0,
+    certify: bool = True,
     **options: Any,
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
@@ -164,6 +168,8 @@ def compressions(
     counted: a cache of MACs for this architecture, shared by methods whose networks have the same sizes.
     full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
     seed: for methods that draw at random.
+    certify: state the least errors of any pruning and any projection beside the method's (see certify.py); False saves
+        the eigenvalues of every group's Gram matrix, 2 s for 3,072 channels.
     options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
         approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method itself.
 
@@ -185,7 +191,7 @@ def compressions(
         pictures = made_pictures(bare, example, done.calibration, seed, answers)
     batches = None if pictures is None else batches_of(pictures)
     target = done.calibration.target or ("mend" if batches is None else usual_target(batches))
-    net = Network(bare, example, groups, batches, answers, seed, full, counted, target)
+    net = Network(bare, example, groups, batches, answers, seed, full, counted, target, certify)
     if done.kind == AUTO:
         return judged_copies(net, done, ratios, judge_on)
     return smaller_copies(net, done, ratios)
@@ -274,13 +280,17 @@ def smaller_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Ite
     assert net.cost  # counted first: MACs of narrower networks follow from this count
     sizes = sizes_left(net, recipe, ratios)
     # One group at a time, keeping its choices alone: all Gram matrices of a large network do not fit in memory.
-    plans = [choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios]) for i, g in enumerate(net.groups)]
+    plans = [
+        choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios], net.certify) for i, g in enumerate(net.groups)
+    ]
     for ratio in ratios:
         # The copy gets no name here, so that only the caller holds it: two of a large network may not fit in memory.
         yield made(net, recipe, ratio, [of_group[k] for k, of_group in zip(sizes[ratio], plans, strict=True)])
 
 
-def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int]) -> dict[int, Choice]:
+def choices(
+    net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int], certify: bool = False
+) -> dict[int, Choice]:
     """{size: projection that the method chooses for this group, and its row of the report}"""
     described, inputs = recipe.features, net.seen.inputs if net.seen else {}
     weights = GroupWeights(
@@ -296,7 +306,8 @@ def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[i
     )
     method = METHODS[recipe.method].choose
     found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
-    return {k: (projection, group_report(weights, projection)) for k, projection in found.items()}
+    proved = certificates(weights.gram, found) if certify else {}
+    return {k: (projection, group_report(weights, projection, proved.get(k))) for k, projection in found.items()}
 
 
 def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[float, list[int]]:

@@ -22,6 +22,8 @@ from pipeline.compression.plan import Step, remember_
 from pipeline.compression.recipe import respelled, value_of
 from pipeline.stages.compress import Compress
 from pipeline.stages.distil import Distil
+from pipeline.stages.ptq import Ptq
+from pipeline.stages.quantize import Quantize
 from pipeline.stages.repair import Repair
 from pipeline.stages.stage import Stage, State, Supplies, timed
 from pipeline.stages.tune import Tune, TuneNorms
@@ -34,6 +36,8 @@ STAGES: dict[str, type] = {
     "tune_norms": TuneNorms,
     "tune": Tune,
     "distil": Distil,
+    "quantize": Quantize,
+    "ptq": Ptq,
 }
 # In a list, a compression is named by what it does; by that name: the kinds of methods that do so.
 FAMILIES = {"fold": ("fold", "mix", "auto"), "prune": ("prune",), "mask": ("mask",)}

@@ -77,6 +77,7 @@ def compressed(
     if recipe.method == AUTO and given["pictures"] is None:
         given["judge_on"] = supplies.pictures(Calibration("synthetic"))
     shared = {"counted": supplies.traces.counted, "seed": supplies.seed, "answers": supplies.task.answers}
+    shared["certify"] = supplies.certify
     made = compressions(state.model, supplies.example, recipe, ratios, **shared, **given)
     # No generator, whose names would keep a network alive until the next one is made.
     return map(lambda smaller: State(smaller.model, smaller.report, state.model, plan=smaller.report.plan), made)

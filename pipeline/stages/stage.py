@@ -136,6 +136,7 @@ class Supplies:
     training: the training data as training sees it; None: stages that train do so on `batches`.
     teachers: {name: makes a network to learn from, on the device}.
     folder: where a stage keeps its progress and its files; None: nowhere, a stage that is cut off starts anew.
+    certify: whether networks will be kept, and so need certificates (see compression.certify).
     """
 
     dense: nn.Module
@@ -148,6 +149,7 @@ class Supplies:
     training: Training | None = None
     teachers: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     folder: Path | None = None
+    certify: bool = True
 
     @cached_property
     def samples(self) -> int:
