@@ -36,7 +36,8 @@ class Perturbation:
 
 def affine(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """(C, F + 1): the convolution and the norm behind it, in eval mode, as one affine map of patches that end in 1."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gain = norm.weight / (norm.running_var + norm.eps).sqrt()
     shift = norm.bias - norm.running_mean * gain
     if conv.bias is not None:
