@@ -168,7 +168,7 @@ def ladder(found: pl.DataFrame) -> list[str]:
 
 def ratios(found: pl.DataFrame) -> list[str]:
     there = sorted(found["ratio"].unique())
-    parts = {"": found, **apart(found)}
+    parts = {"all": found, **apart(found)}
     columns = [f"{name} {ratio:g}" for name in parts for ratio in there]
     made = [line("ratio removed", columns), "|---" * (1 + len(columns)) + "|"]
     for method in found.filter(pl.col("ratio") != HALF)["method"].unique(maintain_order=True):
