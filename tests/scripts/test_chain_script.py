@@ -1,4 +1,4 @@
-"""Chains as users type them: behind a training, on a checkpoint, in texts and lists; wrong ones are refused first."""
+"""Chains as users type them, behind a training and on a checkpoint; what cannot be is refused before the work."""
 
 import re
 from pathlib import Path
