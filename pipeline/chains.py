@@ -30,7 +30,7 @@ from pipeline.compression.plan import Step, history, went_through_
 from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.evaluate import output_on
-from pipeline.measure import Host, Inputs, check_recipe, evaluated
+from pipeline.measure import Host, Inputs, check_recipe, metrics_of
 from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
@@ -260,7 +260,7 @@ def measured(node: Node, ground: Ground, done: Done) -> Row:
     store = RowStore(node.folder / ROWS)
     if store.rows.is_empty():
         start = time.perf_counter()
-        totals = evaluated(network(), ground.given, ground.host, {}, check=not node.chain).totals
+        totals = metrics_of(ground.given, ground.host, network(), {}, check=not node.chain).totals
         assert totals is not None
         values = {**said(node.chain, ground), **{name: node.record[name] for name in RECORDED}}
         values["seconds"] += time.perf_counter() - start
