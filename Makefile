@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-slow check bench clean
+.PHONY: run test test-slow check docs bench clean
 
 run: $(READY) ## the quickstart
 	$(BIN)/python -m scripts.train experiment=quickstart
@@ -20,7 +20,10 @@ check: $(READY) ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## the measurements behind the numbers in the README
+docs: .venv/.docs ## guide and reference as a static site in site/; a link that leads nowhere ends it
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY) ## the measurements behind the numbers of the guide
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.report
@@ -32,6 +35,10 @@ $(READY): constraints.txt pyproject.toml
 
 .venv/.launchers: $(READY)
 	$(PIP) --editable '.[dev,joblib,ray,slurm]'
+	touch $@
+
+.venv/.docs: $(READY)
+	$(PIP) --editable '.[dev,docs]'
 	touch $@
 
 clean:

@@ -24,6 +24,7 @@ from pipeline.study.claims import Claim, weighed
 from pipeline.study.effects import effects, pairs
 from pipeline.study.interactions import interactions
 from pipeline.study.lines import Lines
+from pipeline.study.matching import ABSENT
 from pipeline.study.noise import noise
 from pipeline.tasks import METRICS
 
@@ -122,8 +123,8 @@ class World:
         return Lines(table, pl.DataFrame(), tuple(self.levels), METRICS["acc"])
 
 
-FIVE = dict.fromkeys("abcde", TWO)
-NOTHING = World(FIVE, {}, {})
+NOTHING = World(dict.fromkeys("abcde", TWO), {}, {})
+LARGER = World(dict.fromkeys("abcdef", TWO), {}, {})
 WORLDS = {
     "nothing": NOTHING,
     "effects": replace(NOTHING, steps={"a": (4, 0, 4), "b": (-3, 1, 0), "c": (0, 2, 0)}),
@@ -135,8 +136,8 @@ WORLDS = {
         missing=0.15,
         nested=("momentum", "optim", 1.0),
     ),
-    "a sign that changes": replace(NOTHING, crossed={("a", "b"): (-4, 4)}),
-    "an effect in one half": replace(NOTHING, crossed={("a", "b"): (0, 6), ("c", "d"): (0, -6)}),
+    "a sign that changes": replace(LARGER, crossed={("a", "b"): (-4, 4)}),
+    "an effect in one half": replace(LARGER, crossed={("a", "b"): (0, 6), ("c", "d"): (0, -6)}),
     "seeds": replace(NOTHING, steps={"a": (3, 0, 3)}, seeds=3, recipe_sd=1.0),
     "effects that differ by recipe": replace(NOTHING, steps={"a": (4, 0, 4)}, slope_sd=1.5),
 }
@@ -147,7 +148,7 @@ def true_effect(world: World, line: dict[str, object]) -> float:
     table = world.truth.at(*PLACE)
     if line["over"]:
         level = dict(part.split("=") for part in line["where"].split(", "))[line["over"]]
-        table = table.filter(pl.col(line["over"]) == float(level))
+        table = table.filter(pl.col(line["over"]).eq_missing(None if level == ABSENT else float(level)))
     found = pairs(table, line["setting"], world.truth.settings, line["low"], line["high"])
     return found[line["outcome"]].mean()
 
@@ -167,8 +168,12 @@ def is_false(world: World, claim: Claim, differences: pl.DataFrame) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one world. covered: {"effects", "differences", "reliability": share, None: none}; false: share of draws with a
-    false sentence; flips, means: share of draws that say both halves of the true change of sign, or its mean."""
+    """What came out of the draws of one world.
+
+    covered: {"effects", "differences", "reliability": share of intervals that hold the truth, None: no intervals}
+    false: share of the draws with a false sentence; flips, means: share of those that say both halves where a sign
+        changes, and of those that say the mean over such halves
+    """
 
     draws: int
     covered: dict[str, float | None]
@@ -183,24 +188,24 @@ def verdict(world: World, draws: int, seed: int = 0) -> Verdict:
     known: dict[tuple[object, ...], float] = {}
     reliable = (world.recipe_sd**2 + expected_variance(world)) if world.seeds > 1 else None
     hits: dict[str, list[bool]] = {"effects": [], "differences": [], "reliability": []}
+    turning = {setting for (setting, _), (first, others) in world.crossed.items() if first * others < 0}
     false, flips, means = 0, 0, 0
     for _ in range(draws):
         found = world.draw(rng)
         table, across = effects(found, *PLACE), interactions(found, *PLACE)
-        for line in table.to_dicts():
+        for line in table.drop_nulls("half").to_dicts():
             key = tuple(line[name] for name in ("setting", "low", "high", "outcome", "where"))
             known[key] = true_effect(world, line) if key not in known else known[key]
             hits["effects"].append(abs(line["effect"] - known[key]) <= line["half"])
-        hits["differences"] += ((across["difference"] - exact["fold"]["difference"]).abs() <= across["half"]).to_list()
+        off = (across["difference"] - exact["fold"]["difference"]).abs()
+        hits["differences"] += (off <= across["half"]).drop_nulls().to_list()
         if reliable is not None:
             one = noise(found, *PLACE)["fold"]
             hits["reliability"].append(one.low <= reliable / (reliable + world.seed_sd**2) <= one.high)
         sure = [claim for claim in weighed(table, across, found.metric) if claim.sure]
         false += any(is_false(world, claim, exact[claim.outcome]) for claim in sure)
-        turning = [claim for claim in sure if claim.outcome == "fold" and (claim.setting, claim.other) in world.crossed]
-        flips += any(claim.kind == "flip" for claim in turning)
-        crossed = {name for both in world.crossed for name in both}
-        means += any(c.kind == "effect" and c.setting in crossed and c.outcome == "fold" for c in sure)
+        flips += any(claim.kind == "flip" and claim.outcome == "fold" for claim in sure)
+        means += any(claim.kind == "effect" and claim.outcome == "fold" and claim.setting in turning for claim in sure)
     covered = {name: float(np.mean(found)) if found else None for name, found in hits.items()}
     return Verdict(draws, covered, false / draws, flips / draws, means / draws)
 

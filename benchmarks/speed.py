@@ -225,7 +225,7 @@ def clusters(case: Case) -> None:
 
 def nine_networks(case: Case, method: str) -> dict[str, Any]:
     """All of `compressions`: choice, smaller networks, errors, parameters, MACs."""
-    made = compressions(case.model, case.example, method, RATIOS, groups=case.groups)
+    made = compressions(case.model, case.example, method, RATIOS, groups=case.groups, certify=False)
     # `map` frees each network before the next is made: two large ones may not fit into memory.
     return {"parameters": list(map(lambda smaller: smaller.report.params_after, made))}
 

@@ -7,8 +7,6 @@ task=, classification of every kind. Training is bit for bit what it is without 
 compressed, and the random state, the modes, the optimizer, the metrics and the global step are left as they are.
 """
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,10 @@ from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.measure import Entry, Host, Inputs, chains, measure
-from pipeline.results import DENSE, Row, RowStore, code_version, foldability, side, table
+from pipeline.results import Row, RowStore, code_version
+from pipeline.study.logged import ROWS_TABLE, epoch_numbers
 from pipeline.tables import UserError
-from pipeline.tasks import METRICS, Task
+from pipeline.tasks import Task
 
 
 class CompressionCallback(NetworkCallback):
@@ -46,6 +45,10 @@ class CompressionCallback(NetworkCallback):
     parts: what is compressed: "hidden" channels, "residual" streams, the "width" of attention heads, or whole heads
         ("head"); a method's own options may name other parts
     predict: foretell on synthetic pictures how well every network will do: the `fidelity` of its rows (see predict.py)
+    sharpness: measure how fast the loss rises when weights move, on training samples, which `repair_data` gives: True
+        or options of `pipeline.sharpness.Sharpness`; None: not
+    corruptions: also evaluate on corrupted pictures: {"names": [...], "mean": [...], "std": [...]}, where mean and std
+        are those that pictures are normalised by (see `pipeline.data.corruptions`); None: not
     network: attribute of the LightningModule that holds the network, dots allowed
     task: what a batch is and what is measured on it; None: classification of the kind that the first batch shows
     eval_data: Dataset, loader or batches to measure on; None: what the Trainer validates on, as it validates
@@ -59,8 +62,9 @@ class CompressionCallback(NetworkCallback):
         the file
 
     Logs `compress/{method}/r{ratio}/acc_{stage}`, `compress/dense/acc`, `foldability/{method}_{stage}` (area under the
-    accuracy-over-ratio curve) and `foldability/gap_{stage}` (best folding minus best pruning); another task's headline
-    metric takes the place of "acc". A test run (`trainer.test`) measures on the test set in the same way, under
+    accuracy-over-ratio curve), `foldability/folding_{stage}` and `foldability/pruning_{stage}` (the best of each side),
+    and `foldability/gap_{stage}` (folding minus pruning); another task's headline metric takes the place of "acc"
+    (`pipeline.study.logged` has all names). A test run (`trainer.test`) measures on the test set in the same way, under
     `compress_test/` and `foldability_test/`; further validation loaders log under `compress_val1/` and so on.
     A measurement that fails becomes a failed row and a NaN; training goes on. Beside a Lightning WeightAveraging
     callback (EMA) the averaged network is measured.
@@ -75,6 +79,8 @@ class CompressionCallback(NetworkCallback):
         round_to: int = 1,
         parts: Sequence[str] = DEFAULT_PARTS,
         predict: bool = False,
+        sharpness: Mapping[str, Any] | bool | None = None,
+        corruptions: Sequence[str] | Mapping[str, Any] | None = None,
         network: str = "net",
         task: Task | None = None,
         eval_data: Data | None = None,
@@ -87,7 +93,8 @@ class CompressionCallback(NetworkCallback):
         architecture: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        tree = chains(methods, ratios, stages, round_to, seed, parts, predict)
+        beside = {"sharpness": sharpness, "corruptions": corruptions}
+        tree = chains(methods, ratios, stages, round_to, seed, parts, predict, **beside)
         super().__init__(tree, task, network, eval_data, repair_data, repair_size, batch_size)
         if every_n_epochs < 0:
             raise UserError(f"every_n_epochs {every_n_epochs} must be at least 1, or 0 for test runs alone")
@@ -122,10 +129,10 @@ class CompressionCallback(NetworkCallback):
         self._run(trainer, pl_module, "test")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_table(trainer)
+        self._log_rows(trainer, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_table(trainer)
+        self._log_rows(trainer, "test")
 
     # --- measuring
 
@@ -137,7 +144,7 @@ class CompressionCallback(NetworkCallback):
         if trainer.is_global_zero:
             with self.once.instead(f"rows stay in memory: {self.store.path} cannot be written"):
                 self.store.write()
-        for name, value in summary(rows).items():
+        for name, value in epoch_numbers(rows).items():
             pl_module.log(name, value, rank_zero_only=False, sync_dist=False)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Row]:
@@ -169,6 +176,7 @@ class CompressionCallback(NetworkCallback):
                 "desc": f"Compressing ({split})",
                 "disable": own is None or own.is_disabled or not trainer.is_global_zero,
             },
+            self.save_to is not None,
         )
         fixed = {"epoch": epoch, "step": trainer.global_step, "version": code_version()}
         return measure(self._measured_net(trainer, pl_module, split), self.chains, host, {**self.context, **fixed})
@@ -194,44 +202,11 @@ class CompressionCallback(NetworkCallback):
             about = {**self.context, "epoch": epoch, "stage": entry.stage}
             save_compressed(compressed, path, about, architecture=self.architecture)
 
-    def _log_table(self, trainer: Trainer) -> None:
-        data = [list(row) for row in self.rows.iter_rows()]
-        for logger in trainer.loggers:
-            if data and trainer.is_global_zero and hasattr(logger, "log_table"):
-                with self.once.instead(f"{type(logger).__name__} did not take the table of rows"):
-                    logger.log_table("compress/rows", columns=self.rows.columns, data=data)
-
-
-def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """{name: number} that an epoch logs: the headline metric of every row, the areas, and the gaps."""
-    logged: dict[str, float] = {}
-    for split in dict.fromkeys(row.split for row in rows):
-        suffix = "" if split == "val" else f"_{re.sub('/', '', split)}"
-        found = summary_of_split([row for row in rows if row.split == split])
-        logged |= {name.replace("/", f"{suffix}/", 1): value for name, value in found.items()}
-    return logged
-
-
-def summary_of_split(rows: Sequence[Row]) -> dict[str, float]:
-    metric = METRICS[str(rows[0].metric)]
-    logged: dict[str, float] = {}
-    curves: dict[tuple[str, str], dict[float, float]] = {}
-    found = table(rows)
-    sides = {(stage, method): of for stage, method, of in found.select("stage", "method", side()).iter_rows()}
-    dense = math.nan
-    for row in rows:
-        value = math.nan if (known := getattr(row, metric.name)) is None else known
-        if row.method == DENSE:
-            dense = logged[f"compress/dense/{metric.name}"] = value
-        else:
-            logged[f"compress/{row.method}/r{row.ratio:g}/{metric.name}_{row.stage}"] = value
-            curves.setdefault((row.stage, row.method), {})[row.ratio] = value
-    for stage in dict.fromkeys(stage for stage, _ in curves):
-        areas = {method: foldability(dense, curve, metric) for (s, method), curve in curves.items() if s == stage}
-        logged.update({f"foldability/{method}_{stage}": area for method, area in areas.items()})
-        best = max if metric.higher_is_better else min
-        fold, prune = ([a for m, a in areas.items() if sides[stage, m] == of] for of in ("fold", "prune"))
-        if fold and prune:
-            gap = best(fold) - best(prune)
-            logged[f"foldability/gap_{stage}"] = gap if metric.higher_is_better else -gap
-    return logged
+    def _log_rows(self, trainer: Trainer, split: str) -> None:
+        """Hand the rows to loggers that take them, and a table of them to others that take tables."""
+        for logger in trainer.loggers if trainer.is_global_zero and len(self.rows) else ():
+            with self.once.instead(f"{type(logger).__name__} did not take the table of rows"):
+                if hasattr(logger, "log_rows"):
+                    logger.log_rows(self.rows, split)
+                elif hasattr(logger, "log_table"):
+                    logger.log_table(ROWS_TABLE, self.rows.columns, [list(row) for row in self.rows.iter_rows()])

@@ -45,6 +45,8 @@ class NetworkCallback(Callback):
     ) -> None:
         self.chains, self.network, self.asked = chains, network, task or Classification()
         self.eval_data, self.repair_data = eval_data, repair_data
+        if not isinstance(repair_size, int) or repair_size < 1:
+            raise UserError(f"repair_size {repair_size} must be a whole number of at least 1 sample")
         self.repair_size, self.batch_size = repair_size, batch_size
         self.traces, self.once = Traces(), Once(type(self).__name__)
         self._traced: Callable[[], nn.Module | None] = lambda: None

@@ -11,6 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pipeline.tables import UserError
+
 
 class EpochSeed(Callback):
     """Every epoch's randomness (shuffling, augmentation, dropout) follows from (seed, epoch, process) alone.
@@ -50,6 +52,8 @@ def latest_checkpoint(folder: str | Path, every_n_steps: int | None = None) -> l
 
     save_last=True with save_top_k=0 is not used, because it writes only when training has ended.
     """
+    if every_n_steps is not None and every_n_steps < 1:
+        raise UserError(f"save_every_n_steps {every_n_steps} must be at least 1, or null for never within an epoch")
     options: dict[str, Any] = {"filename": "last", "save_top_k": 1, "enable_version_counter": False}
     of_steps = [ModelCheckpoint(folder, every_n_train_steps=every_n_steps, **options)] if every_n_steps else []
     return [*of_steps, ModelCheckpoint(folder, save_on_train_epoch_end=True, **options)]

@@ -40,6 +40,9 @@ TUNED = "tuned"  # stage, in a saved file, of a network that was trained on afte
 REPORTS = {"groups": GroupReport, "layers": LayerReport}  # parts of the report that older checkpoints hold
 
 
+NO_AVERAGES = "shrink: averaged weights (EMA) keep their old shapes; train without optim.ema"
+
+
 class Shrink(NetworkCallback):
     """Compress the network itself at the start of some epochs; what follows trains the smaller one.
 
@@ -93,16 +96,12 @@ class Shrink(NetworkCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        last, epochs = max(self.ratios), trainer.max_epochs
-        if epochs is not None and 0 <= epochs <= last:
-            raise UserError(
-                f"shrink: the last of {len(self.ratios)} steps comes after {last} epochs, and training has {epochs}; "
-                "train for more epochs, or lower steps, after or every_n_epochs"
-            )
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            check_steps(self.ratios, trainer.max_epochs)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise UserError("shrink: forked or spawned processes cannot give back a network of another size; use 'ddp'")
         if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
-            raise UserError("shrink: averaged weights (EMA) keep their old shapes; train without optim.ema")
+            raise UserError(NO_AVERAGES)
         if hasattr(self._net(pl_module), "_orig_mod"):
             raise UserError("shrink: a network of torch.compile was compiled for its old shapes; train it as it is")
 
@@ -210,6 +209,15 @@ def ratios_of_steps(ratio: float, after: int, steps: int, every_n_epochs: int) -
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 < ratio < 1")
     return {after + i * every_n_epochs: 1 - (1 - ratio) ** ((i + 1) / steps) for i in range(steps)}
+
+
+def check_steps(ratios: Mapping[int, float], epochs: int) -> None:
+    """UserError where the last of the steps, as `ratios_of_steps` gives them, comes when training is over."""
+    if epochs <= (last := max(ratios)):
+        raise UserError(
+            f"shrink: the last of {len(ratios)} steps comes after {last} epochs, and training has {epochs}; "
+            "train for more epochs, or lower steps, after or every_n_epochs"
+        )
 
 
 def follow_(

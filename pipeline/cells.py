@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 
 from pipeline.tables import UserError, first_line
 
-STATES = ("done", "running", "failed", "broken")  # broken: begun, and its process is gone
+# interrupted: a signal stopped it; broken: begun, and its process is gone
+STATES = ("done", "running", "interrupted", "failed", "broken")
 RECORD = "cell.json"
 LOCK = ".lock"
 
@@ -58,7 +59,8 @@ def is_held(folder: Path) -> bool:
 def write_record(folder: Path, config: Mapping[str, Any], state: str, reason: str = "", seconds: float = 0.0) -> None:
     """Write how far the cell is. The file is replaced whole, so that a kill never leaves half of it.
 
-    state: "running" (which reads as "broken" once nobody holds the cell), "done" or "failed"; seconds: of work so far
+    state: "running" (which reads as "broken" once nobody holds the cell), "done", "interrupted" or "failed"
+    seconds: of work so far
     """
     record = {"state": state, "reason": reason, "seconds": round(seconds, 3), "config": config}
     part = folder / f"{RECORD}.part"

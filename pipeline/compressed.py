@@ -17,14 +17,18 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises UserError as `load_compressed` does, and for a file that does not say its architecture.
     """
+    return load_compressed(path, full_size(path))
+
+
+def full_size(path: str | Path) -> nn.Module:
+    """The network at full size that a file names, with fresh weights, in eval mode. UserError where it names none."""
     architecture = read_manifest(path)["architecture"]
     if "name" not in architecture:
         raise UserError(f"{path} does not say its architecture; build it and call load_compressed(path, model)")
     if "pretrained" in inspect.signature(pick("model", MODELS, architecture["name"])).parameters:
         architecture["pretrained"] = None  # the weights are those in the file
     with torch.random.fork_rng(devices=[]):
-        model = call(f"the architecture in {path}", build_model, **architecture)
-    return load_compressed(path, model.eval())
+        return call(f"the architecture in {path}", build_model, **architecture).eval()
 
 
 def load_as(path: str | Path, name: str, model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compression.calibrate.repair import kept_modes
-from pipeline.compression.trace.graph import call_arguments
+from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.tasks import Task
 
 
@@ -41,6 +41,14 @@ def settle(model: nn.Module, task: Task, batch: Any) -> Task:
     """The task, settled on this batch: it measures all batches like it. UserError where it cannot."""
     with evaluating(model):
         return task.settled(outputs(model, task, batch), batch)
+
+
+@torch.no_grad()
+def output_on(model: nn.Module, example: Example) -> Any:
+    """The output of the model in eval mode for these arguments."""
+    args, kwargs = call_arguments(example)
+    with evaluating(model):
+        return model(*args, **kwargs)
 
 
 def outputs(model: nn.Module, task: Task, batch: Any) -> Any:

@@ -79,21 +79,27 @@ def need_onnx() -> None:
             raise UserError(f"ONNX needs {name}: pip install 'foldability[onnx]'")
 
 
-def onnx_session(path: Path) -> Any:
-    """An onnxruntime.InferenceSession on the CPU, with as many threads as torch has."""
+def onnx_session(file: Path | bytes) -> Any:
+    """An onnxruntime.InferenceSession of a file or its content, on the CPU, with as many threads as torch has."""
     import onnxruntime  # optional, and slow to import
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def onnx_inputs(session: Any, example: Example) -> dict[str, Any]:
     """{the session's name for it: NumPy array} of every tensor of `example`, in the same order."""
+    return onnx_feed(session, call_arguments(example))[0]
+
+
+def onnx_feed(session: Any, arguments: Any) -> tuple[dict[str, Any], torch.device]:
+    """({the session's name for it: NumPy array} of every tensor among (args, kwargs), in this order; their device)"""
     names = [given.name for given in session.get_inputs()]
-    tensors = [leaf for leaf in tree_leaves(call_arguments(example)) if isinstance(leaf, Tensor)]
-    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+    return feed, tensors[0].device
 
 
 def batch_of(example: Example, size: int, seed: int = 0) -> Example:

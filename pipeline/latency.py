@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.compression.checkpoint import stored_tensors
+from pipeline.compression.checkpoint import stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
+from pipeline.onnx_network import OnnxNetwork
 from pipeline.tables import UserError, one_line, pick
 
 Run = Callable[[], Any]  # one forward pass on one batch
@@ -33,7 +34,7 @@ class Profile:
     median, low, high: median and quartiles of the time of one pass, over `repeats` passes
     memory: at the peak of a pass (see `peak_memory`); None where the runtime hides it
     params, macs: of the network, macs for one sample; size: of its weights and buffers, which is that of its
-        safetensors file without the header
+        safetensors file without the header, where quantized weights are packed
     speedup: how many times as fast as the network that it was timed beside: the median over pairs of passes that follow
         each other, so that other load on the machine slows both; NaN where it was timed alone
     reason: why there are no times (NaN), if there are none
@@ -54,11 +55,19 @@ class Profile:
 
 
 def eager(network: nn.Module, example: Example) -> Callable[[Example], Run]:
+    need_module(network)
+
     def bind(inputs: Example) -> Run:
         args, kwargs = call_arguments(inputs)
         return lambda: network(*args, **kwargs)
 
     return bind
+
+
+def need_module(network: nn.Module) -> None:
+    """Raise UserError for a network that torch does not compute."""
+    if isinstance(network, OnnxNetwork):
+        raise UserError("the network is an ONNX file; choose the runtime onnx")
 
 
 def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
@@ -67,25 +76,31 @@ def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
     Otherwise torch counts the networks of one class as recompilations of one forward, and after some of them it gives
     up and runs the next one eagerly.
     """
+    need_module(network)
     torch.compiler.reset()
     return eager(torch.compile(network, dynamic=False), example)
 
 
 def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
-    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    """ONNX Runtime on the CPU, with as many threads as torch has; a network that is an ONNX file runs as it is."""
     device = device_of(network)
     if device.type != "cpu":
         raise UserError(f"ONNX Runtime is measured on the CPU, and the network is on {device}; move it to compare")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        export_onnx(network, example, path)
-        session = onnx_session(path)
+    session = network.session if isinstance(network, OnnxNetwork) else exported(network, example)
 
     def bind(inputs: Example) -> Run:
         arrays = onnx_inputs(session, inputs)
         return lambda: session.run(None, arrays)
 
     return bind
+
+
+def exported(network: nn.Module, example: Example) -> Any:
+    """An ONNX Runtime session of a network."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export_onnx(network, example, path)
+        return onnx_session(path)
 
 
 # (network, example of any batch size) -> (batch -> a forward pass on it)
@@ -121,9 +136,9 @@ def profile(
     networks = [bare_copy(each).eval() for each in (model, beside) if each is not None]
     network = networks[0]
     sizes = {
-        "params": parameters(network),
-        "macs": macs(network, batch_of(example, 1)),
-        "size": sum(t.numel() * t.element_size() for t in stored_tensors(network)[0].values()),
+        "params": network.params if isinstance(network, OnnxNetwork) else parameters(network),
+        "macs": network.macs if isinstance(network, OnnxNetwork) else macs(network, batch_of(example, 1)),
+        "size": stored_size(network),
     }
     found = []
     for name in runtimes:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from pipeline.compression import Compressed, Recipe
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.choose.layers import other_units
-from pipeline.compression.compress import check_finite, check_groups, check_ratios, protected
+from pipeline.compression.compress import check_finite, check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
@@ -29,8 +29,11 @@ from pipeline.compression.plan import history
 from pipeline.compression.recipe import Calibration, about, recipes
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example
+from pipeline.data.corruptions import Corruptions, corrupted
+from pipeline.data.corruptions import corruptions as corruptions_of
 from pipeline.evaluate import evaluate
 from pipeline.results import DENSE, Row
+from pipeline.sharpness import Sharpness, asked_for, sharpness
 from pipeline.stages import (
     TAILS,
     Chain,
@@ -45,7 +48,7 @@ from pipeline.stages import (
     parse_tail,
 )
 from pipeline.stages.compress import needs
-from pipeline.tables import UserError, one_line
+from pipeline.tables import UserError, call, one_line
 from pipeline.tasks.task import Batch, Task
 
 
@@ -74,6 +77,7 @@ class Chains:
 
     recipes: {label in the rows: recipe}. stages: names of TAILS, or chains spelled out. seed: for methods that draw.
     predict: foretell on synthetic pictures how well every network will do (see predict.py).
+    sharpness, corruptions: measured of every network beside the metrics of the task; None: not.
     """
 
     recipes: Mapping[str, Recipe]
@@ -81,11 +85,14 @@ class Chains:
     stages: tuple[str, ...]
     seed: int = 0
     predict: bool = False
+    sharpness: Sharpness | None = None
+    corruptions: Corruptions | None = None
 
     @property
     def needs(self) -> frozenset[str]:
         """Those of stages.NEEDS that the chains draw on: training samples, and their labels."""
-        return frozenset().union(*map(needs, self.recipes.values()), *map(needed, self.stages))
+        labelled = frozenset({"labels"} if self.sharpness else ())
+        return labelled.union(*map(needs, self.recipes.values()), *map(needed, self.stages))
 
     def entries(self, net: nn.Module) -> list[Entry]:
         """The entries to measure, in the order of the rows; stages that the network has nothing for are left out."""
@@ -102,6 +109,7 @@ def chains(
     seed: int = 0,
     parts: Sequence[str] = DEFAULT_PARTS,
     predict: bool = False,
+    **more: Any,
 ) -> Chains:
     """The chains of methods x ratios x stages.
 
@@ -109,6 +117,8 @@ def chains(
     ratios: fractions of channels to remove (masks: of weights), 0 <= r < 1
     stages: names of TAILS, or chains behind a compression ("repair > tune_norms(lr=0.01)")
     round_to, parts: for recipes that do not set their own; masks take neither
+    more: sharpness, options of pipeline.sharpness.Sharpness; corruptions, names of pipeline.data.corruptions, or
+        options of its Corruptions; None: neither is measured
 
     Raises UserError for names that are in no table and for options that contradict each other.
     """
@@ -119,13 +129,24 @@ def chains(
     if DENSE in found:
         raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
     check_ratios(ratios, round_to)
+    for name, values in {"methods": list(methods), "ratios": [*map(float, ratios)], "stages": list(stages)}.items():
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise UserError(f"{name} has {twice[0]} twice; leave one out")
     for stage in stages:
         parse_tail(stage)
     if not found or not ratios or not stages:
         raise UserError("compression needs at least one method, one ratio and one stage")
     named = [stage for stage in TAILS if stage in stages]
     ordered = (*named, *(stage for stage in dict.fromkeys(stages) if stage not in TAILS))
-    return Chains(found, tuple(sorted(set(map(float, ratios)))), ordered, seed, predict)
+    beside = call("compression", measured_beside, **more)
+    return Chains(found, tuple(sorted(map(float, ratios))), ordered, seed, predict, **beside)
+
+
+def measured_beside(
+    sharpness: Mapping[str, Any] | bool | None = None, corruptions: Sequence[str] | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of Chains that say what is measured beside the metrics."""
+    return {"sharpness": asked_for(sharpness), "corruptions": corruptions_of(corruptions)}
 
 
 class Once:
@@ -168,7 +189,7 @@ class Host:
     splits: those that `inputs` will have. traces: of the architecture, kept from one network to the next.
     forward: context of every forward pass (autocast). bar: options of tqdm; None: no progress bar.
     total: adds up (rows, sums) over processes, called once; every process must measure alike.
-    done: called with every network that was measured.
+    done: called with every network that was measured. certify: whether it keeps any, which then need certificates.
     """
 
     task: Task
@@ -181,6 +202,7 @@ class Host:
     total: Callable[[Tensor], Tensor] = lambda sums: sums
     done: Callable[[Entry, Compressed], None] = lambda entry, compressed: None
     bar: Mapping[str, Any] | None = None
+    certify: bool = False
 
 
 @dataclass
@@ -198,11 +220,17 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
     """
     chains.entries(net)
     for recipe in chains.recipes.values():
-        if recipe.kind != "mask":
-            groups = traces.of(net, example, recipe.scope.parts)
-            check_groups(net, groups)
-            other_units(net, groups, recipe.scope.units)
-            protected(groups, recipe.sizes.protect)
+        check_recipe(recipe, net, example, traces)
+
+
+def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:
+    """UserError where the network has nothing that the recipe could compress."""
+    if recipe.kind != "mask":
+        groups = traces.of(net, example, recipe.scope.parts)
+        check_groups(net, groups)
+        check_round_to(groups, recipe.sizes.round_to)
+        other_units(net, groups, recipe.scope.units)
+        protected(groups, recipe.sizes.protect)
 
 
 def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, Any]) -> list[Row]:
@@ -215,22 +243,27 @@ def measure(live: nn.Module, chains: Chains, host: Host, context: Mapping[str, A
     found: dict[Entry, Found] = {}
     with or_fail(found, entries, "measurement", host.once):
         given = host.inputs()  # before anything can fail: processes may have to agree on it
+        evaluating = partial(evaluated, chains, given, host)
         net = bare_copy(live).eval().to(host.device)
-        supplies = Supplies(net, given.example, host.task, given.training, chains.seed, host.traces, host.forward)
-        measure_dense(supplies, given, host, entries, found)
-        measure_chains(chains, supplies, given, host, entries[1:], found)
-    return as_rows(entries, found, host, facts(chains, live, entries), context)
+        shared = {"seed": chains.seed, "traces": host.traces, "forward": host.forward, "certify": host.certify}
+        supplies = Supplies(net, given.example, host.task, given.training, **shared)
+        measure_dense(supplies, evaluating, host, entries, found)
+        measure_chains(chains, supplies, evaluating, host, entries[1:], found)
+    return as_rows(entries, found, host, facts(chains, live, entries), context, chains.corruptions is not None)
+
+
+Evaluate = Callable[..., "Found"]  # (network, values of its row, check=False) -> what was found, see `evaluated`
 
 
 def measure_dense(
-    supplies: Supplies, given: Inputs, host: Host, entries: Sequence[Entry], found: dict[Entry, Found]
+    supplies: Supplies, evaluating: Evaluate, host: Host, entries: Sequence[Entry], found: dict[Entry, Found]
 ) -> None:
     """The row of the uncompressed network. The task checks every batch here; one that it refuses fails all entries."""
     values: dict[str, Any] = {"error": 0.0, "params": parameters(supplies.dense)}
     with or_fail(found, entries[:1], str(entries[0]), host.once, values):
         values["macs"] = macs(supplies.dense, supplies.example, supplies.traces.counted)
         try:
-            found[entries[0]] = evaluated(supplies.dense, given, host, values, check=True)
+            found[entries[0]] = evaluating(supplies.dense, values, check=True)
         except UserError as refused:
             found |= {entry: Found({"reason": one_line(refused)}) for entry in entries[1:]}
             raise
@@ -239,7 +272,7 @@ def measure_dense(
 def measure_chains(
     chains: Chains,
     supplies: Supplies,
-    given: Inputs,
+    evaluating: Evaluate,
     host: Host,
     entries: Sequence[Entry],
     found: dict[Entry, Found],
@@ -249,7 +282,7 @@ def measure_chains(
     def measure_state(state: State, own: Sequence[Entry]) -> None:
         followed, said = Followed(state, supplies), cache(partial(numbers, judged))
         for entry in own:
-            measure_entry(entry, followed, given, host, said, found)
+            measure_entry(entry, followed, evaluating, host, said, found)
 
     count = len(chains.recipes) * len(chains.ratios)
     with tqdm(total=count, leave=False, dynamic_ncols=True, **(host.bar or {"disable": True})) as bar:
@@ -272,7 +305,7 @@ def measure_chains(
 def measure_entry(
     entry: Entry,
     followed: Followed,
-    given: Inputs,
+    evaluating: Evaluate,
     host: Host,
     said: Callable[[State], Mapping[str, Any]],
     found: dict[Entry, Found],
@@ -283,7 +316,7 @@ def measure_entry(
         tail = fitting(entry.stage, followed.supplies.dense) or ()
         values |= said(followed.state(until_compressed(tail)))
         state = followed.state(tail)
-        found[entry] = evaluated(state.model, given, host, {**values, "seconds": state.seconds})
+        found[entry] = evaluating(state.model, {**values, "seconds": state.seconds})
         assert state.report is not None
         host.done(entry, Compressed(state.model, state.report))
 
@@ -309,13 +342,45 @@ def until_compressed(tail: Chain) -> Chain:
     return tail[: max((i + 1 for i, stage in enumerate(tail) if isinstance(stage, Compress)), default=0)]
 
 
-def evaluated(model: nn.Module, given: Inputs, host: Host, values: Mapping[str, Any], check: bool = False) -> Found:
-    """Evaluate the model on every split. check: let the task check every batch, see `evaluate`."""
+def evaluated(
+    chains: Chains, given: Inputs, host: Host, model: nn.Module, values: Mapping[str, Any], check: bool = False
+) -> Found:
+    """Evaluate the model on every split. check: let the task check every batch, see `evaluate`.
+
+    The seconds of the row are those of the task's metrics, so that they do not depend on what is measured beside them.
+    """
     start = time.perf_counter()
     with host.forward():
         check_finite(named_tensors(model))
         totals = {split: evaluate(model, host.task, batches, check) for split, batches in given.batches.items()}
-    return Found({**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}, totals)
+    found = {**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}
+    return Found(
+        found | sharpness_of(chains, given, host, model), totals | corrupted_totals(chains, given, host, model)
+    )
+
+
+def sharpness_of(chains: Chains, given: Inputs, host: Host, model: nn.Module) -> dict[str, float]:
+    """The sharpness that the chains ask for; {} where it cannot be measured. Outside of autocast, as it is a small
+    difference of losses."""
+    if chains.sharpness is not None:
+        with host.once.instead("sharpness cannot be measured"):
+            return sharpness(model, host.task, given.training, chains.sharpness)
+    return {}
+
+
+def corrupted_totals(chains: Chains, given: Inputs, host: Host, model: nn.Module) -> dict[str, Tensor | None]:
+    """{name of a split in corruption: the task's sums over all corruptions}; {} where it cannot be measured."""
+    if chains.corruptions is not None:
+        with host.once.instead("corruptions cannot be measured"), host.forward():
+            return {
+                in_corruption(split): evaluate(model, host.task, corrupted(batches, chains.corruptions, chains.seed))
+                for split, batches in given.batches.items()
+            }
+    return {}
+
+
+def in_corruption(split: str) -> str:
+    return f"{split} corrupted"
 
 
 @contextmanager
@@ -356,8 +421,12 @@ def as_rows(
     host: Host,
     facts: Mapping[Entry, Mapping[str, str]],
     context: Mapping[str, Any],
+    corrupted: bool = False,
 ) -> list[Row]:
-    """Add up the shares of all processes and make the rows, the first split first."""
+    """Add up the shares of all processes and make the rows, the first split first.
+
+    corrupted: whether there are sums on corrupted pictures, which become a column.
+    """
     missing = torch.full((host.task.size,), math.nan, dtype=torch.float64)
     nothing = torch.zeros(host.task.size, dtype=torch.float64)
 
@@ -365,14 +434,19 @@ def as_rows(
         totals = found[entry].totals
         if totals is None:
             return missing
-        return nothing if (sums := totals.get(split)) is None else sums
+        return (missing if split not in totals else nothing) if (sums := totals.get(split)) is None else sums
 
     places = [(split, entry) for split in host.splits for entry in entries]
-    sums = host.total(torch.stack([share(entry, split) for split, entry in places]))
+    beside = [(in_corruption(split), entry) for split, entry in places if corrupted]
+    sums = host.total(torch.stack([share(entry, split) for split, entry in (*places, *beside)]))
+    corruption = [host.task.values(total)[host.task.metrics[0]] for total in sums[len(places) :]] or [None] * len(
+        places
+    )
     rows = []
-    for (split, entry), total in zip(places, sums, strict=True):
+    for (split, entry), total, value in zip(places, sums[: len(places)], corruption, strict=True):
+        known = {} if value is None or math.isnan(value) else {"corrupted": value}
         fixed = {"task": host.task.name, "metric": host.task.metrics[0], "split": split}
-        values = {**context, **fixed, **facts[entry], **found[entry].values, **entry._asdict()}
+        values = {**context, **fixed, **facts[entry], **found[entry].values, **entry._asdict(), **known}
         rows.append(as_row(host.task, total, values))
     return rows
 

@@ -44,6 +44,9 @@ class Row:
         seconds: to compress, repair and evaluate
     fidelity: foretold on synthetic pictures, before later stages: how alike the compressed and the dense network
         answer, 0 ... 1 (see compression.calibrate.predict); None: not asked for
+    sharpness_sam, sharpness_l2, sharpness_linf, hessian_top: how fast the loss rises when weights move (see
+        pipeline.sharpness), and corrupted: the headline metric on corrupted pictures (see pipeline.data.corruptions);
+        None: not asked for
     status: ok or failed; reason: why it failed; version: of this code
     task, metric: what was measured, and which of the metrics is the headline
     kind: what became of channels: fold, prune, mix, mask, auto; dense: nothing
@@ -51,6 +54,8 @@ class Row:
         the parts or units that were compressed
     statistics: what BatchNorm statistics were re-estimated on: none, weights, synthetic or data
     chain: every stage that the network went through, spelled out (see pipeline.stages.chain)
+    bytes: of the network's file; unlabelled, labelled: training samples that its stages looked at, where one counts
+        each time that it is trained on. None in rows that no run of chains measured
     """
 
     cell: str
@@ -87,6 +92,14 @@ class Row:
     scope: str | None = None
     statistics: str | None = None
     chain: str | None = None
+    bytes: int | None = None
+    unlabelled: int | None = None
+    labelled: int | None = None
+    sharpness_sam: float | None = None
+    sharpness_l2: float | None = None
+    sharpness_linf: float | None = None
+    hessian_top: float | None = None
+    corrupted: float | None = None
 
 
 _POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}
@@ -160,7 +173,7 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except FileNotFoundError:  # the cell has measured nothing yet
+    except (FileNotFoundError, NotADirectoryError):  # nothing measured yet, or the sweep is one file of rows
         return None
     except OSError as error:
         warn(f"{path} cannot be read ({first_line(error)})")

@@ -12,30 +12,36 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks import CompressionCallback, EpochSeed, Shrink, Throughput
-from callbacks.progress import CompressionProgressBar
+from callbacks.progress import progress
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
-from callbacks.shrink import TUNED, ratios_of_steps
+from callbacks.shrink import NO_AVERAGES, TUNED, check_steps, ratios_of_steps
 from pipeline.cells import flat
 from pipeline.compressed import load_as
 from pipeline.compression.checkpoint import is_compressed, source_of
 from pipeline.data import DATASETS
+from pipeline.data.corruptions import corruptions
 from pipeline.data.module import module_of
 from pipeline.data.picture_set import DataSource, PictureSet
-from pipeline.loggers import WANDB_MODES, wandb_logger
+from pipeline.loggers import WANDB_MODES, check_login, wandb_logger
 from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
+from pipeline.optim import build_schedule
 from pipeline.results import ROWS
+from pipeline.sharpness import asked_for
 from pipeline.tables import UserError, call, first_line, pick
 from pipeline.tasks import TASKS, USUAL, Task
 from pipeline.training import Training
+from scripts.labels import label_of
+from scripts.stop import check_processes
 
 Config = dict[str, Any]
 
@@ -59,23 +65,48 @@ def check(config: Config) -> None:
             raise UserError(f"{key} {value} must be a whole number of at least {least}")
     if not re.fullmatch(r"[\w.-]+", str(config["name"])):
         raise UserError(f"name {config['name']!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
-    pick("wandb.mode", dict.fromkeys(WANDB_MODES), values.get("wandb.mode", "auto"))
+    if "trainer" in config:
+        trainer = config["trainer"]
+        check_processes(trainer["accelerator"], trainer["devices"], torch.cuda.is_available())
+    mode = values.get("wandb.mode", "auto")
+    pick("wandb.mode", dict.fromkeys(WANDB_MODES), mode)
+    check_login(mode)
+    if values.get("wandb.artifacts") and not values["compression.save"] and values["shrink.method"] is None:
+        raise UserError(
+            "wandb.artifacts=true uploads the smaller networks that a run keeps, and this one keeps none; add "
+            "compression.save=true"
+        )
+    asked_for((config.get("compression") or {}).get("sharpness"))  # {} has no name in the hash of the cell
 
 
 # Settings that are younger than cells that people have, with the values at which they change nothing: a cell's name
 # leaves them out there.
-AT_REST: dict[str, tuple[Any, ...]] = {"task.name": (None,), "compile": (False,), "optim.decay": ("all",)}
+AT_REST: dict[str, tuple[Any, ...]] = {
+    "task.name": (None,),
+    "compile": (False,),
+    "optim.decay": ("all",),
+    "checkpoint_prefix": (None,),
+    "compression.sharpness": (None, False),
+    "compression.corruptions": (None,),
+}
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
+# Chains run behind a training or on a checkpoint, and their stages have names of their own.
 WHERE = (
     "paths wandb device named save_every_n_steps data.root data.workers data.download data.cache trainer.accelerator "
-    "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps"
+    "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps chain chains teachers"
 ).split()
+
+
+def recipe_of(config: Config) -> str:
+    """Name that the cells of one recipe share: of a config without its seed."""
+    return cell_of(without(config, "seed"))
 
 
 def cell_of(config: Config) -> str:
     """Name of the run, with a hash of every setting that changes its results: those of WHERE do not."""
-    what = {key: value for key, value in flat(config).items() if not under(key, WHERE)}
+    where = [*WHERE, *["profile"] * ("trainer" in config)]  # a training times the networks of its chains alone
+    what = {key: value for key, value in flat(config).items() if not under(key, where)}
     source = DATASETS.get(config["data"]["name"])
     usual = {**AT_REST, "task.name": (None, source and USUAL[module_of(config["data"]["name"]).kind])}
     what = {key: value for key, value in what.items() if value not in usual.get(key, ())}
@@ -203,7 +234,7 @@ def build_net(config: Config, data: LightningDataModule, tell: bool = False) -> 
     if path is not None and is_compressed(path):
         return load_as(path, model["name"], net)
     if path is not None:
-        left_out = load_into(net, read_state(path), path)
+        left_out = load_into(net, read_state(path), path, config.get("checkpoint_prefix"))
         if left_out and tell:
             names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
             print(f"{len(left_out)} tensors of {path} are no part of the network and left out: {names}")
@@ -238,12 +269,26 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
         restarts=restarts,
         **loss,
     )
-    task.build_optimizer()  # a trial, so that wrong options are refused before training starts
+    check_training(config, task)
+    norms = [name for name, module in task.net.named_modules() if isinstance(module, _BatchNorm)]
+    if norms and config["data"]["batch_size"] == 1:
+        raise UserError(f"data.batch_size 1 gives BatchNorm ({norms[0]}) nothing to normalise over; take 2 or more")
     return task
 
 
+def compression_options(config: Config, data: LightningDataModule) -> Config:
+    """The settings of compression; corruptions also know how the pictures of the data are normalised."""
+    options = config["compression"]
+    if (asked := corruptions(options["corruptions"])) is None:
+        return options
+    if data.kind != "pictures":
+        raise UserError(f"compression.corruptions are of pictures, and the data are {data.unit}; set it to null")
+    known = {key: data.preparation()[key] for key in ("mean", "std")}
+    return {**options, "corruptions": {"names": list(asked.names), "severity": asked.severity, **known}}
+
+
 def build_compression(config: Config, cell: str, folder: Path, data: LightningDataModule) -> CompressionCallback:
-    options = without(config["compression"], "save")
+    options = without(compression_options(config, data), "save")
     return call(
         "compression",
         CompressionCallback,
@@ -280,6 +325,9 @@ def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> lis
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
     options |= without(config["shrink"], "rewind")
+    check_steps(shrink_steps(config), config["trainer"]["max_epochs"])
+    if config["optim"]["ema"]:
+        raise UserError(NO_AVERAGES)
     file = Entry(options["method"], options["ratio"], TUNED).file
     shrink = call(
         "shrink",
@@ -319,9 +367,6 @@ def build_trainer(
     quiet: no progress bars, because those of many cells would overwrite each other
     """
     options = {**config["trainer"], "enable_progress_bar": config["trainer"]["enable_progress_bar"] and not quiet}
-    taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(options)
-    if taken:
-        raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
     callbacks: list[Callback] = [
         EpochSeed(config["seed"]),
         *more,
@@ -331,24 +376,38 @@ def build_trainer(
     callbacks += call("optim", averaging, ema=config["optim"]["ema"])
     if options["enable_progress_bar"]:
         middle = min(compression.chains.ratios, key=lambda ratio: abs(ratio - 0.5))
-        callbacks.append(CompressionProgressBar(list(compression.chains.recipes), middle))
-    wandb = config["wandb"]
+        callbacks.append(progress(list(compression.chains.recipes), middle))
+        options["enable_progress_bar"] = isinstance(callbacks[-1], ProgressBar)
+    label = label_of(config, recipe_of(config), WHERE)
     loggers = [
         CSVLogger(folder, name="metrics"),  # a folder version_<n> for every start, resumed ones too
-        wandb_logger(folder, wandb["project"], cell, config, wandb["mode"], group=config["name"]),
+        call("wandb", wandb_logger, folder, cell, config, label, **config["wandb"]),
     ]
+    return lightning_trainer(
+        **options,
+        default_root_dir=folder,
+        logger=[logger for logger in loggers if logger is not None],
+        callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
+    )
+
+
+def lightning_trainer(**options: Any) -> Trainer:
     try:
-        return call(
-            "trainer",
-            Trainer,
-            **options,
-            default_root_dir=folder,
-            logger=[logger for logger in loggers if logger is not None],
-            callbacks=callbacks,
-            plugins=[WholeCheckpointIO()],
-        )
-    except MisconfigurationException as error:
+        return call("trainer", Trainer, **options)
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # an accelerator whose library is not there
         raise UserError(f"trainer: {first_line(error)}") from error
+
+
+def check_training(config: Config, task: Training) -> None:
+    """UserError for settings that would otherwise be refused when the folder of the run is there already."""
+    taken = {"callbacks", "logger", "default_root_dir", "plugins"} & set(config["trainer"])
+    if taken:
+        raise UserError(f"trainer.{min(taken)} is set by the script; the callbacks of a run follow from its config")
+    call("optim", averaging, ema=config["optim"]["ema"])
+    latest_checkpoint(".", config["save_every_n_steps"])
+    build_schedule(task.build_optimizer(), 1000, config["optim"]["schedule"], task.restarts)
+    lightning_trainer(**{**config["trainer"], "logger": False, "enable_checkpointing": False})
 
 
 def averaging(ema: float) -> list[Callback]:

@@ -1,11 +1,11 @@
 """Runs one cell: skips it when it is done, holds it while it runs, and records how it ends."""
 
 import os
-import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from pipeline.compression.checkpoint import read_manifest
 from pipeline.results import ROWS, SPEED, headline, read, read_speeds
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_value, last_measurement
-from pipeline.study.terminal import print_speeds, print_table
+from pipeline.study.terminal import print_speeds, print_table, verdict
 from pipeline.tables import UserError, one_line
+from scripts.arguments import refuse
 from scripts.build import Config, cell_of, check, resolved
+from scripts.stop import Stopped
 from scripts.sweep import write_job
 
 # (config, the cell's folder, sweeping) -> the work to do. Building everything first refuses a wrong config early.
@@ -37,7 +39,7 @@ def launch(config: DictConfig, run: Callable[..., Any]) -> None:
     try:
         run(resolved(config))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
 
 def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
@@ -54,20 +56,31 @@ def in_sweep(config: DictConfig, run: Callable[..., Any]) -> None:
         write_job("", reason=one_line(error))
 
 
-def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = False) -> Path:
+def run_cell(
+    config: Config,
+    begin: Begin,
+    files: str = "",
+    sweeping: bool = False,
+    again: bool = False,
+    show: Callable[[Path, str], None] | None = None,
+) -> Path:
     """Run the cell of this config unless it is done, and show the result; returns the cell's folder.
 
     files: names of the files that the cell's folder holds beside rows, curves and config, for the last line shown
     sweeping: one cell of many: shows nothing, and a failure is recorded even if nothing was started
+    again: run a cell that is done, too, because its work finds out by itself what is left to do
+    show: shows the result of a folder; None: `show_rows`
     """
     check(config)
     folder = folder_of(config)
     record = read_record(folder)
-    if is_done(record):
+    show = show or show_rows
+    if is_done(record) and not again:
         if not sweeping:
             print(f"{folder.name} is done already; delete its folder to run it again")
             show(folder, files)
         return folder
+    check_writable(folder)
     start = time.perf_counter() - (record["seconds"] if record else 0.0)
     first = rank_zero_only.rank == 0
     try:
@@ -81,6 +94,10 @@ def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = Fal
                 write_record(folder, config, "done", seconds=time.perf_counter() - start)
                 if not sweeping:
                     show(folder, files)
+    except Stopped as stopped:
+        if first and folder.exists():
+            write_record(folder, config, "interrupted", f"stopped by {stopped}", time.perf_counter() - start)
+        raise
     except Exception as error:
         if (sweeping or folder.exists()) and not isinstance(error, Busy):
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +105,21 @@ def run_cell(config: Config, begin: Begin, files: str = "", sweeping: bool = Fal
             write_record(folder, config, "failed", one_line(error), time.perf_counter() - start)
         raise
     return folder
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where the folder of the runs cannot be made or written to; what is made to try it is taken away."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        with suppress(OSError):  # another cell of the sweep is in it by now
+            for path in made:
+                path.rmdir()
+    except OSError as error:
+        text = f"paths.runs {folder.parent} cannot be written to ({error.strerror})"
+        raise UserError(f"{text}; choose another folder: paths.runs=...") from error
 
 
 def folder_of(config: Config) -> Path:
@@ -98,7 +130,7 @@ def is_done(record: Mapping[str, Any] | None) -> bool:
     return record is not None and record["state"] == "done"
 
 
-def show(folder: Path, files: str) -> None:
+def show_rows(folder: Path, files: str) -> None:
     """Show the last measurement on the terminal and as a picture, and where the files are. files: as for `run_cell`."""
     rows = last_measurement(read(folder / ROWS))
     split, n, epoch = rows["split"][0], rows["n"].max(), rows["epoch"][0]
@@ -116,6 +148,8 @@ def show(folder: Path, files: str) -> None:
     print(f"{what} {'could not be measured' if dense is None else finely.text(dense)} on {samples}.")
     when = f", epoch {epoch}" if epoch else ""  # 0: a checkpoint whose epoch is unknown
     print_table(rows, f"{metric.heading} that compression leaves, {split} samples{when}")
+    if said := verdict(rows):
+        print(said)
     plot_curves(rows, folder / "curves.png", f"{rows['model'][0]} on {rows['data'][0]}: {samples}")
     print_speeds(read_speeds([folder / SPEED]))
     kept = sorted((folder / "compressed").rglob("*.safetensors"))

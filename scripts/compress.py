@@ -4,6 +4,7 @@ python -m scripts.compress checkpoint=net.pt model=resnet18 data=cifar10 data.ro
 python -m scripts.compress checkpoints='nets/**/*.pt' methods=[fold,l1,l2] ratios=[0.3,0.5] model=resnet18 \
     data.root=/data/cifar10 launcher=joblib
 python -m scripts.compress model=vit_b32 data=imagenet data.root=/data/imagenet    # a model with weights of its own
+python -m scripts.compress checkpoint=net.pt chain='mix+data@0.3 > repair > distil(epochs=5)' model=resnet18 ...
 
 A checkpoint is a file or a folder of Hugging Face; many are the cells of a sweep. methods=, ratios=, stages=, parts=
 and save= stand for compression.methods= and so on.
@@ -11,12 +12,10 @@ and save= stand for compression.methods= and so on.
 
 import glob
 import json
-import multiprocessing
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +29,6 @@ from lightning import LightningDataModule
 from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from pipeline.batches import Passes, sample
 from pipeline.cells import flat, read_record
@@ -39,7 +37,7 @@ from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import module_of
 from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program, need_onnx
-from pipeline.latency import RUNTIMES, profile
+from pipeline.latency import profile
 from pipeline.measure import Chains, Entry, Host, Inputs, Once, chains, measure, trace
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.models.huggingface_folder import export_huggingface
@@ -47,11 +45,13 @@ from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
 from pipeline.tasks.task import Batch
+from scripts.arguments import checked, quoted, refuse
 from scripts.build import (
     WHERE,
     Config,
     architecture_of,
     build_net,
+    compression_options,
     data_options,
     file_hash,
     load_data,
@@ -62,12 +62,24 @@ from scripts.build import (
     without_weights,
 )
 from scripts.cell import launch, run_cell
+from scripts.chain import (
+    BATCH_SIZES,
+    CHAINS,
+    Moved,
+    chains_in,
+    chosen_device,
+    prepared,
+    quoted_chains,
+    timing_options,
+)
+from scripts.chain import show as show_chains
+from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
 TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # settings that say how a run trained
-SHORT = ("methods", "ratios", "stages", "parts", "save")  # short for compression.methods, ...
-BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
+GRID = ("methods", "ratios", "stages", "parts", "save")  # settings of the grid that chains take the place of
+SHORT = GRID  # short for compression.methods, ...
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),
@@ -105,7 +117,25 @@ def run(config: Config, sweeping: bool = False) -> Path:
             f"model {config['model']['name']!r} has no trained weights; give them as checkpoint=FILE (or many as "
             "checkpoints='FOLDER/*.pt'), or take a model with model.pretrained"
         )
+    if chains_in(config):
+        return run_cell(only_chains(config), begin_chains, "", sweeping, True, lambda folder, _: show_chains(folder))
     return run_cell(config, begin, sweeping=sweeping)
+
+
+def only_chains(config: Config) -> Config:
+    """The config of a cell that runs chains: in place of methods, ratios and stages, which it would be named by."""
+    return {**config, "compression": {"repair_size": config["compression"]["repair_size"], "chains": True}}
+
+
+def begin_chains(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
+    lightning.seed_everything(config["seed"], verbose=False)
+    device = chosen_device(config["device"])
+    data = data_of(json.dumps(data_options(config)))
+    timing = call("profile", timing_options, **config["profile"], kind=data.kind, sweeping=sweeping)
+    net = build_net(config, data, tell=not sweeping).to(memory_format=torch.channels_last)
+    if not sweeping:
+        print(data.told(), flush=True)
+    return prepared(config, folder, data, net, device, timing, {"epoch": 0, "step": 0})
 
 
 def settings_of_run(checkpoint: str) -> Config:
@@ -139,9 +169,10 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     lightning.seed_everything(config["seed"], verbose=False)
     device = chosen_device(config["device"])
     exports = exporters(config["export"])
-    timing = call("profile", timing_options, **config["profile"], sweeping=sweeping)
     data = data_of(json.dumps(data_options(config)))
-    tree, traces = chains_of(json.dumps({key: config[key] for key in ("model", "compression", "data", "seed")}))
+    timing = call("profile", timing_options, **config["profile"], kind=data.kind, sweeping=sweeping)
+    what = {key: config[key] for key in ("model", "data", "seed")}
+    tree, traces = chains_of(json.dumps({**what, "compression": compression_options(config, data)}))
     repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
     trace(tree, net, data.example, traces)
@@ -179,7 +210,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
 
     def work() -> None:
         bar = {"desc": "Compressing", "disable": sweeping}
-        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar)
+        host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar, certify=bool(keep))
         with torch.no_grad():
             with once.instead("the uncompressed network cannot be timed"):
                 speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))
@@ -188,16 +219,6 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
         speeds.write(folder / SPEED)
 
     return work
-
-
-class Moved:
-    """A loader's batches on the device, fetched anew at every pass."""
-
-    def __init__(self, loader: DataLoader, move: Callable[[Batch], Batch]) -> None:
-        self.loader, self.move = loader, move
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.move, self.loader)
 
 
 class Speeds:
@@ -221,24 +242,6 @@ class Speeds:
             pl.DataFrame(self.lines, infer_schema_length=None).write_parquet(path)
 
 
-def timing_options(
-    runtimes: Sequence[str] | None, batch_sizes: Sequence[int], seconds: float, sweeping: bool
-) -> dict[str, Any]:
-    """Arguments of `profile`, checked before anything starts. runtimes: None: eager, and in a sweep none."""
-    if runtimes is None:
-        runtimes = [] if sweeping else ["eager"]
-    for name, values in {"runtimes": runtimes, "batch_sizes": batch_sizes}.items():
-        if isinstance(values, str | int):
-            raise UserError(f"profile.{name} must be a list, such as [{values}], got {values!r}")
-    for name in runtimes:
-        pick("runtime", RUNTIMES, name)
-    if "onnx" in runtimes:
-        need_onnx()
-    if min(batch_sizes, default=1) < 1:
-        raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
-    return {"runtimes": runtimes, "batch_sizes": batch_sizes, "seconds": seconds}
-
-
 def exporters(names: Sequence[str]) -> list[tuple[str, Callable[..., float]]]:
     if isinstance(names, str):
         raise UserError(f"export must be a list, such as [{names}], got {names!r}")
@@ -258,19 +261,6 @@ def wanted(save: bool | None, plan: Sequence[Entry], sweeping: bool) -> set[Entr
         method, stage = smaller[0].method, smaller[-1].stage
         smaller = [e for e in smaller if (e.method, e.stage) == (method, stage) and not sweeping]
     return set(smaller) if save is not False else set()
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device. auto: a GPU where there is one; joblib's workers, which are numbered and see all GPUs, take turns."""
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        worker = re.search(r"\d+$", multiprocessing.current_process().name)
-        return torch.device("cuda", int(worker[0]) % torch.cuda.device_count() if worker else 0)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise UserError(f"device {name!r} is not there ({one_line(error)}); use auto or cpu") from error
 
 
 def source(config: Config) -> dict[str, str]:
@@ -303,14 +293,19 @@ def expanded(arguments: list[str]) -> list[str]:
     """The command line for Hydra: `checkpoints=PATTERN` becomes a sweep over the files that the pattern finds, file
     names are quoted, and short names become full ones."""
     found: list[str] = []
+    names = [argument.partition("=")[0].removeprefix("compression.") for argument in arguments]
+    if set(names) & set(CHAINS) and (other := next((name for name in names if name in GRID), None)):
+        raise UserError(f"chains come in the place of methods, ratios and stages; leave {other}= out")
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name == "checkpoint" and value != "null":
             found.append(f"checkpoint={quoted(value)}")
+        elif name in CHAINS:
+            found += quoted_chains([argument])
         elif name == "checkpoints":
             files = sorted(filter(is_checkpoint, glob.glob(os.path.expanduser(value), recursive=True)))
             if not files:
-                sys.exit(f"error: no file matches {value}")
+                raise UserError(f"no file matches {value}")
             found = ["-m", *found, f"checkpoint={','.join(map(quoted, files))}"]
         else:
             found.append(f"compression.{argument}" if equals and name in SHORT else argument)
@@ -322,19 +317,17 @@ def is_checkpoint(path: str) -> bool:
     return os.path.isfile(path) or any(os.path.isfile(os.path.join(path, name)) for name in IN_FOLDER)
 
 
-def quoted(path: str) -> str:
-    """The path in quotes: Hydra would else read a name such as "lr=0.1,wd=0.pt" as settings."""
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def start(arguments: list[str]) -> Any:
-    check_launcher(arguments)
-    sys.argv[1:] = expanded(arguments)
-    return main()
+    try:
+        check_launcher(arguments)
+        sys.argv[1:] = checked(expanded(arguments), "compress")
+    except UserError as error:
+        refuse(error)
+    return run_stoppable(main)
 
 
 if __name__ == "__main__":
     # Imported by its module's name, so that a cluster's workers can import the function, too.
-    from scripts.compress import start
+    from scripts.cli import main as command
 
-    start(sys.argv[1:])
+    command(["compress", *sys.argv[1:]])

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from callbacks.progress import duration
 from pipeline.cells import read_record
 from pipeline.tables import UserError
 
@@ -29,12 +30,12 @@ SILENCE = 60.0  # seconds between two lines where no terminal can rewrite one
 
 
 def check_launcher(arguments: list[str]) -> None:
-    """Exit with the command that installs a missing launcher, before Hydra looks for its plugin."""
+    """UserError, with the command that installs it, for a launcher that is missing, before Hydra looks for it."""
     for argument in arguments:
         name = argument.removeprefix("launcher=")
         plugin = LAUNCHERS.get(name)
         if argument != name and plugin and not is_installed(plugin):
-            sys.exit(f"error: launcher {name!r} is not installed; pip install 'foldability[{name}]'")
+            raise UserError(f"launcher {name!r} is not installed; pip install 'foldability[{name}]'")
 
 
 def is_installed(plugin: str) -> bool:
@@ -144,7 +145,9 @@ def line(jobs: dict[str, dict[str, Any]], total: int) -> str:
     skipped = sum(job["skipped"] for job in jobs.values())
     left = total - len(jobs)
     text = f"{states['done']} of {total} done" + (f" ({skipped} before)" if skipped else "")
-    text += "".join(f", {states[state]} {state}" for state in ("running", "broken", "failed") if states[state])
+    text += "".join(
+        f", {states[state]} {state}" for state in ("running", "interrupted", "broken", "failed") if states[state]
+    )
     text += f", {left} left" if left else ""
     spent = [job["seconds"] for job in jobs.values() if job["state"] == "done" and not job["skipped"]]
     if spent and (left or states["running"]):
@@ -157,10 +160,3 @@ def story(job: dict[str, Any], swept: list[str]) -> str:
     what = f"done in {duration(job['seconds'])}" if job["state"] == "done" else f"failed: {job['reason']}"
     choice = [text for text in job["overrides"] if text.split("=")[0] in swept]
     return f"{job['cell']} {what}  {' '.join(choice)}"
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1 min 15 s"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

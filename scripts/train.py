@@ -2,26 +2,39 @@
 
 python -m scripts.train experiment=quickstart
 python -m scripts.train sweep=resnet18_adam_cifar10 launcher=ray
+python -m scripts.train experiment=quickstart chain='mix+data@0.3 > repair > distil(epochs=5)'
 """
 
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
 import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from torch import nn
 
+from callbacks.shrink import TUNED
+from pipeline.cells import held
+from pipeline.compression.copies import bare_copy
 from pipeline.loggers import close
-from pipeline.tables import one_line
+from pipeline.measure import trace
+from pipeline.results import ROWS, read
+from pipeline.stages import Traces
+from pipeline.study.summary import last_measurement
+from pipeline.tables import UserError, call, one_line
+from scripts.arguments import checked, refuse
 from scripts.build import (
     Config,
     build_compression,
     build_data,
+    build_net,
     build_shrink,
     build_task,
     build_throughput,
@@ -29,6 +42,9 @@ from scripts.build import (
     check_validation,
 )
 from scripts.cell import launch, run_cell
+from scripts.chain import chains_in, chosen_device, prepared, quoted_chains, timing_options
+from scripts.chain import show as show_chains
+from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 
 CHECKPOINT = "last.ckpt"
@@ -45,7 +61,33 @@ def run(config: Config, sweeping: bool = False) -> Path:
     A cell that is done is shown and not run again; a cell that was cut off goes on from its last epoch.
     """
     quiet()
-    return run_cell(config, begin, f", metrics/ and {CHECKPOINT}", sweeping)
+    chains = chains_in(config)  # a chain that is none is refused before the training
+    folder = run_cell(config, begin, f", metrics/ and {CHECKPOINT}", sweeping)
+    if chains and rank_zero_only.rank == 0:
+        with held(folder):
+            run_chains(config, folder, sweeping)
+        if not sweeping:
+            show_chains(folder)
+    return folder
+
+
+def run_chains(config: Config, folder: Path, sweeping: bool) -> None:
+    """The chains, from the network that the training in this folder left."""
+    smaller = next((folder / "compressed").glob(f"*-{TUNED}.safetensors"), None) if config["shrink"]["method"] else None
+    checkpoint = {**config, "checkpoint": str(smaller or folder / CHECKPOINT)}
+    data = build_data(config)
+    last = last_measurement(read(folder / ROWS))
+    place = {name: last[name][0] for name in ("epoch", "step")}
+    prepared_chains(checkpoint, folder, data, build_net(checkpoint, data), sweeping, place)()
+
+
+def prepared_chains(
+    config: Config, folder: Path, data: LightningDataModule, net: nn.Module, sweeping: bool, place: Mapping[str, int]
+) -> Callable[[], None]:
+    device = chosen_device("cpu" if config["trainer"]["accelerator"] == "cpu" else "auto")
+    timing = call("profile", timing_options, **config["profile"], kind=data.kind, sweeping=sweeping)
+    net = net.to(memory_format=torch.channels_last)
+    return prepared(config, folder, data, net, device, timing, place)
 
 
 def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
@@ -55,7 +97,11 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     task = build_task(config, data)
     check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
+    if config["compression"]["round_to"] > 1:  # at the start of the training it would be refused too late
+        trace(compression.chains, bare_copy(task.net).eval(), data.example, Traces())
     more = [*build_shrink(config, folder, data), *build_throughput(data)]
+    if chains_in(config):  # tried on the network as it is built, so that nothing is trained for a chain that fails
+        prepared_chains(config, folder, data, bare_copy(task.net), sweeping, {"epoch": 0, "step": 0})
 
     def train() -> None:
         trainer = build_trainer(config, folder.name, folder, compression, more, quiet=sweeping)
@@ -106,9 +152,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # a camera's mistake; the pixels are whole
 
 
+def start(arguments: list[str]) -> Any:
+    try:
+        check_launcher(arguments)
+        sys.argv[1:] = checked(quoted_chains(arguments), "train")
+    except UserError as error:
+        refuse(error)
+    return run_stoppable(main)
+
+
 if __name__ == "__main__":
     # Imported by its module's name, so that a cluster's workers can import the function, too.
-    from scripts.train import main
+    from scripts.cli import main as command
 
-    check_launcher(sys.argv)
-    main()
+    command(["train", *sys.argv[1:]])

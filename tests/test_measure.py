@@ -369,3 +369,48 @@ def test_smaller_networks_are_in_memory_at_one_ratio_alone(stages, monkeypatch):
     assert {row.status for row in rows} == {"ok"}
     again = any("@" in stage for stage in stages)
     assert alive == [0, 1] * 6 if again else alive == [0] * 6
+
+
+BESIDE = {
+    "sharpness": {"rho_linf": None, "hessian": False, "steps": 2},
+    "corruptions": {"names": ["contrast", "gaussian_noise"], "mean": [0.5] * 3, "std": [0.3] * 3},
+}
+
+
+def test_sharpness_and_corruptions_are_columns_beside_the_same_metrics():
+    net = build_model("resnet20", 4, 3)
+    plain, more = (
+        rows_of(chains(["fold"], [0.5], ["raw", "repaired"], **beside), net, batches=[EVERYTHING])
+        for beside in ({}, BESIDE)
+    )
+    for row, other in zip(plain, more, strict=True):
+        assert (row.sharpness_sam, row.sharpness_l2, row.corrupted) == (None, None, None)
+        assert (row.acc, row.loss, row.n, row.params) == (other.acc, other.loss, other.n, other.params)
+        assert other.sharpness_sam > 0
+        assert other.sharpness_l2 > 0
+        assert (other.sharpness_linf, other.hessian_top) == (None, None)
+        assert 0 <= other.corrupted <= 1
+    assert len({row.sharpness_sam for row in more}) == 3, "each is another network"
+
+
+def test_the_column_of_corruptions_is_the_mean_over_them():
+    net = build_model("resnet20", 4, 3)
+
+    def value(names):
+        asked = {**BESIDE["corruptions"], "names": names}
+        return rows_of(chains(["l1"], [0.5], corruptions=asked), net, batches=[EVERYTHING])[1].corrupted
+
+    both, *alone = map(value, (["jpeg", "contrast"], ["jpeg"], ["contrast"]))
+    assert both == pytest.approx(sum(alone) / 2)
+
+
+def test_what_cannot_be_measured_beside_costs_a_warning_and_no_row():
+    tree = chains(["l1"], [0.5], sharpness=True, corruptions=["fog"])
+    assert tree.needs == {"labels"}
+    with pytest.warns(RuntimeWarning) as said:
+        rows = rows_of(tree, build_model("resnet20", 4, 3), batches=[EVERYTHING], training=())
+    assert [row.status for row in rows] == ["ok", "ok"]
+    assert {row.corrupted for row in rows} | {row.hessian_top for row in rows} == {None}
+    texts = " ".join(str(one.message) for one in said)
+    assert "sharpness cannot be measured: sharpness is measured on training samples" in texts
+    assert "corruptions cannot be measured: corruptions must know how pictures are normalised" in texts

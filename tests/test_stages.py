@@ -45,7 +45,8 @@ def test_every_stage_changes_a_copy_and_is_remembered(name):
     before = copy.deepcopy(raw.model.state_dict())
     with torch.no_grad():
         after = Followed(raw, supplies).state(parse_tail(name))
-    assert any(not torch.equal(tensor, before[key]) for key, tensor in after.model.state_dict().items())
+    found = after.model.state_dict()
+    assert found.keys() != before.keys() or any(not torch.equal(tensor, before[key]) for key, tensor in found.items())
     for network, kept in ((dense, given), (raw.model, before)):
         assert all(torch.equal(tensor, kept[key]) for key, tensor in network.state_dict().items())
     assert not after.model.training

@@ -1,24 +1,29 @@
 """Compressed networks on disk: safetensors with a JSON manifest in the header, no pickle.
 
 The tensors in the file are those of the network's state_dict under their own names, so any tool that reads safetensors
-reads them too. Everything else is in the manifest:
+reads them too; only weights on the grid of a quantizer are packed. Everything else is in the manifest:
 
     format          of this file, FORMAT
     architecture    {"name": ..., arguments} that build the network at full size, or {}; given by whoever saved it
     chain           [{"stage": ..., facts on it (see `plan.Step`)}] of all stages that the network went through
-    method, ratio   of the last compression
-    params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size
+    method, ratio   of the last compression; without one: the last stage, and 0
+    params, macs    of this network (masked: see Report); params_before, macs_before: of the one at full size. MACs are
+                    null where nothing was compressed
     groups          of the last compression: {name: {"before", "after", "error", "labels": the new channel of each old
-                    one, -1 = dropped}}; {} of a masked network, whose zeros are in its tensors
+                    one, -1 = dropped, "chosen": the channel that stands for each cluster, where none is a mean,
+                    "certificate": the least errors at this size (see certify.py; not in older files)}}; {} of a masked
+                    network, whose zeros are in its tensors
     numbers         new values of sizes that modules keep as Python numbers, after the whole chain
     tied            {name: the name under which its tensor is stored}
+    grids           {weight: its grid} of quantized weights, whose codes, scales and zeros are the bytes of the tensor
+                    packed_weights (see `quantize.stored`)
     channels_last   names of the weights in that memory format, which safetensors does not keep
     source          {"file", "sha256"} of the checkpoint that was compressed, or {} (see `source_of`)
     versions        of the libraries that wrote it
     about           other JSON values, given by whoever saved it
 
-Files of format 2 hold one compression, which becomes their chain. A checksum over manifest and tensors stands beside
-the manifest, so that a flipped bit is found in a weight, too.
+Files of format 2 hold one compression, which becomes their chain, and those of format 3 no grids. A checksum over
+manifest and tensors stands beside the manifest, so that a flipped bit is found in a weight, too.
 """
 
 import hashlib
@@ -38,11 +43,13 @@ from torch import Tensor, nn
 from pipeline.compression.compress import Compressed
 from pipeline.compression.merge.modules import CHANNELS_LAST, laid_out_as, named_tensors, resized
 from pipeline.compression.plan import history, numbers, steps_of, told, went_through_
+from pipeline.compression.quantize.network import remember_grids_
+from pipeline.compression.quantize.stored import with_codes, with_weights
 from pipeline.compression.report import Report, step_of
 from pipeline.compression.sizes.count import parameters
 from pipeline.tables import UserError, first_line
 
-FORMAT = 3
+FORMAT = 4
 OLDEST = 2  # the oldest format that can be read
 # Keys of a compression in the chain; files of format 2 have them for their only compression.
 OF_A_STEP = ("ratio", "params", "params_before", "macs", "macs_before", "numbers", "groups")
@@ -67,12 +74,14 @@ def save_compressed(
     """
     model, report = compressed if isinstance(compressed, Compressed) else (compressed, None)
     tensors, tied = stored_tensors(model)
+    stored, grids = with_codes(model, tensors)
     text = _json(
         {
             "format": FORMAT,
             "architecture": dict(architecture or {}),
             **_done(model, report),
             "tied": tied,
+            "grids": grids,
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
             "source": dict(source or {}),
             "versions": {name: _version(name) for name in ("foldability", "torch", "safetensors")},
@@ -82,7 +91,7 @@ def save_compressed(
     # Clones, as safetensors refuses tensors that share memory: two views of one tensor are stored as two.
     seen: set[int] = set()
     plain = {}
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         shares = tensor.untyped_storage().data_ptr() in seen
         seen.add(tensor.untyped_storage().data_ptr())
         plain[name] = (tensor.clone() if shares else tensor).cpu().contiguous()
@@ -90,7 +99,7 @@ def save_compressed(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(plain, part, {"foldability": text, "sha256": _digest(text, plain)})
+        save_file(plain, part, {"foldability": text, "sha256": digest_of(text, plain)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -105,19 +114,19 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
 
     Raises UserError for a file that is missing, damaged, of another format, or not of this architecture.
     """
-    with _opened(path) as (file, manifest, text):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if file.metadata().get("sha256") != _digest(text, tensors):
-            raise UserError(f"{path} is damaged: its contents are not those of its checksum; copy it again")
-        wrong = next(_misfits(manifest, tensors, model), None)
-        if wrong:
-            raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
-        # Copies, as safetensors returns views of the file, which would change with it.
-        given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
+    tensors, manifest = read_whole(path)
+    tensors, grids = with_weights(tensors, manifest["grids"])
+    wrong = next(_misfits(manifest, tensors, model), None)
+    if wrong:
+        raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
+    # Copies, as safetensors returns views of the file, which would change with it.
+    given = {name: tensors[name].to(old.device, copy=True) for name, old in stored_tensors(model)[0].items()}
     for name in manifest["channels_last"]:
         given[name] = given[name].contiguous(memory_format=CHANNELS_LAST[given[name].dim()])
     smaller = resized(model, given, manifest["numbers"])
     went_through_(smaller, steps_of(manifest["chain"]))
+    if grids:
+        remember_grids_(smaller, grids)
     return smaller, manifest
 
 
@@ -134,6 +143,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest alone, without a look at the tensors. Raises UserError as `load_compressed` does."""
     with _opened(path) as (_, manifest, _):
         return manifest
+
+
+def read_whole(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by the names under which they are stored, as views of the file; the manifest), checksum compared.
+
+    Raises UserError for a file that is missing, damaged or of another format.
+    """
+    with _opened(path) as (file, manifest, text):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if file.metadata().get("sha256") != digest_of(text, tensors):
+            raise UserError(f"{path} is damaged: its contents are not those of its checksum; copy it again")
+    return tensors, manifest
 
 
 def source_of(path: str | Path) -> dict[str, str]:
@@ -168,15 +189,24 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, tied
 
 
+def stored_size(model: nn.Module) -> int:
+    """Bytes of a network's tensors in a file of `save_compressed`, which adds a manifest of a few kB to them."""
+    stored, _ = with_codes(model, stored_tensors(model)[0])
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+
 def _done(model: nn.Module, report: Report | None) -> dict[str, Any]:
     """The chain, and its short form: the last compression, from full size to the size of this network.
 
-    report: of the compression, for a network without a history. Raises UserError where nothing was compressed.
+    report: of the compression, for a network without a history. Raises UserError where nothing was done.
     """
     chain = history(model) or ((step_of(report),) if report else ())
-    compressed = [step.about for step in chain if "params_before" in step.about]
-    if not compressed:
+    if not chain:
         raise UserError(f"{type(model).__name__} was never compressed; save its state_dict instead")
+    compressed = [step.about for step in chain if "params_before" in step.about]
+    count = parameters(model)
+    whole = {"method": chain[-1].stage, "ratio": 0.0, "params": count, "params_before": count, "groups": {}}
+    compressed = compressed or [{**whole, "macs": None, "macs_before": None, "numbers": {}}]
     full, last = compressed[0], compressed[-1]
     return {
         "chain": told(chain),
@@ -207,13 +237,13 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
             manifest = json.loads(text)
             if not isinstance(manifest, dict) or "format" not in manifest:
                 raise UserError(f"{path} does not say how it was compressed: it is no file of save_compressed")
-            if manifest["format"] not in (OLDEST, FORMAT):
+            if manifest["format"] not in range(OLDEST, FORMAT + 1):
                 newer = isinstance(manifest["format"], int) and manifest["format"] > FORMAT
                 fix = "update foldability" if newer else "compress and save the checkpoint again"
                 raise UserError(
-                    f"{path} has format {manifest['format']!r}, this version reads {OLDEST} and {FORMAT}; {fix}"
+                    f"{path} has format {manifest['format']!r}, this version reads {OLDEST} to {FORMAT}; {fix}"
                 )
-            yield file, {"chain": _only_step(manifest), **manifest}, text
+            yield file, {"chain": _only_step(manifest), "grids": {}, **manifest}, text
     except FileNotFoundError as error:
         raise UserError(f"no compressed network {path}") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
@@ -269,7 +299,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return not laid_out_as(tensor, tensor.contiguous()).is_contiguous()
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def digest_of(text: str, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of a manifest and of the names, formats, shapes and values of tensors on the CPU; 2 GB a second."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import nn
 
-from pipeline.compression.calibrate.batches import Batches, batches_of
+from pipeline.compression.calibrate.batches import Batches, batches_of, samples
 from pipeline.compression.calibrate.blocks import compensate_blocks_
 from pipeline.compression.calibrate.compensate import Seen, compensate_, observe, second_moments
 from pipeline.compression.calibrate.outputs import Answers, Outputs
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
+from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.choose.layers import other_units
 from pipeline.compression.choose.masks import masks_of
@@ -64,6 +65,7 @@ class Network:
     full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
     counted: a cache of MACs for this architecture.
     target: what readers are solved for on the pictures, a row of TARGETS.
+    certify: whether reports hold certificates (see certify.py).
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Network:
     full: Mapping[str, int] | None = None
     counted: Counted = field(default_factory=Counted)
     target: str = "mend"
+    certify: bool = True
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -104,7 +107,11 @@ class Network:
     @cached_property
     def cost(self) -> tuple[int, int]:
         """Its parameters and MACs."""
-        return parameters(self.model), macs(self.model, self.example, self.counted)
+        return self.cost_of(self.model)
+
+    def cost_of(self, model: nn.Module) -> tuple[int, int]:
+        """Parameters of a network of this architecture, and its MACs for one sample."""
+        return parameters(model), macs(model, self.example, self.counted) // samples(self.example)
 
 
 @overload
@@ -145,6 +152,7 @@ def compressions(
     counted: Counted | None = None,
     full: Mapping[str, int] | None = None,
     seed: int = 0,
+    certify: bool = True,
     **options: Any,
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
@@ -160,6 +168,8 @@ def compressions(
     counted: a cache of MACs for this architecture, shared by methods whose networks have the same sizes.
     full: {group name: channels before any compression}, which ratios count from; None: the present sizes.
     seed: for methods that draw at random.
+    certify: state the least errors of any pruning and any projection beside the method's (see certify.py); False saves
+        the eigenvalues of every group's Gram matrix, 2 s for 3,072 channels.
     options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
         approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method itself.
 
@@ -181,7 +191,7 @@ def compressions(
         pictures = made_pictures(bare, example, done.calibration, seed, answers)
     batches = None if pictures is None else batches_of(pictures)
     target = done.calibration.target or ("mend" if batches is None else usual_target(batches))
-    net = Network(bare, example, groups, batches, answers, seed, full, counted, target)
+    net = Network(bare, example, groups, batches, answers, seed, full, counted, target, certify)
     if done.kind == AUTO:
         return judged_copies(net, done, ratios, judge_on)
     return smaller_copies(net, done, ratios)
@@ -270,13 +280,17 @@ def smaller_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Ite
     assert net.cost  # counted first: MACs of narrower networks follow from this count
     sizes = sizes_left(net, recipe, ratios)
     # One group at a time, keeping its choices alone: all Gram matrices of a large network do not fit in memory.
-    plans = [choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios]) for i, g in enumerate(net.groups)]
+    plans = [
+        choices(net, recipe, g, [sizes[ratio][i] for ratio in ratios], net.certify) for i, g in enumerate(net.groups)
+    ]
     for ratio in ratios:
         # The copy gets no name here, so that only the caller holds it: two of a large network may not fit in memory.
         yield made(net, recipe, ratio, [of_group[k] for k, of_group in zip(sizes[ratio], plans, strict=True)])
 
 
-def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int]) -> dict[int, Choice]:
+def choices(
+    net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int], certify: bool = False
+) -> dict[int, Choice]:
     """{size: projection that the method chooses for this group, and its row of the report}"""
     described, inputs = recipe.features, net.seen.inputs if net.seen else {}
     weights = GroupWeights(
@@ -292,7 +306,8 @@ def choices(net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[i
     )
     method = METHODS[recipe.method].choose
     found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
-    return {k: (projection, group_report(weights, projection)) for k, projection in found.items()}
+    proved = certificates(weights.gram, found) if certify else {}
+    return {k: (projection, group_report(weights, projection, proved.get(k))) for k, projection in found.items()}
 
 
 def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[float, list[int]]:
@@ -314,7 +329,7 @@ def sizes_under_budget(net: Network, recipe: Recipe, uniform: Mapping[float, Seq
         return channels_left(size, 1 - left, recipe.sizes.round_to)
 
     def left_at(sizes: Sequence[int]) -> int:
-        """Parameters or MACs of the network at these sizes, which do not depend on the channels that stay."""
+        """Parameters or MACs, of the whole example, at these sizes; channels that stay do not matter."""
         kept = [first_channels(g.size, k) for g, k in zip(net.groups, sizes, strict=True)]
         smaller = apply(net.model, net.groups, kept)
         return parameters(smaller) if budget == "params" else macs(smaller, net.example, net.counted)
@@ -363,7 +378,7 @@ def made(net: Network, recipe: Recipe, ratio: float, chosen: Sequence[Choice]) -
         params_before=net.cost[0],
         params_after=parameters(smaller),
         macs_before=net.cost[1],
-        macs_after=macs(smaller, net.example, net.counted),
+        macs_after=net.cost_of(smaller)[1],
         numbers=new_numbers(net.model, plan.groups, plan.projections),
         recipe=spell(recipe),
         plan=plan,
@@ -415,6 +430,13 @@ def check_groups(model: nn.Module, groups: ChannelGroups) -> None:
     if not len(groups):
         frozen = "; ".join(map(str, groups.frozen[:3]))
         raise UserError(f"{type(model).__name__} has no channels that can be compressed ({frozen})")
+
+
+def check_round_to(groups: ChannelGroups, round_to: int) -> None:
+    """Raise UserError where no group has more channels than that, so that none could ever go."""
+    largest = max(group.size for group in groups)
+    if round_to >= largest:
+        raise UserError(f"round_to {round_to} leaves all groups whole: the largest has {largest} channels; lower it")
 
 
 def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:

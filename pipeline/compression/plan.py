@@ -35,7 +35,8 @@ class Step:
     stage: the spelling of the stage: "mix+data", "repair", "tune". about: facts on the stage. A compression has
     "method" (with what "auto" chose), "ratio", "params", "params_before", "macs", "macs_before", "numbers" (sizes that
     modules keep as Python numbers), "groups": {name: {"before", "after", "error", "labels": the new channel of each old
-    one, -1 = dropped}}; a mask also has "layers": {name: {"before", "after", "error"}}.
+    one, -1 = dropped, and, where they are known, "chosen" and "certificate" (see report.told_of)}}; a mask also has
+    "layers": {name: {"before", "after", "error"}}.
     """
 
     stage: str

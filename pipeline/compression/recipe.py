@@ -232,6 +232,15 @@ def parse(text: str) -> Recipe:
     return recipe(method, text, **options)
 
 
+def respelled(text: str, **options: Any) -> Recipe:
+    """The recipe of a spelling with further options. UserError where they say something else than the spelling."""
+    said = _as_options(parse(text))
+    for name, value in options.items():
+        if said.get(name, value) != value:
+            raise UserError(f"{text!r} says {name}={said[name]} and the options say {name}={value}; choose one")
+    return recipe(label=text, **{**said, **options})
+
+
 def spell(recipe: Recipe) -> str:
     """The shortest spelling: words first, in the order of WORDS, then the options that have no word."""
     left = dict(additions(recipe))
@@ -240,7 +249,7 @@ def spell(recipe: Recipe) -> str:
         if options.items() <= left.items():
             said.append(word)
             left = {name: value for name, value in left.items() if name not in options}
-    return "+".join([*said, *(f"{name}={_as_text(value)}" for name, value in (*left.items(), *recipe.options))])
+    return "+".join([*said, *(f"{name}={text_of(value)}" for name, value in (*left.items(), *recipe.options))])
 
 
 def additions(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -280,10 +289,11 @@ def _as_options(recipe: Recipe) -> dict[str, Any]:
 
 def _options_of(text: str, addition: str) -> dict[str, Any]:
     name, equals, value = addition.partition("=")
-    return {name: _value(value)} if equals else pick("addition to a method", WORDS, addition)
+    return {name: value_of(value)} if equals else pick("addition to a method", WORDS, addition)
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """The value that an option's text stands for: a list as a tuple, a number, true or false, else the text."""
     if text.startswith("[") and text.endswith("]"):
         return tuple(filter(None, text[1:-1].split(",")))
     for number in (int, float):
@@ -294,7 +304,8 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False}.get(text, text)
 
 
-def _as_text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """The text of an option's value: `value_of(text_of(value)) == value`."""
     if isinstance(value, tuple):
         return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipeline.compression.certify import Certificate, as_json
 from pipeline.compression.choose.methods import GroupWeights
 from pipeline.compression.group import Frozen
 from pipeline.compression.merge.projection import Projection
@@ -17,6 +18,8 @@ class GroupReport:
     """One group: channels before and after, and the relative parameter error ‖W - P W‖ / ‖W‖ of its features.
 
     labels: (before,) int64, the new channel of each old one, -1 = dropped.
+    chosen: (after,) int64, the channel that stands for each cluster; None: the mean of its members.
+    certificate: the least errors at this size (see certify.py); None: not asked for.
     tie: the name that groups of one layer, such as its heads, have in common.
     """
 
@@ -26,6 +29,8 @@ class GroupReport:
     error: float
     labels: torch.Tensor = field(repr=False, compare=False)
     tie: str = ""
+    chosen: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of `compress`. params: parameters; macs: multiply-accumulates of one forward pass on the example.
+    """The outcome of `compress`. params: parameters; macs: multiply-accumulates for one sample.
 
     A masked network has `layers` in place of `groups`. Its params_after are the parameters that masks leave. Its
     macs_after are those of the dense network, which hardware computes where it cannot skip zeros.
@@ -91,10 +96,19 @@ class Report:
         return "\n".join([*lines, *(f"frozen: {f}" for f in self.frozen)])
 
 
-def group_report(weights: GroupWeights, projection: Projection) -> GroupReport:
+def group_report(weights: GroupWeights, projection: Projection, certificate: Certificate | None = None) -> GroupReport:
     """The row of one group: its sizes, its labels and its relative parameter error under a projection."""
-    group, labels = weights.group, projection.labels
-    return GroupReport(group.name, group.size, len(projection.counts), weights.error(projection), labels, group.tie)
+    group, size = weights.group, len(projection.counts)
+    return GroupReport(
+        name=group.name,
+        before=group.size,
+        after=size,
+        error=weights.error(projection),
+        labels=projection.labels,
+        tie=group.tie,
+        chosen=projection.chosen,
+        certificate=certificate,
+    )
 
 
 def layer_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: torch.Tensor) -> LayerReport:
@@ -102,6 +116,13 @@ def layer_report(name: str, weight: torch.Tensor, masked: torch.Tensor, mask: to
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     lost = float(torch.linalg.vector_norm(weight - masked, dtype=torch.float64))
     return LayerReport(name, mask.numel(), int(mask.sum()), lost / norm if norm else 0.0)
+
+
+def told_of(group: GroupReport) -> dict[str, Any]:
+    """The row of a group in JSON values. "chosen" and "certificate" are there where the group has them."""
+    told = {"before": group.before, "after": group.after, "error": group.error, "labels": group.labels.tolist()}
+    chosen = {} if group.chosen is None else {"chosen": group.chosen.tolist()}
+    return {**told, **chosen, **as_json(group.certificate)}
 
 
 def step_of(report: Report) -> Step:
@@ -114,10 +135,7 @@ def step_of(report: Report) -> Step:
         "macs": report.macs_after,
         "macs_before": report.macs_before,
         "numbers": dict(report.numbers),
-        "groups": {
-            g.name: {"before": g.before, "after": g.after, "error": g.error, "labels": g.labels.tolist()}
-            for g in report.groups
-        },
+        "groups": {g.name: told_of(g) for g in report.groups},
     }
     if report.layers:
         about["layers"] = {r.name: {"before": r.before, "after": r.after, "error": r.error} for r in report.layers}

@@ -96,6 +96,9 @@ class PictureData(LightningDataModule):
         self.mixing = mixing(self.mixup, self.cutmix, self.num_classes)
         self.channels, self.size = pictures.test.images.shape[1:3]
 
+        if (self.mean is None) != (self.std is None):
+            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            raise UserError(f"data.{given} is set and data.{missing} is not; give both, or neither")
         normal = self.mean or pictures.mean, self.std or pictures.std
         for key, values in {"mean": normal[0], "std": normal[1]}.items():
             if len(values) != self.channels:

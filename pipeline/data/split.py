@@ -16,6 +16,17 @@ def split(labels: Tensor, fraction: float | int, seed: int) -> tuple[Tensor, Ten
     everything = torch.arange(len(labels))
     if fraction == 0:
         return everything, everything[:0]
+    counts = torch.bincount(labels)
+    least, rarest = int(counts[counts > 0].min()), int(counts.masked_fill(counts == 0, len(labels) + 1).argmin())
+    if least < 2:
+        raise UserError(f"class {rarest} has one picture, which cannot be in both parts; add another, or leave it out")
+    size = fraction if isinstance(fraction, int) else round(fraction * len(labels))
+    kinds = int((counts > 0).sum())
+    if not kinds <= size <= len(labels) - kinds:
+        raise UserError(
+            f"a part of {size} of {len(labels)} pictures leaves one side without all {kinds} classes; "
+            "change data.val_fraction, data.train_size or data.test_size"
+        )
     try:
         parts = train_test_split(everything.numpy(), test_size=fraction, stratify=labels.numpy(), random_state=seed)
     except ValueError as error:

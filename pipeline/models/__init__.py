@@ -17,14 +17,16 @@ from pipeline.models.language_models import language_model, llama
 from pipeline.models.library import InputConfig
 from pipeline.models.open_clip_models import open_clip_input, open_clip_model
 from pipeline.models.resnet import preact_resnet18, resnet18
+from pipeline.models.resnet9 import resnet9
 from pipeline.models.simple_vit import simple_vit
 from pipeline.models.timm_models import timm_input, timm_model
 from pipeline.models.torchvision_models import torchvision_input, torchvision_model
-from pipeline.tables import UserError, call, pick
+from pipeline.tables import UserError, call, first_line, pick
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "preact_resnet18": preact_resnet18,
+    "resnet9": resnet9,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "simple_vit": simple_vit,
@@ -64,7 +66,19 @@ def build_model(name: str, *facts: int, **options: Any) -> nn.Module:
         if fact not in options:
             raise TypeError(f"missing argument of model {name!r}: {fact!r}")
         facts = (*facts, options.pop(fact))
-    return call(f"model {name!r}", builder, *facts, **options)
+    check_sizes(name, builder, options)
+    try:
+        return call(f"model {name!r}", builder, *facts, **options)
+    except RuntimeError as error:  # shapes that do not fit each other
+        raise UserError(f"model {name!r} with {options}: {first_line(error)}") from error
+
+
+def check_sizes(name: str, builder: Callable[..., Any], options: dict[str, Any]) -> None:
+    """UserError for an option that is a size of the builder and no whole number of at least 1."""
+    for option, parameter in inspect.signature(builder).parameters.items():
+        value = options.get(option, 1)
+        if parameter.annotation in (int, "int") and isinstance(value, int | float) and (value < 1 or value % 1):
+            raise UserError(f"model.{option} {value} must be a whole number of at least 1 (model {name!r})")
 
 
 def reads(name: str) -> str:

@@ -1,16 +1,25 @@
 """Reads trained weights from files of torch.save (whose code is never run), safetensors, and folders."""
 
+import argparse
+import collections
+import datetime
+import importlib.util
 import json
+import pathlib
 import pickle
 import re
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.models.plain_tensors import plain
 from pipeline.tables import UserError, one_line
 
 # Keys under which training scripts put the weights, beside their epoch and optimizer. Averaged weights (of timm, of
@@ -19,8 +28,26 @@ from pipeline.tables import UserError, one_line
 INSIDE = (
     "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "module", "last"
 )  # fmt: skip
-# Prefixes that wrappers put before names: DataParallel, torch.compile, LightningModules with a network as an attribute.
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+# First bytes, in small letters, of files that are not what their names say, and what such a file is.
+SIGNS = {
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "an XML file, such as a server's error",
+    b"version https://git-lfs": "a pointer of git-lfs (git lfs pull gets the file)",
+    b"\x89png": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"gif8": "a picture",
+    b"\x1f\x8b": "a gzip archive (unpack it)",
+    b"7z\xbc\xaf": "a 7z archive (unpack it)",
+    b"\x89hdf": "an HDF5 file (of Keras?)",
+    b"gguf": "a GGUF file (give it as model=language_model model.architecture=FILE)",
+}
+HARMLESS = (
+    argparse.Namespace, types.SimpleNamespace, collections.defaultdict, dict, list, set, int, float, str, Any,
+    pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath,
+    datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone, np.dtype, np.ndarray,
+    np._core.multiarray.scalar, np._core.multiarray._reconstruct, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+)  # fmt: skip
 # A folder of Hugging Face or open_clip keeps its weights in the first of these files that it has.
 IN_FOLDER = (
     "model.safetensors.index.json",
@@ -80,19 +107,22 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Nothing in a file is executed.
     """
-    return {name: tensor for file in weight_files(path) for name, tensor in read_file(file).items()}
+    return plain({name: t for file in weight_files(path) for name, t in read_file(file).items()}, path)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
+    if kind := no_checkpoint(path):
+        raise UserError(f"{path} is {kind}, no checkpoint; get the file of weights itself")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(harmless()):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         classes = ", ".join(classes_in(path, error)) or "what no checkpoint has"
         raise UserError(
-            f"{path} holds more than weights, and loading it would run code: it needs {classes}; where you trust it,"
-            " load it with weights_only=False and save its state_dict() alone: torch.save(model.state_dict(), ...)"
+            f"{path} holds more than weights, and loading it would run code: it needs {classes}; save the weights alone"
+            " with the code that wrote it: torch.save(model.state_dict(), ...)"
         ) from error
     except Exception as error:  # half a pickle may raise any error
         if "TorchScript" in str(error):
@@ -110,10 +140,30 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
+def no_checkpoint(path: Path) -> str:
+    """Kind of a file that people take for a checkpoint; "" where its first bytes are none of SIGNS."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip()
+    return next((kind for sign, kind in SIGNS.items() if start[: len(sign)].lower() == sign), "" if start else "empty")
+
+
+def harmless() -> list[Any]:
+    """Classes of plain values that hyperparameters hold: building one of them runs no code of a file."""
+    kinds = [*HARMLESS]
+    if "omegaconf" in sys.modules or importlib.util.find_spec("omegaconf"):
+        from omegaconf import DictConfig, ListConfig, nodes
+        from omegaconf.base import ContainerMetadata, Metadata
+
+        names = "AnyNode BooleanNode FloatNode IntegerNode StringNode PathNode BytesNode".split()
+        kinds += [DictConfig, ListConfig, ContainerMetadata, Metadata, *(getattr(nodes, name) for name in names)]
+    return kinds
+
+
 def classes_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
     """Names of the classes that a pickle holds beside tensors and plain values, such as argparse.Namespace."""
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(harmless()):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # a file from before 2020, or no checkpoint at all: torch's error names the first class
         return re.findall(r"GLOBAL (\S+) was not", str(error))
 
@@ -130,50 +180,89 @@ def weights_in(content: Any) -> Mapping[str, Any] | None:
     return found
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> list[str]:
+def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, prefix: str | None = None) -> list[str]:
     """Put the weights into the model, whatever wrapper's prefix their names have; all of the model's must be there.
 
     Values are cast to the model's types and memory formats. Returns the names of the file's tensors that were left out,
     because the model has no place for them: those under another prefix (a loss, a metric, a second network), and those
-    that LAYOUTS maps to None, such as the text tower of a CLIP. Raises UserError where names or shapes do not fit.
+    that LAYOUTS maps to None, such as the text tower of a CLIP.
+
+    prefix: of the names, where it is known. Raises UserError where names or shapes do not fit, where a weight is not
+    finite, and where two networks in the file fit.
     """
     wanted = model.state_dict()
-    found, left_out = best_fit(state, wanted)
+    found, left_out = best_fit(state, wanted, path, prefix)
     if not found.keys() >= wanted.keys() and hasattr(model, "names_of_today"):
         found = model.names_of_today(found)
     # Files from before 2018 lack BatchNorm's batch counts, which change no output here.
     found = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | found
     missing = [name for name in wanted if name not in found]
     odd = [name for name in found if name not in wanted]
-    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
     kind = type(model).__name__
     if missing or odd:
         names = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("has", odd)) if names]
         raise UserError(
             f"{path} is no {kind}: of its {len(wanted)} tensors it has {len(wanted) - len(missing)}; it"
-            f" {' and '.join(names)}; choose the architecture with model="
+            f" {' and '.join(names)}; choose the architecture with model=, or the beginning of the network's names in"
+            " the file with checkpoint_prefix="
         )
-    if wrong:
-        shapes = tuple(found[wrong[0]].shape), tuple(wanted[wrong[0]].shape)
-        raise UserError(f"{path} is another {kind}: {wrong[0]} is {shapes[0]}, not {shapes[1]}; set its size in model.")
+    check_shapes(found, wanted, f"{path} is another {kind}", path)
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path} holds values that are not finite, in {name}: its training diverged; take another")
     model.load_state_dict(found)
     return left_out
 
 
-def best_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """({our name: tensor}, names left out) under the prefix and the layout that find most of the wanted names."""
-    fits = (renamed(state, prefix, layout) for prefix in prefixes(state) for layout in LAYOUTS.values())
-    names = max(fits, key=lambda names: sum(name in wanted for name in names.values()))  # the first of several
-    return {ours: state[name] for name, ours in names.items()}, [name for name in state if name not in names]
+def check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: str, path: str | Path) -> None:
+    """UserError for a tensor of another shape. A head of other classes is said as such, because that is usual."""
+    wrong = [name for name in wanted if found[name].shape != wanted[name].shape]
+    if not wrong:
+        return
+    there, here = found[wrong[0]].shape, wanted[wrong[0]].shape
+    layers = {name.rpartition(".")[0] for name in wrong}
+    widths = {(found[name].shape[:1], wanted[name].shape[:1]) for name in wrong}
+    rest = all(found[name].shape[1:] == wanted[name].shape[1:] for name in wrong)
+    readers = [name.rpartition(".")[0] for name, tensor in wanted.items() if tensor.dim() > 1]
+    if rest and len(widths) == 1 and layers == {readers[-1]}:
+        raise UserError(
+            f"{path} has {there[0]} classes, the data {here[0]} ({wrong[0]} is {tuple(there)}, not {tuple(here)}); "
+            "choose the data that it was trained on"
+        )
+    raise UserError(f"{said}: {wrong[0]} is {tuple(there)}, not {tuple(here)}; set its size in model.")
 
 
-def prefixes(state: Mapping[str, Tensor]) -> Iterator[str]:
-    """Prefixes of wrappers around wrappers, shortest first."""
-    found = [""]
-    for prefix in found:
-        yield prefix
-        inner = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-        found += [prefix + more for more in PREFIXES if any(name.startswith(more) for name in inner)]
+def best_fit(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, prefix: str | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """({our name: tensor}, names left out) under the prefix and the layout that find most of the wanted names.
+
+    UserError where two prefixes find all of them, with other values: nothing says which network is meant.
+    """
+    if prefix is not None and not any(name.startswith(prefix) for name in state):
+        raise UserError(
+            f"{path} has no name that begins with checkpoint_prefix {prefix!r}; one is {next(iter(state))!r}"
+        )
+    tried = [prefix] if prefix is not None else prefixes(state, len(wanted) // 2)
+    fits = [(start, renamed(state, start, layout)) for start in tried for layout in LAYOUTS.values()]
+    counts = [sum(name in wanted for name in names.values()) for _, names in fits]
+    first, names = fits[counts.index(max(counts))]  # the first of several
+    found = {ours: state[name] for name, ours in names.items()}
+    for start, others in fits:
+        again = {ours: state[name] for name, ours in others.items() if ours in wanted}
+        if start != first and len(again) == len(wanted) and any(not torch.equal(again[n], found[n]) for n in again):
+            raise UserError(
+                f"{path} holds two networks that fit, under {first!r} and {start!r}; choose with checkpoint_prefix="
+            )
+    return found, [name for name in state if name not in names]
+
+
+def prefixes(state: Mapping[str, Tensor], least: int) -> Iterator[str]:
+    """Every beginning, up to a dot, that `least` names share, none first: one may be the prefix of a wrapper
+    (DataParallel, AveragedModel, an attribute of a LightningModule)."""
+    counts = collections.Counter(name[: dot.end()] for name in state for dot in re.finditer(r"\.", name))
+    yield ""
+    yield from (prefix for prefix, count in counts.items() if count >= least)
 
 
 def renamed(state: Mapping[str, Tensor], prefix: str, layout: Mapping[str, str | None]) -> dict[str, str]:

@@ -1,9 +1,20 @@
 """Stages take a network and give one, one file a stage; a chain is stages in order."""
 
-from pipeline.stages.chain import STAGES, TAILS, Chain, Followed, fitting, needed, parse_chain, parse_tail, spell_chain
+from pipeline.stages.chain import (
+    STAGES,
+    TAILS,
+    Chain,
+    Followed,
+    fitting,
+    needed,
+    parse_chain,
+    parse_chains,
+    parse_tail,
+    spell_chain,
+)
 from pipeline.stages.compress import Compress, compressed
 from pipeline.stages.repair import Repair
-from pipeline.stages.stage import Stage, State, Supplies, Traces
+from pipeline.stages.stage import Seen, Stage, State, Supplies, Terms, Traces, Training
 from pipeline.stages.tune import Tune, TuneNorms
 
 __all__ = [
@@ -13,16 +24,20 @@ __all__ = [
     "Compress",
     "Followed",
     "Repair",
+    "Seen",
     "Stage",
     "State",
     "Supplies",
+    "Terms",
     "Traces",
+    "Training",
     "Tune",
     "TuneNorms",
     "compressed",
     "fitting",
     "needed",
     "parse_chain",
+    "parse_chains",
     "parse_tail",
     "spell_chain",
 ]

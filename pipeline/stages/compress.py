@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.compression import Recipe, compressions, parse, spell
 from pipeline.compression.compress import check_ratios
 from pipeline.compression.recipe import AUTO, Calibration, about
-from pipeline.stages.stage import State, Supplies, number_text
+from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, number_text
 from pipeline.tables import UserError
 
 
@@ -18,6 +18,8 @@ class Compress:
 
     recipe: Recipe
     ratio: float
+
+    terms = Terms(before="sets")
 
     def __post_init__(self) -> None:
         check_ratios([self.ratio])
@@ -49,6 +51,10 @@ class Compress:
     def reason_against(self, model: nn.Module) -> str:
         return ""
 
+    def seen(self, supplies: Supplies) -> Seen:
+        calibration = self.recipe.calibration
+        return Seen(calibration.size or min(CALIBRATION, supplies.samples) if calibration.pictures == "data" else 0)
+
     def run(self, state: State, supplies: Supplies) -> State:
         return next(compressed(state, self.recipe, [self.ratio], supplies))
 
@@ -71,6 +77,7 @@ def compressed(
     if recipe.method == AUTO and given["pictures"] is None:
         given["judge_on"] = supplies.pictures(Calibration("synthetic"))
     shared = {"counted": supplies.traces.counted, "seed": supplies.seed, "answers": supplies.task.answers}
+    shared["certify"] = supplies.certify
     made = compressions(state.model, supplies.example, recipe, ratios, **shared, **given)
     # No generator, whose names would keep a network alive until the next one is made.
-    return map(lambda smaller: State(smaller.model, smaller.report, state.model), made)
+    return map(lambda smaller: State(smaller.model, smaller.report, state.model, plan=smaller.report.plan), made)

@@ -1,6 +1,6 @@
 """BatchNorm statistics re-estimated on unlabelled samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.compression.calibrate.repair import reference, repair_, tracked_norms
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.plan import Plan
-from pipeline.stages.stage import State, Supplies
+from pipeline.stages.stage import Seen, State, Supplies, Terms
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Repair:
 
     needs = frozenset({"calibration"})
     facts = MappingProxyType({"statistics": "data"})
+    terms = Terms(frozenset({"float", "grid"}), before="clears")
 
     def __str__(self) -> str:
         return "repair"
@@ -24,10 +25,13 @@ class Repair:
     def reason_against(self, model: nn.Module) -> str:
         return "" if tracked_norms(model) else "no BatchNorm keeps statistics"
 
+    def seen(self, supplies: Supplies) -> Seen:
+        return Seen(supplies.samples)
+
     def run(self, state: State, supplies: Supplies) -> State:
         whole = supplies.dense if state.before is None else state.before
-        plan = (state.report.plan if state.report else None) or Plan(ChannelGroups(()))
+        plan = state.plan or Plan(ChannelGroups(()))
         found = supplies.statistics(whole)
         against = reference(whole, found, plan.groups, plan.projections, plan.joint_norms)
         repair_(state.model, supplies.inputs, against)
-        return state
+        return replace(state, before=None, plan=None)

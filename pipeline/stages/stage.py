@@ -1,11 +1,12 @@
 """The words of chains: a stage takes a network and gives one; supplies are what stages draw on."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -15,8 +16,8 @@ from pipeline.compression.compress import made_pictures
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.compression.plan import history, numbers
-from pipeline.compression.recipe import Calibration
+from pipeline.compression.plan import Plan, history, numbers
+from pipeline.compression.recipe import Calibration, text_of
 from pipeline.compression.report import Report
 from pipeline.compression.sizes.count import Counted
 from pipeline.compression.trace.graph import Example, channel_groups
@@ -26,13 +27,19 @@ from pipeline.tasks.task import Batch, Task
 CALIBRATION = 512  # unlabelled samples that compensation looks at where a recipe does not say how many
 # A stage can need calibration (unlabelled samples) and labels (those samples with their labels).
 NEEDS = ("calibration", "labels")
+# The forms that a network's weights have along a chain: numbers of any value; numbers on the grid of a quantizer; a
+# finished file that another runtime executes.
+FORMS = ("float", "grid", "file")
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """A network on its way through a chain.
 
-    report: of its last compression; before: the network that this compression took; both None without a compression.
+    report: of its last compression; None without one.
+    before: the network whose BatchNorm statistics a repair goes by, because a stage has changed weights since; plan:
+        how its channels became those of `model`; None: one by one. Where before is None, a repair goes by the network
+        where the chain began.
     seconds: that its stages took.
     """
 
@@ -40,14 +47,50 @@ class State:
     report: Report | None = None
     before: nn.Module | None = None
     seconds: float = 0.0
+    plan: Plan | None = None
 
     def copied(self) -> "State":
         """The same state with its own copy of the network."""
         return replace(self, model=bare_copy(self.model))
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a stage asks of a network's weights, and what it leaves.
+
+    takes: the FORMS that it can work on. leaves: the form behind it; "": that which it found.
+    before: what becomes of `State.before`: "keeps" it, "sets" it (weights change, statistics of BatchNorm do not), or
+        "clears" it (the statistics are right again, so that a repair would find nothing).
+    """
+
+    takes: frozenset[str] = frozenset({"float"})
+    leaves: str = ""
+    before: str = "keeps"
+
+
+class Seen(NamedTuple):
+    """Training samples that a stage looks at; one counts each time that it is trained on."""
+
+    unlabelled: int = 0
+    labelled: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training data as training sees it: shuffled, augmented. epoch: number of an epoch -> its batches.
+
+    samples, steps: samples and batches in an epoch.
+    """
+
+    epoch: Callable[[int], Iterable[Batch]]
+    samples: int
+    steps: int
+
+
 class Stage(Protocol):
     """One step of a chain. A stage is a frozen record of its options; `str` of it is its spelling."""
+
+    terms: Terms
 
     @property
     def needs(self) -> frozenset[str]:
@@ -59,6 +102,9 @@ class Stage(Protocol):
 
     def reason_against(self, model: nn.Module) -> str:
         """Why this network has nothing for the stage, in a few words; "" where the stage can run."""
+
+    def seen(self, supplies: "Supplies") -> Seen:
+        """How many training samples the stage looks at."""
 
     def run(self, state: State, supplies: "Supplies") -> State:
         """The state after the stage, which may change the network in place: it is the stage's own copy."""
@@ -87,6 +133,10 @@ class Supplies:
     dense: the network where its chains begin. example: the network's arguments, a batch of one.
     batches: training samples with their labels, without augmentation.
     forward: context of every forward pass (autocast).
+    training: the training data as training sees it; None: stages that train do so on `batches`.
+    teachers: {name: makes a network to learn from, on the device}.
+    folder: where a stage keeps its progress and its files; None: nowhere, a stage that is cut off starts anew.
+    certify: whether networks will be kept, and so need certificates (see compression.certify).
     """
 
     dense: nn.Module
@@ -96,6 +146,15 @@ class Supplies:
     seed: int = 0
     traces: Traces = field(default_factory=Traces)
     forward: Callable[[], AbstractContextManager] = nullcontext
+    training: Training | None = None
+    teachers: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    folder: Path | None = None
+    certify: bool = True
+
+    @cached_property
+    def samples(self) -> int:
+        """How many samples the batches hold."""
+        return sum(map(samples, self.inputs))
 
     @cached_property
     def inputs(self) -> list[Example]:
@@ -113,9 +172,10 @@ class Supplies:
         if calibration.pictures == "none":
             return None
         if calibration.pictures == "data":
-            there = sum(map(samples, self.inputs))
-            if size is not None and there < size:
-                raise UserError(f"size={size} asks for more samples than the {there} there are; raise repair_size=")
+            if size is not None and self.samples < size:
+                raise UserError(
+                    f"size={size} asks for more samples than the {self.samples} there are; raise repair_size="
+                )
             return first_samples(self.inputs, size or CALIBRATION)
         kind = Calibration(calibration.pictures, size, temperature=calibration.temperature)
         if kind not in self.made:
@@ -145,6 +205,17 @@ def number_text(value: float) -> str:
     """The shortest text that is this number again."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+def spelled(name: str, stage: Any) -> str:
+    """The spelling of a stage, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
+    given = {f.name: getattr(stage, f.name) for f in fields(stage) if getattr(stage, f.name) != f.default}
+    options = [f"{key}={number_text(v) if is_number(v) else text_of(v)}" for key, v in given.items()]
+    return f"{name}({','.join(options)})" if options else name
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -5,17 +5,20 @@ the dense network's prediction, so the expected gradient is that of distilling i
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
+from pipeline.compression.plan import history
 from pipeline.compression.recipe import Calibration
 from pipeline.evaluate import outputs
-from pipeline.stages.stage import State, Supplies, number_text
+from pipeline.stages.stage import Seen, State, Supplies, Terms, spelled
 from pipeline.tables import UserError, pick
 from pipeline.tasks.task import Batch, Task
 
@@ -37,6 +40,7 @@ class TuneNorms:
     on: str = "data"
 
     facts = MappingProxyType({})
+    terms = Terms(frozenset({"float", "grid"}))  # a grid holds no norms
 
     def __post_init__(self) -> None:
         pick("on", SOURCES, self.on)
@@ -52,6 +56,9 @@ class TuneNorms:
     def reason_against(self, model: nn.Module) -> str:
         return "" if norm_parameters(model) else "no norm has a gain or a shift"
 
+    def seen(self, supplies: Supplies) -> Seen:
+        return Seen(labelled=supplies.samples if self.needs else 0)
+
     def run(self, state: State, supplies: Supplies) -> State:
         tune_norms_(state.model, samples_on(self.on, supplies), supplies.task, self.lr)
         return state
@@ -59,19 +66,22 @@ class TuneNorms:
 
 @dataclass(frozen=True)
 class Tune:
-    """Train all weights; Adam with lr, `epochs` passes over the samples. on: a row of SOURCES."""
+    """Train all weights; Adam with lr, `epochs` passes over the samples as they are. on: a row of SOURCES.
+
+    Weights that a mask removed stay zero.
+    """
 
     epochs: int = 1
     lr: float = 1e-4
     on: str = "data"
 
     facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
+    terms = Terms()
 
     def __post_init__(self) -> None:
         pick("on", SOURCES, self.on)
         check_positive("tune", epochs=self.epochs, lr=self.lr)
-        if not isinstance(self.epochs, int):
-            raise UserError(f"tune: epochs {self.epochs} must be a whole number")
+        check_whole("tune", epochs=self.epochs)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -83,6 +93,9 @@ class Tune:
     def reason_against(self, model: nn.Module) -> str:
         return ""
 
+    def seen(self, supplies: Supplies) -> Seen:
+        return Seen(labelled=self.epochs * supplies.samples if self.needs else 0)
+
     def run(self, state: State, supplies: Supplies) -> State:
         with kept_modes(state.model):
             state.model.train()
@@ -92,12 +105,17 @@ class Tune:
 
 
 def samples_on(source: str, supplies: Supplies) -> Sequence[Batch]:
-    """Batches to train on, from a row of SOURCES. UserError for own texts where the task is not language modelling."""
+    """Batches to train on, from a row of SOURCES. UserError as for `check_source`."""
+    check_source(source, supplies.task)
     if source == "data":
         return supplies.batches
-    if supplies.task.name != "language":
-        raise UserError(f"on={source} trains on texts, and the task is {supplies.task.name}: choose on=data")
     return supplies.pictures(Calibration(source)).split(TEXTS)
+
+
+def check_source(source: str, task: Task) -> None:
+    """UserError for own texts where the task is not language modelling."""
+    if source == "self" and task.name != "language":
+        raise UserError(f"on={source} trains on texts, and the task is {task.name}: choose on=data")
 
 
 def tune_norms_(model: nn.Module, batches: Iterable[Batch], task: Task, lr: float = 1e-3) -> bool:
@@ -117,18 +135,50 @@ def train_(
     model: nn.Module, tuned: set[nn.Parameter], batches: Iterable[Batch], task: Task, lr: float, epochs: int = 1
 ) -> None:
     """In place: Adam on these parameters alone, one step a batch. Flags and gradients are left as they were found."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p in tuned], lr)
+    with trainable(model, tuned):
+        for _ in range(epochs):
+            train_epoch_(model, optimizer, batches, task)
+
+
+def train_epoch_(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    task: Task,
+    stepped: Callable[[], None] = lambda: None,
+) -> None:
+    """In place: one optimizer step a batch, after which weights that a mask removed are zero again.
+
+    stepped: called after every step.
+    """
+    held = masks(model)
+    for batch in batches:
+        loss = task.loss(outputs(model, task, batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for weight, kept in held:
+                weight.mul_(kept)
+        stepped()
+
+
+def masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bool of its shape: the entries that are left) of all weights that a mask went over."""
+    masked = {name for step in history(model) for name in step.about.get("layers", {})}
+    return [(p, p.detach() != 0) for name, p in model.named_parameters() if name in masked]
+
+
+@contextmanager
+def trainable(model: nn.Module, tuned: set[nn.Parameter]) -> Iterator[None]:
+    """Inside, gradients are on, for these parameters alone. Afterwards flags are as before, and gradients are gone."""
     needed_grad = {p: p.requires_grad for p in model.parameters()}
-    optimizer = torch.optim.Adam([p for p in needed_grad if p in tuned], lr)
     with torch.enable_grad():
         try:
             for p in needed_grad:
                 p.requires_grad_(p in tuned)
-            for _ in range(epochs):
-                for batch in batches:
-                    loss = task.loss(outputs(model, task, batch), batch)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+            yield
         finally:
             for p, flag in needed_grad.items():
                 p.requires_grad_(flag)
@@ -136,15 +186,13 @@ def train_(
                 p.grad = None
 
 
-def spelled(name: str, stage: Tune | TuneNorms) -> str:
-    """The spelling, such as tune(epochs=3,lr=0.01); options at their defaults are left out."""
-    usual = type(stage)()
-    given = {key: value for key, value in vars(stage).items() if value != getattr(usual, key)}
-    options = [f"{key}={value if isinstance(value, str) else number_text(value)}" for key, value in given.items()]
-    return f"{name}({','.join(options)})" if options else name
-
-
 def check_positive(name: str, **values: float) -> None:
     for key, value in values.items():
         if isinstance(value, str) or not 0 < value < math.inf:
             raise UserError(f"{name}: {key} {value} must be greater than 0, and finite")
+
+
+def check_whole(name: str, **values: float) -> None:
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{name}: {key} {value} must be a whole number")

@@ -37,9 +37,8 @@ def answer(found: Lines) -> list[str]:
     table_of_effects = effects(found, stage, ratio)
     weighted = weighed(table_of_effects, interactions(found, stage, ratio), found.metric)
     rest = _unsettled(table_of_effects, weighted, found)
-    sure = [claim.text for claim in telling(weighted)]
     told = [sentence for sentence in told if sentence]
-    return [*told, *sure[: MOST - len(told) - len(rest)], *rest]
+    return [*told, *(claim.text for claim in telling(weighted, MOST - len(told) - len(rest))), *rest]
 
 
 def headline_place(found: Lines) -> tuple[str, float | None]:
@@ -52,26 +51,23 @@ def headline_place(found: Lines) -> tuple[str, float | None]:
     return stage, min(ratios, key=lambda ratio: round(abs(ratio - HEADLINE_RATIO), 9), default=None)
 
 
-def telling(found: list[Claim]) -> list[Claim]:
-    """Sure claims, the largest first: of each setting and outcome one, and one more if its sign is another.
-
-    The headline comes before interactions and the gap.
+def telling(found: list[Claim], room: int = MOST) -> list[Claim]:
+    """Sure claims, at most `room`: the largest of each topic, which is a setting's effect on the headline, and one more
+    where its sign is another; then the largest interaction and the largest effect on the gap, which have a place each.
     """
-    ranks = {("fold", False): 0, ("fold", True): 1, ("gap", False): 2}
-    sure = sorted(
-        (claim for claim in found if claim.sure),
-        key=lambda claim: (ranks[claim.outcome, claim.kind == "interaction"], -claim.size),
-    )
+    sure = sorted((claim for claim in found if claim.sure), key=lambda claim: -claim.size)
+    second = [next((c for c in sure if c.kind == "interaction"), None), next((c for c in sure if _on_gap(c)), None)]
+    second = [claim for claim in second if claim is not None]
     kept: list[Claim] = []
-    for claim in sure:
-        before = [k for k in kept if (k.setting, k.outcome, k.kind == "interaction") == _topic(claim)]
-        if not before or (claim.kind == "effect" and not claim.signs <= frozenset().union(*(k.signs for k in before))):
+    for claim in (claim for claim in sure if claim.kind != "interaction" and not _on_gap(claim)):
+        before = [k for k in kept if k.setting == claim.setting]
+        if not before or not claim.signs <= frozenset().union(*(k.signs for k in before)):
             kept.append(claim)
-    return kept
+    return [*kept[: max(room - len(second), 0)], *second][:room]
 
 
-def _topic(claim: Claim) -> tuple[str, str, bool]:
-    return claim.setting, claim.outcome, claim.kind == "interaction"
+def _on_gap(claim: Claim) -> bool:
+    return claim.outcome == "gap"
 
 
 def _measured(found: Lines, table: pl.DataFrame) -> str:
@@ -145,9 +141,16 @@ def _unsettled(table: pl.DataFrame, weighted: list[Claim], found: Lines) -> list
         return ["No two recipes differ in one setting alone, so that nothing is said of any setting's effect."]
     sure = {claim.setting for claim in weighted if claim.sure and claim.outcome == "fold"}
     open_ = table.filter((pl.col("outcome") == "fold") & ~pl.col("setting").is_in(list(sure)))
-    widest = open_.sort(pl.col("n"), descending=True, maintain_order=True).unique("setting", maintain_order=True)
+    widest = open_.join(  # the first level with the last, in all its halves
+        open_.unique("setting", keep="last", maintain_order=True).select("setting", "low", "high"),
+        on=["setting", "low", "high"],
+        how="semi",
+        maintain_order="left",
+    )
     parts = [
         f"{named(line)} {signed(line['effect'], line['half'], found.metric)} ({line['n']} pairs)"
+        if line["n"] >= FEWEST
+        else f"{named(line)} (n too small: {line['n']} pair{'s' * (line['n'] != 1)})"
         for line in widest.to_dicts()
     ]
     return [f"Not settled: {', '.join(parts)}."] if parts else []

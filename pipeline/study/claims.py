@@ -28,7 +28,7 @@ class Claim:
     """A sentence about one step of a setting. other: the setting that it depends on, "" where there is none
 
     kind: effect, flip (its sign changes over another setting), interaction, none (not told from 0), few (n too small)
-    size: the largest effect in it, absolute, in points; signs: +1, -1: those that it asserts
+    size: the largest effect in it, absolute, in points; n: pairs; signs: +1, -1: those that it asserts
     """
 
     text: str
@@ -38,6 +38,7 @@ class Claim:
     high: str
     outcome: str
     size: float
+    n: int
     other: str = ""
     signs: frozenset[int] = frozenset()
 
@@ -62,20 +63,25 @@ def claims(
 def weighed(effects: pl.DataFrame, interactions: pl.DataFrame, metric: Metric) -> list[Claim]:
     """`claims` as records, without the noise."""
     lines = effects.filter(pl.col("outcome").is_in(["fold", "gap"]))
+    if lines.is_empty():
+        return []
     steps = lines.partition_by("outcome", "setting", "low", "high", maintain_order=True)
-    found = [claim for step in steps for claim in _step(step.to_dicts(), metric)]
-    if effects.is_empty():
-        return found
-    stage, ratio = effects["stage"][0], effects["ratio"][0]
-    return found + list(_interacting(interactions, stage, ratio, metric))
+    found = _one_few_each([claim for step in steps for claim in _step(step.to_dicts(), metric)])
+    return found + list(_interacting(interactions, lines["stage"][0], lines["ratio"][0], metric))
+
+
+def _one_few_each(found: list[Claim]) -> list[Claim]:
+    """Of a setting whose n is too small at every step, one step: that with the most pairs."""
+    settings = {claim.setting for claim in found} - {claim.setting for claim in found if claim.kind != "few"}
+    most = {name: max((c for c in found if c.setting == name), key=lambda claim: claim.n) for name in settings}
+    return [claim for claim in found if claim is most.get(claim.setting, claim)]
 
 
 def _step(lines: list[Line], metric: Metric) -> Iterator[Claim]:
     """The claim over one step and outcome: one line, or one for each level of the setting that turns the sign."""
-    if lines[0]["over"]:
-        yield _turning(lines, metric)
-    elif lines[0]["outcome"] == "fold" or _is_sure(lines[0]):
-        yield _plain(lines[0], metric)
+    claim = _turning(lines, metric) if lines[0]["over"] else _plain(lines[0], metric)
+    if claim.sure or claim.outcome == "fold":
+        yield claim
 
 
 def _is_sure(line: Line) -> bool:
@@ -83,7 +89,7 @@ def _is_sure(line: Line) -> bool:
 
 
 def _plain(line: Line, metric: Metric) -> Claim:
-    about = (line["setting"], line["low"], line["high"], line["outcome"], abs(line["effect"]))
+    about = (line["setting"], line["low"], line["high"], line["outcome"], abs(line["effect"]), line["n"])
     subject, what = named(line), outcome_at(line, metric)
     if line["n"] < FEWEST:
         text = f"{subject}: n too small for a word on {what} ({_n(line['n'])}{_would(line, metric)})."
@@ -100,18 +106,25 @@ def _turning(lines: list[Line], metric: Metric) -> Claim:
     """Every half, never the mean; an assertion only where halves of both signs are sure."""
     signs = frozenset(_sign(line) for line in lines if _is_sure(line))
     settled = len(signs) == 2 and lines[0]["p_flip"] < LEVELS["flip"]
-    halves = [
-        f"{signed(line['effect'], line['half'], metric) if line['n'] > 1 else 'unknown'} where {line['where']} "
-        f"({_n(line['n'])}; {_beside(line, metric)})"
-        for line in lines
-    ]
-    first, over = lines[0], lines[0]["over"]
-    turns = "raises or lowers" if settled else "may raise or lower"
-    subject = named({**first, "where": ""})
-    text = f"{subject} {turns} {outcome_at(first, metric)}, depending on {over}: {', '.join(halves)}"
-    text += "." if settled else "; not settled."
-    about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines))
-    return Claim(text, "flip", *about, over, signs if settled else frozenset())
+    halves = ", ".join(_half(line, metric) for line in lines)
+    first, over, n = lines[0], lines[0]["over"], sum(line["n"] for line in lines)
+    about = (first["setting"], first["low"], first["high"], first["outcome"], max(abs(i["effect"]) for i in lines), n)
+    subject, what = named({**first, "where": ""}), outcome_at(first, metric)
+    if sum(line["n"] >= FEWEST for line in lines) < 2:
+        counts = ", ".join(f"{_n(line['n'])} where {line['where']}" for line in lines)
+        text = f"{subject}: n too small for a word on {what}, where its sign may depend on {over} ({counts})."
+        return Claim(text, "few", *about, over)
+    if settled:
+        return Claim(f"{subject} raises or lowers {what}, depending on {over}: {halves}.", "flip", *about, over, signs)
+    text = f"{subject} may raise or lower {what}, depending on {over}: {halves}; not settled."
+    return Claim(text, "flip", *about, over)
+
+
+def _half(line: Line, metric: Metric) -> str:
+    if line["n"] < FEWEST:
+        return f"n too small where {line['where']} ({_n(line['n'])})"
+    effect = signed(line["effect"], line["half"], metric)
+    return f"{effect} where {line['where']} ({_n(line['n'])}; {_beside(line, metric)})"
 
 
 def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: Metric) -> Iterator[Claim]:
@@ -134,9 +147,9 @@ def _interacting(table: pl.DataFrame, stage: str, ratio: float | None, metric: M
         what = outcome_at({"outcome": "fold", "stage": stage, "ratio": ratio}, metric)
         subject = named({**line, "where": "", "along": ""})
         difference = signed(line["difference"], line["half"], metric)
-        text = f"{subject} acts on {what} by an amount that depends on {line['other']}: {' and '.join(halves)}, "
+        text = f"{subject} acts on {what}, by an amount that depends on {line['other']}: {' and '.join(halves)}, "
         text += f"a difference of {difference} ({line['n']} quadruples)."
-        about = (line["setting"], line["low"], line["high"], "fold", abs(line["difference"]))
+        about = (line["setting"], line["low"], line["high"], "fold", abs(line["difference"]), line["n"])
         yield Claim(text, "interaction", *about, line["other"])
 
 
@@ -146,17 +159,14 @@ def noise_sentence(noise: dict[str, Noise], metric: Metric) -> str:
     for outcome, one in noise.items():
         spread = f"{outcome_name(outcome, metric)} by {amount(one.sd, None, metric)}"
         if one.reliability is not None:
-            between = "" if one.low is None else f", {max(one.low, 0):.0%} to {one.high:.0%}"
-            spread += f" (recipes make {max(one.reliability, 0):.0%} of its variance{between})"
+            share, low, high = (max(value, 0) for value in (one.reliability, one.low, one.high))
+            spread += f" (recipes make {share:.0%} of its variance, {low:.0%} to {high:.0%})"
         parts.append(spread)
     first = next(iter(noise.values()))
-    text = f"Networks that differ in their seed alone scatter (standard deviation): {', '.join(parts)}; "
-    text += f"{first.recipes} recipe{'s' * (first.recipes != 1)} with several seeds, {first.cells} networks."
-    return (
-        text
-        if first.needed is None
-        else f"{text[:-1]}, so that seeds alone ask for {_pairs(first.needed)} to show {one_point(metric)}."
-    )
+    over = f"{first.recipes} recipe{'s' * (first.recipes != 1)} with several seeds, {first.cells} networks"
+    asked = f"seeds alone ask for {_pairs(first.needed)} to show {one_point(metric)}"
+    spreads = f"{', '.join(parts)} (standard deviations over {over})"
+    return f"Networks that differ in their seed alone scatter: {spreads}; {asked}."
 
 
 def _beside(line: Line, metric: Metric) -> str:

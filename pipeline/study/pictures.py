@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.results import DENSE, headline
+from pipeline.study.chains import costs, front, of_chains, paths
 from pipeline.study.summary import curves, dense_value
 from pipeline.study.terminal import TITLES
 
@@ -56,4 +57,47 @@ def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
     if drawn:
         figure.legend(handles=list(drawn.values()), loc="outside lower center", ncols=across, frameon=False)
     figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None = None) -> None:
+    """The headline over the bytes of the file, and over the time of each runtime and batch size: a panel each.
+
+    A chain is a line from the uncompressed network on, a stage a point; rings and the dashed steps mark the front, the
+    networks that none beats in both. times: `median` seconds by cell, chain, runtime and batch_size (see Profile).
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    metric, found = headline(rows), of_chains(rows)
+    panels = costs(found, times)
+    lines = {
+        (cell, leaf): path for (cell,), part in found.group_by("cell") for leaf, path in paths(part["chain"]).items()
+    }
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    height = down * 4 + 0.25 * len(lines)
+    figure = Figure(figsize=(1 + 5 * across, height), layout="constrained")
+    places = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    drawn: dict[str, Any] = {}
+    for place, (heading, points) in zip(places, panels.items(), strict=False):
+        for number, ((cell, leaf), chain) in enumerate(lines.items()):
+            order = pl.DataFrame({"chain": chain, "cell": cell})
+            line = order.join(points, on=["chain", "cell"], maintain_order="left")
+            y = line["value"] * metric.scale
+            drawn[leaf or DENSE] = place.plot(line["cost"], y, "o-", color=f"C{number % 10}", markersize=4, lw=1)[0]
+        best = points[front(points["cost"], points["value"], metric.higher_is_better)]
+        x, y = best["cost"], best["value"] * metric.scale
+        place.step(x, y, where="post", color="grey", linestyle="--", linewidth=0.8, zorder=0)
+        drawn["the front"] = place.plot(x, y, "o", markersize=10, markerfacecolor="none", color="black")[0]
+        place.set_xscale("log")
+        if metric.log:
+            place.set_yscale("log")
+        place.set_xlabel(heading)
+        place.grid(alpha=0.3, which="both")
+    for place in places[len(panels) :]:
+        place.set_axis_off()
+    for place in places[::across]:
+        place.set_ylabel(metric.heading)
+    front_last = {name: drawn[name] for name in (*(n for n in drawn if n != "the front"), "the front") if name in drawn}
+    figure.legend(front_last.values(), front_last.keys(), loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -91,10 +91,13 @@ class Sweep:
 def load(runs: Path, columns: Sequence[str] = COLUMNS, warn: Callable[[str], None] = warnings.warn) -> Sweep:
     """The cells under `runs` as they are now: a sweep that goes on may replace and add files meanwhile.
 
-    runs: the folder that paths.runs named, or a file of `scripts.report --out`
+    runs: the folder that paths.runs named, a .parquet file of `scripts.report --out`, or a CSV file of the published
+        study (see pipeline.study.published)
     """
     if runs.is_file():
-        return separated(read_joined(runs))
+        from pipeline.study.published import published  # it imports this module for Sweep
+
+        return separated(read_joined(runs)) if runs.suffix == ".parquet" else published(runs, warn=warn)
     folders = cells(runs)
     if not folders:
         raise UserError(f"no cells in {runs}; give the folder that paths.runs named")

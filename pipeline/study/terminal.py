@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.results import DENSE, headline
-from pipeline.study.summary import curves, gaps, parameters_left, speed_lines
+from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines
 from pipeline.tasks import Metric
 
 TITLES = {
@@ -74,7 +74,7 @@ def points(value: float, metric: Metric) -> str:
 DUEL_LINES = {
     "gap, points": lambda at, metric: points(at["gap"], metric),
     "95% interval": lambda at, metric: "-" if at["margin"] is None else f"±{points(at['margin'], metric)[1:]}",
-    "win rate": lambda at, metric: f"{at['wins']:.0%}",
+    "win rate": lambda at, metric: "-" if at["margin"] is None else f"{at['wins']:.0%}",
     "n recipes": lambda at, metric: f"{at['n']}",
 }
 
@@ -94,6 +94,21 @@ def print_table(rows: pl.DataFrame, title: str, duel: bool = False, recipes: pl.
     failed = rows.filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
         console.print(f"{count} measurements failed: {reason}", markup=False, soft_wrap=True)
+
+
+def verdict(rows: pl.DataFrame) -> str:
+    """What one network says about folding and pruning, at its headline; "" where it has not both."""
+    at = next(headlines(rows).drop_nulls(["fold", "prune"]).iter_rows(named=True), None)
+    if at is None:
+        return ""
+    metric = headline(rows)
+    fold, prune = metric.text(at["fold"]), metric.text(at["prune"])
+    place = f"At ratio {at['ratio']:g}, {at['stage']}"
+    if fold == prune:
+        return f"{place}, folding and the best pruning both leave {fold} (one network)."
+    lead = "better" if at["gap"] > 0 else "worse"
+    difference = points(abs(at["gap"]), metric).lstrip("+") + (" points" if metric.unit == "%" else "")
+    return f"{place}, folding leaves {fold} and the best pruning {prune}: {difference} {lead} (one network)."
 
 
 def speed_table(speeds: pl.DataFrame) -> Table:

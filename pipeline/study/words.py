@@ -13,8 +13,11 @@ SUBJECTS = {
     "l2": "L2 penalty",
     "label_smoothing": "Label smoothing",
     "lr": "Learning rate",
+    "momentum": "Momentum",
     "optim": "Optimizer",
+    "rand_aug": "RandAugment",
     "rho": "SAM",
+    "schedule": "Schedule",
     "wd": "Weight decay",
     "weight_decay": "Weight decay",
 }

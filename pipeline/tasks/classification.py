@@ -10,7 +10,7 @@ from pipeline.tables import UserError, pick
 
 from .checks import check_classes, check_labels, check_outputs, classes_of, kind_of, outputs_of
 from .kinds import BASE, KINDS, Kind, columns, fraction, logits, target
-from .task import Example, Key, Layout, Task, double, widened
+from .task import IGNORED, Example, Key, Layout, Task, double, widened
 
 OUTPUTS = ("logits", "probabilities")
 
@@ -114,6 +114,12 @@ class Classification(Task):
     def answers(self, output: Any) -> Tensor:
         scores = self._columns(widened(self.layout.scores(output)))
         return logits(scores, self._probabilities).movedim(1, -1).flatten(0, -2)
+
+    def targets(self, output: Any, batch: Any) -> Tensor:
+        scores = self._columns(self.layout.scores(output))
+        labels = target(self.layout.target(batch), scores)
+        hard = (labels.argmax(1) if labels.shape == scores.shape else labels).flatten()
+        return hard if self.ignore_index is None else hard.masked_fill(hard == self.ignore_index, IGNORED)
 
     @property
     def _probabilities(self) -> bool:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from pipeline.tables import UserError
 
-from .task import Example, Layout, Task, double, widened
+from .task import IGNORED, Example, Layout, Task, double, widened
 
-IGNORED = -100  # label of a token that is not counted
 OWN = ("labels", "bytes")  # keys of a batch that are not for the network
 
 
@@ -92,6 +91,14 @@ class Language(Task):
     def answers(self, output: Any) -> Tensor:
         """(N * T, vocabulary): a token counts as a picture does."""
         return self.logits(output).flatten(0, 1)
+
+    def real(self, batch: Any) -> Tensor | None:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        return None if mask is None else mask.flatten() != 0
+
+    def targets(self, output: Any, batch: Any) -> Tensor:
+        """The token behind each one; behind the last of a sequence there is none."""
+        return F.pad(targets(batch), (0, 1), value=IGNORED).flatten()
 
     def logits(self, output: Any) -> Tensor:
         return widened(Layout(output=self.output).scores(output))

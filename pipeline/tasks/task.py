@@ -10,6 +10,7 @@ from pipeline.tables import UserError
 
 Example = Tensor | tuple | dict  # a network's arguments, see pipeline.compression.trace.graph.call_arguments
 Key = int | str
+IGNORED = -100  # class of a row that is not counted
 Batch = Any  # as the loader gave it
 
 
@@ -58,6 +59,14 @@ class Task(Protocol):
 
     def answers(self, output: Any) -> Tensor:
         """(rows, classes) logits, one row for each picture, pixel or token, so that two networks can be compared."""
+
+    def real(self, batch: Any) -> Tensor | None:
+        """(rows,) bool: the rows of `answers` that are no padding; None: all. Labels are not looked at."""
+        return None
+
+    def targets(self, output: Any, batch: Any) -> Tensor:
+        """(rows,) int64: the class of each row of `answers`, IGNORED where it is not counted."""
+        raise UserError(f"the task {self.name} has no classes to learn from; say labels=0 and another loss")
 
 
 @dataclass(frozen=True)

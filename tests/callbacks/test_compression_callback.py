@@ -108,6 +108,21 @@ def test_training_is_bit_identical_with_and_without(tmp_path, precision):
     assert trainer.global_step == 12
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_is_bit_identical_where_sharpness_and_corruptions_are_measured(tmp_path, precision):
+    pytest.importorskip("curvlinops")
+    without, _ = fit(tmp_path, [], precision=precision)
+    states = random_states()
+    beside = {"sharpness": {"steps": 2}, "corruptions": {"names": ["contrast"], "mean": [0.5], "std": [0.5]}}
+    measured = callback(methods=["fold"], ratios=[0.5], stages=["raw"], **beside)
+    module, _ = fit(tmp_path, [measured], precision=precision)
+    columns = ["sharpness_sam", "sharpness_l2", "sharpness_linf", "hessian_top", "corrupted"]
+    assert not measured.rows.select(columns).null_count().sum_horizontal().item()
+    for (name, a), b in zip(without.state_dict().items(), module.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert random_states() == states
+
+
 def test_optimizer_modes_and_hooks_are_left_alone(tmp_path):
     class Spy(lightning.Callback):
         def on_train_epoch_end(self, trainer, module):

@@ -267,3 +267,10 @@ def test_round_to_reaches_the_network():
     assert smaller(example).shape == build()(example).shape
     with pytest.raises(UserError, match="round_to 0 must be a whole number of at least 1 channel"):
         compress(build(), example, "fold", 0.3, round_to=0)
+
+
+def test_macs_are_of_one_sample_whatever_the_example_holds():
+    model = NETS["vgg"][0]()
+    one, eight = (compress(model, picture(batch), "l1", 0.5)[1] for batch in (1, 8))
+    assert (one.macs_before, one.macs_after) == (eight.macs_before, eight.macs_after)
+    assert one.macs_after < one.macs_before

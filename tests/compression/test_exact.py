@@ -41,11 +41,12 @@ def test_float32(name):
         assert relative_error(model(example), apply(model, groups, projections)(example)) < 1e-4
 
 
+@pytest.mark.parametrize("features", ["writers", "writers+readers"])
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "cifar_resnet", "vit", "vgg", "transposed", "mobile"])
-def test_fold_finds_the_clusters_by_itself(name):
-    """Channels of one cluster have the same writers, so features of the writers alone tell the clusters apart."""
+def test_fold_finds_the_clusters_by_itself(name, features):
+    """Channels of one cluster have the same writers, and they merge without loss whatever reads them."""
     model, example, groups, _ = duplicated(name)
-    smaller, report = compress(model, example, "fold", 0.5, features="writers")
+    smaller, report = compress(model, example, "fold", 0.5, features=features)
     assert [g.after for g in report.groups] == [max(1, g.size // 2) for g in groups]
     assert max(g.error for g in report.groups) < 1e-6
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy_nets import Net, fold_error, frozen_reason, head, picture, randomise_, uneven_projections
+from toy_nets import Net, between, fold_error, frozen_reason, picture, randomise_, uneven_projections
 
 from pipeline.compression import channel_groups, compress
 from pipeline.compression.merge.modules import apply
@@ -24,12 +24,10 @@ def _(x):
     return torch.empty_like(x)
 
 
-def between(step, **parts):
-    """conv1, conv2, the step, conv3: conv1's channels can shrink whatever the step does."""
-    return Net(
-        lambda net, x: head(net, net.conv3(step(net, net.conv2(F.relu(net.conv1(x)))))),
-        conv1=nn.Conv2d(3, 6, 3), conv2=nn.Conv2d(6, 8, 3), conv3=nn.Conv2d(8, 6, 3), head=nn.Linear(6, 4), **parts,
-    )  # fmt: skip
+def response_norm(net, x):
+    """ConvNeXt-V2's: divided by a mean over channels, which merging equal ones would change."""
+    size = x.norm(dim=(2, 3), keepdim=True)
+    return x * size / size.mean(1, keepdim=True)
 
 
 def write_in_place(net, x):
@@ -43,8 +41,10 @@ FREEZES = {
     "softmax": (lambda n, x: x.softmax(1), {}),
     "sort": (lambda n, x: x.sort(1).values, {}),
     "toy::relu": (lambda n, x: foreign_relu(x), {}),
-    "group_norm": (lambda n, x: n.norm(x), {"norm": nn.GroupNorm(2, 8)}),
-    "instance_norm": (lambda n, x: n.norm(x), {"norm": nn.InstanceNorm2d(8, affine=True)}),
+    "global response norm": (response_norm, {}),
+    "grid_sampler": (lambda n, x: F.grid_sample(x, x[:, :2].movedim(1, -1), align_corners=False), {}),
+    "max": (lambda n, x: x + x.max(1, keepdim=True).values, {}),
+    "std": (lambda n, x: x / x.std(1, keepdim=True), {}),
     "layer_norm": (lambda n, x: n.norm(x.movedim(1, -1)).movedim(-1, 1), {"norm": nn.LayerNorm(8)}),
     "rms_norm": (lambda n, x: n.norm(x.movedim(1, -1)).movedim(-1, 1), {"norm": nn.RMSNorm(8)}),
     "einsum": (lambda n, x: torch.einsum("bchw,cd->bdhw", x, n.mix), {"mix": nn.Parameter(torch.randn(8, 8))}),

@@ -16,7 +16,7 @@ from pipeline.compressed import load
 from pipeline.compression import Compressed, compress
 from pipeline.compression.checkpoint import (
     OF_A_STEP,
-    _digest,
+    digest_of,
     is_compressed,
     load_compressed,
     read_manifest,
@@ -152,7 +152,7 @@ def test_files_of_format_2_still_load(name, tmp_path):
         manifest = json.loads(file.metadata()["foldability"])
     del manifest["chain"]
     tensors, text = load_file(path), json.dumps({**manifest, "format": 2})
-    save_file(tensors, path, {"foldability": text, "sha256": _digest(text, tensors)})
+    save_file(tensors, path, {"foldability": text, "sha256": digest_of(text, tensors)})
     model, found = load_compressed(path, build().eval())
     assert torch.equal(model(example), compressed.model(example))
     assert history(model) == (Step("fold", step_of(compressed.report).about),)

@@ -15,6 +15,14 @@ def picture(batch=2, channels=3, size=8):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(5))
 
 
+def between(step, **parts):
+    """conv1, conv2, the step, conv3: conv1's channels can shrink whatever the step does."""
+    return Net(
+        lambda net, x: head(net, net.conv3(step(net, net.conv2(F.relu(net.conv1(x)))))),
+        conv1=nn.Conv2d(3, 6, 3), conv2=nn.Conv2d(6, 8, 3), conv3=nn.Conv2d(8, 6, 3), head=nn.Linear(6, 4), **parts,
+    )  # fmt: skip
+
+
 def randomise_(model: nn.Module, seed: int = 0, negative_gains: bool = False) -> nn.Module:
     """In place: weights and statistics as after some training, none at its initial value. Returns the model.
 

@@ -301,13 +301,13 @@ def test_options_reach_the_set(cifar_folder):
         ({"name": "folder", "sise": 3}, "data set 'folder' has no option 'sise'; it takes: root, size"),
         ({"val_fraction": 1.0}, r"val_fraction 1.0 must be in 0 <= f < 1"),
         ({"val_fraction": -0.1}, r"val_fraction -0.1 must be in 0 <= f < 1"),
-        ({"val_fraction": 0.001}, "cannot split 1437 pictures by 0.001"),
+        ({"val_fraction": 0.001}, "a part of 1 of 1437 pictures leaves one side without all 10 classes"),
         ({"batch_size": 0}, "batch_size 0 must be at least 1"),
         ({"eval_batch_size": 0}, "eval_batch_size 0 must be at least 1"),
         ({"train_size": 2000}, r"train_size 2000 must be in 1..1293"),
         ({"test_size": 1000}, r"test_size 1000 must be in 1..360"),
         ({"train_size": 0}, r"train_size 0 must be in 1..1293"),
-        ({"train_size": 5}, "cannot split 1293 pictures by 5"),
+        ({"train_size": 5}, "a part of 5 of 1293 pictures leaves one side without all 10 classes"),
     ],
 )
 def test_errors_name_the_value_and_the_fix(options, message):

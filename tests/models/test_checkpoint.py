@@ -1,9 +1,8 @@
 """Weights arrive whole from every kind of file that people have; a file that does not fit is refused in one line."""
 
-import argparse
+import fractions
 import json
 
-import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -245,7 +244,7 @@ def test_a_network_of_huggingface_trained_by_us_and_by_them(huggingface_vit):
 def test_what_of_huggingface_does_not_fit(huggingface_vit):
     state = read_state(huggingface_vit)
     net = build_model("huggingface", 7, 3, architecture=str(huggingface_vit), pretrained=False)
-    with pytest.raises(UserError, match=r"another ImageClassifier: model.classifier.\w+ is \(5,.*not \(7,") as caught:
+    with pytest.raises(UserError, match=r"vit has 5 classes, the data 7 \(model.classifier.weight is") as caught:
         load_into(net, state, "vit")
     assert "\n" not in str(caught.value)
     net = build_model("huggingface", 5, 3, architecture=str(huggingface_vit), pretrained=False)
@@ -272,12 +271,9 @@ def test_folders_that_are_not_whole(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["", "of before 2020"])
 def test_what_a_pickle_needs_beside_weights_is_named(zipped, tmp_path):
-    content = {"model": small().state_dict(), "args": argparse.Namespace(lr=0.1), "best": np.float64(93.1)}
-    if not zipped:
-        content.pop("best")
+    content = {"model": small().state_dict(), "share": fractions.Fraction(1, 3)}
     torch.save(content, tmp_path / "net.pt", _use_new_zipfile_serialization=zipped)
-    needs = "argparse.Namespace, numpy.*scalar, numpy.dtype" if zipped else "argparse.Namespace"
-    with pytest.raises(UserError, match=rf"loading it would run code: it needs {needs}; where you trust it"):
+    with pytest.raises(UserError, match=r"would run code: it needs fractions.Fraction; save the weights alone"):
         read_state(tmp_path / "net.pt")
 
 

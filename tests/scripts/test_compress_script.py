@@ -101,6 +101,15 @@ def test_what_is_kept_loads_in_a_fresh_process_and_elsewhere(trained, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_sharpness_and_corruptions_are_columns_that_a_cell_asks_for(trained, tmp_path):
+    asked = ("compression.sharpness={steps:2,hessian:false}", "compression.corruptions=[contrast,jpeg]")
+    folder = compress(trained / "last.ckpt", tmp_path, *asked, "methods=[l1]", "stages=[raw]")
+    found = read(folder / "rows.parquet")
+    assert set(found["status"]) == {"ok"}
+    assert found.select("sharpness_sam", "sharpness_l2", "sharpness_linf", "corrupted").null_count().row(0) == (0,) * 4
+    assert found["hessian_top"].null_count() == len(found)
+
+
 def test_masked_networks_are_measured_kept_and_load_again(trained, tmp_path, capsys):
     folder = compress(trained / "last.ckpt", tmp_path, "methods=[magnitude,n_m,l1+filters]", "save=true")
     assert "parameters not masked" in capsys.readouterr().out
@@ -258,7 +267,7 @@ def test_what_is_no_checkpoint_gets_one_clear_line(content, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint /nowhere/net\.pt"):
         compress(Path("/nowhere/net.pt"), tmp_path)
-    with pytest.raises(SystemExit, match="no file matches"):
+    with pytest.raises(UserError, match="no file matches"):
         expanded(["checkpoints=/nowhere/**/*.pt"])
 
 

@@ -144,6 +144,8 @@ def test_cells_of_pictures_keep_the_names_that_they_had(experiment):
     assert cell_of(composed(f"experiment={experiment}")) == f"{experiment}-{CELLS[experiment]}"
     assert cell_of(composed(f"experiment={experiment}", "task=classification")).endswith(CELLS[experiment])
     assert not cell_of(composed(f"experiment={experiment}", "compile=true")).endswith(CELLS[experiment])
+    for beside in ("sharpness=true", "sharpness={rho:0.1}", "corruptions=[fog]"):
+        assert not cell_of(composed(f"experiment={experiment}", f"compression.{beside}")).endswith(CELLS[experiment])
 
 
 def test_a_task_that_does_not_fit_the_data_is_refused():

@@ -94,9 +94,9 @@ def test_the_command_shows_cells_states_and_means(runs):
 
 def test_where_keeps_the_cells_that_meet_all_conditions(runs, report):
     lines = report(runs, "--where", "optim=sgd", "--where", "optim.sam.rho=0", "--where", "lr=1e-1")
-    assert lines[0] == "m on d: 1 done, 0 running, 0 failed, 0 broken"
+    assert lines[0] == "m on d: 1 done"
     assert report(runs, "--where", "augment=[crop, flip]") == report(runs)
-    assert report(runs, "--where", "rho=null")[0] == "m on d: 1 done, 0 running, 0 failed, 0 broken"
+    assert report(runs, "--where", "rho=null")[0] == "m on d: 1 done"
 
 
 def test_cells_of_another_headline_stand_apart(runs, report, tmp_path):
@@ -113,7 +113,7 @@ def test_cells_of_another_headline_stand_apart(runs, report, tmp_path):
         "Mean iou (%) over 1 done cell",
     ]
     assert "m on d, acc: 3 done, 1 running, 1 failed, 1 broken" in lines
-    assert "m on d, miou: 1 done, 0 running, 0 failed, 0 broken" in lines
+    assert "m on d, miou: 1 done" in lines
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["plot-acc.png", "plot-miou.png"]
     assert set(pl.read_csv(tmp_path / "rows.csv")["metric"]) == {"acc", "miou"}
 
@@ -126,7 +126,7 @@ def test_cells_of_another_model_are_never_in_one_mean(runs, report):
     titles = [line for line in lines if re.match(r"\w+ on d: ", line)]
     assert titles == [
         "m on d: 3 done, 1 running, 1 failed, 1 broken",
-        "vit on d: 1 done, 0 running, 0 failed, 0 broken",
+        "vit on d: 1 done",
     ]
     means = [line for line in lines if line.startswith("fold ")]
     assert means == ["fold 66.7 56.7", "fold 30.0 20.0"]  # of the stage that leads, each
@@ -174,7 +174,7 @@ def test_a_page_from_a_file_of_rows(runs, report, tmp_path):
     report(runs, "--out", tmp_path / "rows.parquet")
     lines = report(tmp_path / "rows.parquet", page=True)
     assert lines[-1].startswith(f"wrote {tmp_path}/rows-report/index.html")
-    assert lines[0] == "m on d: 3 done, 1 running, 1 failed, 0 broken"  # a cell without rows is not in the file
+    assert lines[0] == "m on d: 3 done, 1 running, 1 failed"  # a cell without rows is not in the file
 
 
 def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
@@ -215,7 +215,7 @@ def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
     add(tmp_path, "a-1", "running", measured=False)
     lines = report(tmp_path, "--cells", page=True)
     assert lines[:2] == [
-        "this sweep: 0 done, 0 running, 0 failed, 1 broken",
+        "this sweep: 1 broken",
         "1. No cell of this sweep that is done has rows yet.",
     ]
     assert "no cell that is done has rows yet" in lines

@@ -262,7 +262,7 @@ def test_a_launcher_that_is_missing_says_how_to_get_it(monkeypatch, any_plugin):
             raise ModuleNotFoundError("No module named 'hydra_plugins'")
 
     monkeypatch.setattr("importlib.util.find_spec", find)
-    with pytest.raises(SystemExit, match=r"launcher 'ray' is not installed; pip install 'foldability\[ray\]'"):
+    with pytest.raises(UserError, match=r"launcher 'ray' is not installed; pip install 'foldability\[ray\]'"):
         check_launcher(["scripts.train", "sweep=x", "launcher=ray"])
     check_launcher(["scripts.train", "launcher=local"])
 

@@ -1,6 +1,7 @@
 """The command that users type: every config builds and runs, the results are whole, bad input gets one clear line."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -206,6 +207,25 @@ def wandb_read(path: Path, *flags: str) -> str:
         (["model.width=wide"], "model 'resnet18': width must be a number, got 'wide'"),
         (["data=folder"], r"data\.root is not set; give it on the command line"),
         (["model=timm", "model.architecture=vit_tinny_patch16_224"], "unknown timm model 'vit_tinny_patch16_224'"),
+        (["trainer.precision=8-bit"], "trainer: Precision '8-bit' is invalid"),
+        (["trainer.accelerator=tpu"], "trainer: .*torch_xla"),
+        (["trainer.devices=99"], r"trainer.devices 99 are more processes than the \d+ cores there are"),
+        (["+trainer.logger=false"], "trainer.logger is set by the script"),
+        (["optim.ema=2"], "optim.ema 2 must be in 0 < decay < 1"),
+        (["save_every_n_steps=-1"], "save_every_n_steps -1 must be at least 1"),
+        (["compression.round_to=1000"], "round_to 1000 leaves all groups whole: the largest has [0-9]+ channels"),
+        (["compression.ratios=[half]"], "ratio 'half' is no number"),
+        (["compression.ratios=[0.5,0.50]"], "ratios has 0.5 twice; leave one out"),
+        (["compression.methods=[fold,l1,fold]"], "methods has fold twice; leave one out"),
+        (["compression.stages=[raw,raw]"], "stages has raw twice; leave one out"),
+        (["compression.repair_size=0"], "repair_size 0 must be a whole number of at least 1 sample"),
+        (["model.width=-4"], "model.width -4 must be a whole number of at least 1"),
+        (["model.width=4.5"], "model.width 4.5 must be a whole number of at least 1"),
+        (["data.mean=[0.5]"], "data.mean is set and data.std is not; give both, or neither"),
+        (["data.std=[0.5]"], "data.std is set and data.mean is not; give both, or neither"),
+        (["data.batch_size=1"], r"data.batch_size 1 gives BatchNorm \(bn1\) nothing to normalise over"),
+        (["data.val_fraction=0.999"], "a part of 1436 of 1437 pictures leaves one side without all 10 classes"),
+        (["data.train_size=5"], "a part of 5 of 1293 pictures leaves one side without all 10 classes"),
     ],
 )
 def test_bad_input_gets_one_clear_line(overrides, message, tmp_path):
@@ -213,18 +233,31 @@ def test_bad_input_gets_one_clear_line(overrides, message, tmp_path):
     names = {o.split("=")[0] for o in overrides}
     rest = [o for o in ("experiment=quickstart", *TINY) if o.split("=")[0] not in names]
     with pytest.raises(UserError, match=message) as caught:
-        run(composed(*rest, *overrides, f"paths.runs={tmp_path}"))
+        run(composed(*rest, *overrides, f"paths.runs={tmp_path / 'runs'}"))
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir()), "refused before anything was written"
+
+
+@pytest.mark.parametrize("place", ["/proc/runs", "a file", "read-only"])
+def test_a_folder_that_cannot_be_written_to_is_refused(place, tmp_path):
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "read-only").mkdir()
+    (tmp_path / "read-only").chmod(0o500)
+    if place == "read-only" and os.access(tmp_path / "read-only", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    runs = place if place.startswith("/") else tmp_path / place
+    with pytest.raises(UserError, match=r"paths.runs .* cannot be written to \(.*\); choose another folder"):
+        run(composed("experiment=quickstart", *TINY, f"paths.runs='{runs}'"))
 
 
 def test_the_command_prints_one_line_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "scripts.train", "experiment=quickstart", f"paths.runs={tmp_path}"]
     done = subprocess.run([*command, "compression.methods=[fodl]"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown method 'fodl'")
     assert "Traceback" not in done.stderr
     done = subprocess.run([*command, "optim.lrr=1"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "optim.lrr" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir()), "nothing was started"

@@ -76,7 +76,7 @@ def test_a_perplexity_is_compared_by_its_logarithm_and_less_is_better() -> None:
 
 
 def test_settings_that_a_checkpoint_was_trained_with_tell_recipes_apart() -> None:
-    """"named.optim.lr" begins like "name", which is no setting of a recipe; the seed of training is the seed."""
+    """ "named.optim.lr" begins like "name", which is no setting of a recipe; the seed of training is the seed."""
     trained = {"named.optim.lr": [0.1, 0.1, 0.01, 0.1], "named.seed": [3, 4, 3, 3], "named.name": ["a", "b", "c", "d"]}
     cells = SWEEP.cells.drop("optim.lr").with_columns(pl.Series(k, v) for k, v in trained.items())
     found = lines(Sweep(cells, SWEEP.rows))

@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from pipeline.compression.calibrate.batches import Batches, batches_of
 from pipeline.compression.calibrate.lockstep import Stop, in_lockstep, one_by_one
 from pipeline.compression.calibrate.repair import STATISTICS, follow_, kept_modes, tracked_norms
-from pipeline.compression.calibrate.rows import ROWS, Survey, gather_, input_dim, patches_of, rows_of, surveyed, wide
+from pipeline.compression.calibrate.rows import (
+    ROWS,
+    Rows,
+    Survey,
+    gather_,
+    input_dim,
+    patches_of,
+    rows_of,
+    surveyed,
+    wide,
+)
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
@@ -80,22 +90,36 @@ def readers(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, nn.Mo
     return {name: layer for name, layer in layers.items() if input_dim(layer) == reads[name]}
 
 
-@torch.no_grad()
 def second_moments(model: nn.Module, groups: Iterable[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
     """{weight: (inputs, inputs)}: Σ x xᵀ over the rows of a sample, the mean over samples, of the readers' inputs x."""
-    layers = readers(model, groups)
+    return input_moments(model, readers(model, groups), batches, patches=False)
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, limit: int = TOKENS, patches: bool = True
+) -> dict[str, Tensor]:
+    """{layer: (inputs, inputs)}: Σ x xᵀ over the rows of a sample, the mean over samples, of the layers' inputs x.
+
+    limit: rows that are looked at, at most. patches: x is the patch under the kernel, channels x taps, of convolutions
+    that see patches. Layers that the forward does not call, or calls more than once, are left out.
+    """
     found: dict[str, Tensor] = {}
 
+    def rows(survey: Survey, name: str) -> Rows:
+        return survey.patches[name] if patches and name in survey.patches else survey.inputs[name]
+
     def keep(i: int, stop: Stop) -> None:
-        rows = rows_of(stop.layer, stop.x, survey.inputs[stop.name], i)
-        found[stop.name] = rows.T @ rows if stop.name not in found else found[stop.name].addmm_(rows.T, rows)
+        name, layer = stop.name, stop.layer
+        seen = (patches_of if patches and name in survey.patches else rows_of)(layer, stop.x, rows(survey, name), i)
+        found[name] = seen.T @ seen if name not in found else found[name].addmm_(seen.T, seen)
 
     with kept_modes(model):
-        survey = surveyed(model.eval(), layers, batches, limit=TOKENS)
+        survey = surveyed(model.eval(), layers, batches, limit=limit)
         one_by_one(model, {name: layers[name] for name in survey.order}, batches, keep)
     for name, moments in found.items():
-        rows = sum(survey.inputs[name].counts)
-        moments.mul_(rows / min(rows, TOKENS) / batches.count)
+        count = sum(rows(survey, name).counts)
+        moments.mul_(count / min(count, limit) / batches.count)
     return found
 
 

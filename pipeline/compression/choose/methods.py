@@ -9,6 +9,7 @@ in METHODS.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ class GroupWeights:
         """Gram matrix of the features, (C, C) of self.dtype on the CPU, multiplied where the network is.
 
         For gated channels it is that of what they compute, each weighted by the norm of its readers: H_ij |v_i| |v_j|.
+        Channels that are written alike have one row, the mean of theirs, because they merge without loss whatever reads
+        them.
         """
         if self.group.gated:
             size = self.contributions.diagonal().clamp(min=0).sqrt()
@@ -134,7 +137,21 @@ class GroupWeights:
         if self.scale == "channel":
             norms = total.diagonal().clamp(min=torch.finfo(self.dtype).tiny).sqrt()
             total = total / norms[:, None] / norms
-        return total
+        alike = self.written_alike()
+        return total if len(alike.unique()) == len(alike) else averaged(total, alike)
+
+    def written_alike(self) -> Tensor:
+        """(C,) int64: for each channel the first one that every tensor of the group writes with the same values."""
+        written = [self.rows(axis).cpu() for axis in self.group.writes]
+        # Random factors tell channels apart by one number each; those of one number are then compared value by value.
+        generator = torch.Generator().manual_seed(0)
+        factors = [torch.rand(rows.shape[1], generator=generator, dtype=self.dtype) for rows in written]
+        told, order = torch.stack([rows @ f for rows, f in zip(written, factors, strict=True)]).sum(0).sort(stable=True)
+        first = list(range(self.group.size))
+        for near, (before, after) in zip(told[1:].isclose(told[:-1]).tolist(), pairwise(order.tolist()), strict=True):
+            if near and all(torch.equal(rows[before], rows[after]) for rows in written):
+                first[after] = first[before]
+        return torch.tensor(first)
 
     @cached_property
     def activations(self) -> Tensor | None:
@@ -216,6 +233,14 @@ class GroupWeights:
         labels[chosen] = torch.arange(len(chosen))
         stands, energy = chosen[labels], self.computed.diagonal().clamp(min=TINY)
         return Projection(labels, chosen, self.computed[torch.arange(len(labels)), stands] / energy[stands])
+
+
+def averaged(gram: Tensor, classes: Tensor) -> Tensor:
+    """The Gram matrix (C, C) of features in which all rows of a class, (C,) int64, are the mean of its rows."""
+    _, labels = classes.unique(return_inverse=True)
+    members = torch.nn.functional.one_hot(labels).to(gram)
+    mean = members / members.sum(0)
+    return members @ (mean.T @ gram @ mean) @ members.T
 
 
 Projections = dict[int, Projection]

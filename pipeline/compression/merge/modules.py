@@ -112,6 +112,8 @@ def _follow_shape_(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        if module.groups > 1:  # by whole groups
+            module.groups = shape[0] // (module.in_channels // module.groups)
         module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
     elif isinstance(module, nn.modules.conv._ConvNd):
         if module.groups > 1:  # only depthwise convolutions are compressed
@@ -120,6 +122,11 @@ def _follow_shape_(module: nn.Module) -> None:
         module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = shape[0] // (module.num_channels // module.num_groups)
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = shape[0]
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = shape
     elif isinstance(module, nn.Embedding):

@@ -154,6 +154,7 @@ class Tracer:
         self.added: list[Tensor] = []  # ids that an addition joins
         self.gated: list[Tensor] = []  # ids of channels that are products of two others, element by element
         self.biases: set[str] = set()  # tensors that are biases of layers
+        self.sized: list[tuple[Tensor, str]] = []  # ids whose number a module without tensors states, the attribute
         self.products: list[tuple[Tensor, Tensor, float]] = []  # queries, keys, temperature
         self.is_query, self.component = np.zeros(0, bool), np.zeros(0, np.int64)
         self.temperature: dict[int, float] = {}  # by component, for those of queries and keys
@@ -501,7 +502,10 @@ class Tracer:
             norms=tuple(dict.fromkeys(self._own(n) for n in self.norms if written & {n.weight, n.bias, n.mean, n.var})),
             part=part,
             temperature=temperature,
-            numbers=self._numbers(dict.fromkeys(p.tensor for p in places), len(members), part, temperature),
+            numbers=(
+                *self._numbers(dict.fromkeys(p.tensor for p in places), len(members), part, temperature),
+                *(Number(path, 1.0) for ids, path in self.sized if self.component[int(ids.flatten()[0])] in members),
+            ),
         )
 
     def _numbers(self, tensors: Iterable[str], size: int, part: str, temperature: float) -> tuple[Number, ...]:

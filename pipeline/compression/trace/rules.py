@@ -4,6 +4,7 @@ RULES maps the names of operations to functions `rule(tracer, node) -> ids of th
 case it does not know returns NotImplemented, and the channels that the operation touches are frozen.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 # taken out of its readers and not set to zero.
 PASS = frozenset(
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus mish "
-    "logsigmoid dropout feature_dropout alpha_dropout clone contiguous alias detach to _to_copy type_as neg negative "
-    "exp abs absolute sqrt rsqrt square erf pow clamp clamp_min clamp_max clip lift_fresh_copy sin cos".split()
+    "log_sigmoid rrelu threshold softshrink hardshrink special_expit logit dropout feature_dropout alpha_dropout "
+    "feature_alpha_dropout clone contiguous alias detach to _to_copy type_as neg negative positive exp exp2 expm1 log "
+    "log2 log10 log1p reciprocal abs absolute sign sgn sqrt rsqrt square erf erfc erfinv pow clamp clamp_min clamp_max "
+    "clip lift_fresh_copy sin cos tan sinh cosh asin acos atan asinh acosh atanh sinc floor ceil round trunc fix frac "
+    "nan_to_num".split()
 )
 # Element-wise in two operands: channels that meet are one channel.
 MEET = frozenset("add sub rsub subtract mul multiply div divide true_divide maximum minimum".split())
@@ -38,11 +42,16 @@ CUTS = {"select": 1, "slice": 1, "narrow": 1, "unbind": 1, "split": 2, "split_wi
 # Work on every channel by itself, over the dimensions behind the channel's.
 SPATIAL = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
-    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split()
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
+    "max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
+    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa".split()
 )
-# Reductions, and the place of the dimensions among their arguments.
-REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "linalg_vector_norm": 2}
+# Reductions, and the place of the dimensions among their arguments. Some give values and their places.
+REDUCE = {
+    **dict.fromkeys("mean nanmean sum nansum prod amax amin max min median std var std_mean var_mean".split(), 1),
+    **{"logsumexp": 1, "linalg_vector_norm": 2, "norm": 2},
+}
 CONV = frozenset(["conv1d", "conv2d", "conv3d"])
 CONV_TRANSPOSE = frozenset(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
 
@@ -176,7 +185,7 @@ def _index(t: "Tracer", node: fx.Node) -> Any:
 def _spatial(t: "Tracer", node: fx.Node) -> Any:
     value = node.meta["val"]
     x = t.value(argument(node, 0, "input"))
-    behind = int(op_name(node)[-2])  # the "2" of max_pool2d
+    behind = int(re.findall(r"(\d)d", op_name(node))[0])  # the "2" of max_pool2d
     channel = x.dim() - behind - 1
     line = t.along(x, channel)
     if isinstance(value, Tensor):
@@ -195,8 +204,26 @@ def _pad(t: "Tracer", node: fx.Node) -> Any:
     return x.expand(shape_of(node))
 
 
+def _grid_sampler(t: "Tracer", node: fx.Node) -> Any:
+    """Pick places of every channel alike, by a grid that holds no channels."""
+    x, grid = t.value(argument(node, 0, "input")), t.value(argument(node, 1, "grid"))
+    return NotImplemented if grid.any() else spread(t.along(x, 1), shape_of(node), 1)
+
+
+def _prelu(t: "Tracer", node: fx.Node) -> Any:
+    """One slope for all channels, or one for each."""
+    x, slope = t.value(argument(node, 0, "self")), t.parameter(argument(node, 1, "weight"))
+    if slope is None:
+        return NotImplemented
+    if t.tensors[slope].numel() > 1:
+        t.unite(t.along(x, 1), t.axis_ids(slope, 0, "write"))
+    return x
+
+
 def _reduce(t: "Tracer", node: fx.Node) -> Any:
     dims = argument(node, REDUCE[op_name(node)], "dim")
+    if isinstance(dims, fx.Node):  # the larger one of two tensors
+        return _meet(t, node)
     x = t.value(argument(node, 0, "self"))
     if not isinstance(dims, (int, list, tuple)) or dims == []:
         dims = list(range(x.dim()))
@@ -205,7 +232,9 @@ def _reduce(t: "Tracer", node: fx.Node) -> Any:
         return NotImplemented  # a statistic over channels
     for d in dims:
         x = x.narrow(d, 0, 1)
-    return x.reshape(shape_of(node))
+    value = node.meta["val"]
+    found = [x.reshape(tuple(map(int, v.shape))) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return found if isinstance(value, (list, tuple)) else found[0]
 
 
 def _weighted(t: "Tracer", node: fx.Node, dim: int, read_axis: int, write_axis: int) -> Any:
@@ -332,9 +361,65 @@ def _conv(t: "Tracer", node: fx.Node) -> Any:
 
 
 def _conv_transpose(t: "Tracer", node: fx.Node) -> Any:
-    if argument(node, 6, "groups", 1) != 1 or len(shape_of(node)) != int(op_name(node)[-2]) + 2:
+    groups = argument(node, 6, "groups", 1)
+    if len(shape_of(node)) != int(op_name(node)[-2]) + 2:
+        return NotImplemented  # without a batch dimension
+    if groups == 1:
+        return _weighted(t, node, dim=1, read_axis=0, write_axis=1)
+    weight = t.parameter(argument(node, 1, "weight"))
+    if weight is None:
         return NotImplemented
-    return _weighted(t, node, dim=1, read_axis=0, write_axis=1)
+    # A row of the weight belongs to one input channel, and to all output channels of its group.
+    rows = t.axis_ids(weight, 0, "write").view(groups, -1)
+    taken = t.along(t.value(argument(node, 0, "input")), 1).view(groups, -1)
+    t.unite(taken, rows)
+    if varies(rows, 1):
+        t.blocks.append((rows, "hidden"))
+        t.freeze(rows, "the channels of a grouped convolution go with their whole group")
+    written = rows[:, :1].expand(groups, shape_of(node)[1] // groups).reshape(-1)
+    _bias(t, node, written)
+    return spread(written, shape_of(node), 1)
+
+
+def _states(t: "Tracer", node: fx.Node, x: Tensor, *attributes: str) -> None:
+    """The module of this node, which has no tensors, states the number of these channels in its attributes."""
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    t.sized += [(x, f"{path}.{name}") for name in attributes if path and hasattr(t.model.get_submodule(path), name)]
+
+
+def _group_norm(t: "Tracer", node: fx.Node) -> Any:
+    """Statistics over a group of channels, which can only go as a whole."""
+    if argument(node, 2, "weight") is None:
+        _states(t, node, t.along(t.value(argument(node, 0, "input")), 1), "num_groups", "num_channels")
+    x = t.along(t.value(argument(node, 0, "input")), 1)
+    rows = x.view(argument(node, 1, "num_groups"), -1)
+    for i, name in ((2, "weight"), (3, "bias")):
+        given = argument(node, i, name)
+        if given is not None:
+            tensor = t.parameter(given)
+            if tensor is None:
+                return NotImplemented
+            t.unite(x, t.axis_ids(tensor, 0, "write"))
+    if varies(rows, 1):
+        t.blocks.append((rows, "hidden"))
+        t.freeze(rows, "group_norm normalises over these channels, which go with their whole group")
+    return spread(x, shape_of(node), 1)
+
+
+def _instance_norm(t: "Tracer", node: fx.Node) -> Any:
+    """Statistics of every channel by itself, of this input or, as in a BatchNorm, of training."""
+    if not argument(node, 5, "use_input_stats"):
+        return _batch_norm(t, node)
+    x = t.along(t.value(argument(node, 0, "input")), 1)
+    given = [argument(node, i, name) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)]
+    if given[0] is None:
+        _states(t, node, x, "num_features")
+    for tensor in (t.parameter(g) for g in given if g is not None):
+        if tensor is None:
+            return NotImplemented
+        t.unite(x, t.axis_ids(tensor, 0, "write"))
+    return spread(x, shape_of(node), 1)
 
 
 def _batch_norm(t: "Tracer", node: fx.Node) -> Any:
@@ -398,6 +483,10 @@ RULES: tuple[tuple[frozenset[str], Rule], ...] = (
     (frozenset({"glu"}), _glu),
     (frozenset({"index"}), _index),
     (frozenset({"batch_norm"}), _batch_norm),
+    (frozenset({"instance_norm"}), _instance_norm),
+    (frozenset({"group_norm"}), _group_norm),
+    (frozenset({"grid_sampler"}), _grid_sampler),
+    (frozenset({"prelu"}), _prelu),
     (frozenset({"layer_norm", "rms_norm"}), _layer_norm),
     (frozenset({"embedding"}), _embedding),
     (frozenset({"pad", "constant_pad_nd"}), _pad),

@@ -110,7 +110,7 @@ def rank(stage: str) -> int:
 def states(sweep: Sweep) -> str:
     """ "3 done, 1 running, 1 failed, 1 broken" """
     counts = Counter(sweep.cells["state"])
-    return ", ".join(f"{counts[state]} {state}" for state in STATES)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]) or "no cells"
 
 
 def failures(sweep: Sweep) -> list[tuple[str, int]]:

@@ -10,7 +10,8 @@ const WORD = { fold: "best folding", prune: "best pruning", base: "uncompressed"
 const OUTCOMES = ["fold", "base", "gap"]; // of an effect, the headline first
 const ENOUGH = 8; // pairs, below which nothing is claimed
 const ROWS = 40; // of a forest plot, and of the table before more are asked for
-const CONFIG = { displaylogo: false, responsive: true, toImageButtonOptions: { format: "svg" } };
+// Without the bar of tools, which lies over titles wherever there is no mouse; png/ has the pictures as files.
+const CONFIG = { displayModeBar: false, responsive: true };
 const state = { part: 0, stages: new Set(), ratio: 0, out: [], map: null, brushed: null, sort: null, rows: ROWS };
 let view;
 

@@ -1,0 +1,163 @@
+"""Int8 files: they follow from the definition of a grid, are measured as networks are, and nothing may change them."""
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from pipeline.compression.checkpoint import stored_size
+from pipeline.compression.copies import bare_copy
+from pipeline.compression.plan import history
+from pipeline.evaluate import metrics_of
+from pipeline.latency import profile
+from pipeline.onnx_network import OnnxNetwork
+from pipeline.stages import Followed, State, Supplies, parse_chain, parse_tail
+from pipeline.stages.ptq import RANGES, int8_file
+from pipeline.tables import UserError
+from pipeline.tasks import Classification
+
+PICTURES = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 - 1
+LABELS = torch.randint(4, (64,), generator=torch.Generator().manual_seed(0))
+BATCHES = list(zip(PICTURES.split(32), LABELS.split(32), strict=True))
+TASK = Classification("multiclass", "logits", classes=4)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    made(PICTURES)  # statistics that are not as new
+    return made.eval()
+
+
+def followed(dense: nn.Module) -> Followed:
+    return Followed(State(dense), Supplies(dense, PICTURES[:1], TASK, BATCHES))
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """(the network, its int8 file as a module)"""
+    dense = net()
+    with torch.no_grad():
+        return dense, followed(dense).state(parse_chain("ptq")).model
+
+
+def test_the_file_computes_nearly_what_the_network_does(quantized):
+    dense, file = quantized
+    with torch.no_grad():
+        expected, found = dense(PICTURES), file(PICTURES)
+    assert found.shape == expected.shape
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+    one = file(PICTURES[:1])  # another batch size
+    torch.testing.assert_close(one, found[:1], rtol=0.05, atol=0.05)
+
+
+def test_scales_and_zeros_of_the_file_are_those_of_the_definition():
+    """Activations: scale = range / 255, zero = round(-low / scale); weights: ±127 steps to the largest of a channel."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 3, bias=False).eval()
+    file = onnx.load_from_string(int8_file(layer, PICTURES[:1], list(PICTURES.split(16)), "minmax"))
+    numbers = {one.name: numpy_helper.to_array(one) for one in file.graph.initializer}
+    (given,) = (
+        node
+        for node in file.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] == file.graph.input[0].name
+    )
+    low, high = min(float(PICTURES.min()), 0.0), max(float(PICTURES.max()), 0.0)
+    scale, zero = (numbers[name] for name in given.input[1:])
+    assert float(scale) == pytest.approx((high - low) / 255, rel=1e-5)
+    assert int(zero) == round(-low / float(scale))
+    (codes,) = (value for value in numbers.values() if value.dtype == np.int8 and value.ndim == 4)
+    (scales,) = (value for value in numbers.values() if value.dtype == np.float32 and value.shape == (8,))
+    weight = layer.weight.detach().numpy()
+    assert scales == pytest.approx(abs(weight).max((1, 2, 3)) / 127, rel=1e-5)
+    assert (abs(codes * scales[:, None, None, None] - weight) <= 0.5001 * scales[:, None, None, None]).all()
+
+
+def test_it_is_evaluated_copied_and_timed_as_a_network_is(quantized, tmp_path):
+    dense, file = quantized
+    found, whole = (metrics_of(one, TASK, BATCHES) for one in (file, dense))
+    assert found["acc"] == pytest.approx(whole["acc"], abs=0.05)
+    assert found["loss"] == pytest.approx(whole["loss"], abs=0.05)
+    for twin in (copy.deepcopy(file), bare_copy(file)):
+        assert torch.equal(twin(PICTURES), file(PICTURES))
+        assert twin.content is not file.content
+    assert [str(step) for step in history(bare_copy(file))] == ["ptq"]
+    file.write(tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").stat().st_size == stored_size(file) == len(file.content)
+    eager, onnx_ = profile(file, PICTURES[:1], [1], ["eager", "onnx"], seconds=0.01, beside=dense)
+    assert "choose the runtime onnx" in eager.reason
+    assert onnx_.median > 0
+    assert onnx_.speedup > 0
+    own = profile(dense, PICTURES[:1], [1], ["eager"], seconds=0.01)[0]
+    assert (onnx_.params, onnx_.macs, onnx_.size) == (own.params, own.macs, stored_size(file))
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+def test_every_way_to_choose_ranges_gives_a_file_of_its_own_use(ranges):
+    dense = net()
+    file = OnnxNetwork(int8_file(dense, PICTURES[:1], PICTURES, ranges), dense, PICTURES[:1], 1, 1)
+    with torch.no_grad():
+        assert (file(PICTURES) - dense(PICTURES)).norm() / dense(PICTURES).norm() < 0.2
+
+
+def test_synthetic_pictures_need_no_data():
+    dense = net()
+    supplies = Supplies(dense, PICTURES[:1], TASK)  # no batches
+    (stage,) = parse_tail("ptq(calibrate=synthetic)")
+    assert stage.needs == frozenset()
+    assert stage.seen(supplies) == (0, 0)
+    with torch.no_grad():
+        file = Followed(State(dense), supplies).state((stage,)).model
+        assert (file(PICTURES) - dense(PICTURES)).norm() / dense(PICTURES).norm() < 0.2
+
+
+@pytest.mark.parametrize(
+    "stage", ["fold@0.5", "l2@0.5", "lamp@0.5", "tune", "tune_norms", "distil", "repair", "quantize", "ptq"]
+)
+def test_nothing_that_changes_a_network_can_follow(stage):
+    with pytest.raises(UserError, match="cannot follow ptq: the network is a finished file"):
+        parse_chain(f"ptq > {stage}")
+
+
+def test_it_may_come_behind_anything_else():
+    chain = parse_chain("fold@0.5 > repair > quantize(bits=4) > repair > ptq(range=percentile)")
+    with torch.no_grad():
+        state = followed(net()).state(chain)
+    assert isinstance(state.model, OnnxNetwork)
+    assert len(history(state.model)) == 5
+    assert state.model.params < sum(p.numel() for p in net().parameters())
+
+
+def test_outputs_keep_their_structure():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, object]:
+            return {"scores": self.layer(x) * scale, "pair": (self.layer(x), None)}
+
+    torch.manual_seed(0)
+    two, example = Two().eval(), {"x": torch.randn(64, 6), "scale": torch.rand(64, 1)}
+    small = {name: tensor[:1] for name, tensor in example.items()}
+    file = OnnxNetwork(int8_file(two, small, example, "minmax"), two, small, 1, 1)
+    found = file(**example)
+    assert found["pair"][1] is None
+    torch.testing.assert_close(found["scores"], found["pair"][0] * example["scale"], rtol=0.05, atol=0.05)
+
+
+def test_a_network_without_int8_operations_is_refused():
+    with pytest.raises(UserError, match="ReLU has nothing that ONNX Runtime computes in int8; leave ptq out"):
+        int8_file(nn.ReLU(), torch.randn(1, 3), torch.randn(8, 3), "minmax")
+
+
+def test_missing_libraries_are_one_line(monkeypatch):
+    monkeypatch.setattr("pipeline.export.find_spec", lambda name: None if name == "onnxruntime" else True)
+    assert parse_tail("ptq")[0].reason_against(net()) == "ONNX needs onnxruntime: pip install 'foldability[onnx]'"
