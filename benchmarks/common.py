@@ -94,6 +94,10 @@ def write_below(page: Path, mark: str, title: str, lines: list[str]) -> None:
     page.write_text("\n".join([text, "", mark, "", *lines]) + "\n")
 
 
+def line(name: str, cells: list[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
 def write(out: Path, result: dict[str, Any], text: str) -> None:
     """Print the text, and write it to OUT.md and the result that it was made of to OUT.json."""
     print(text)

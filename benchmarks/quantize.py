@@ -55,7 +55,10 @@ CHAINS = (
     "fold@0.3 > quantize(bits=3) > repair",
     "mix+data@0.3 > repair",
     "mix+data@0.3 > repair > ptq",
-    *(f"mix+data@{ratio} > repair > {GPTQ.format(bits)} > repair" for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2))),
+    *(
+        f"mix+data@{ratio} > repair > {GPTQ.format(bits)} > repair"
+        for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2), (0.2, 2))
+    ),
 )
 CHOICES = (
     *("quantize(bits=3) > repair", "quantize(bits=3,ends=3) > repair", "quantize(bits=3,ends=32) > repair"),

@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeline.compression.checkpoint import load_compressed, save_compressed, stored_tensors
-from pipeline.compression.plan import history
+from pipeline.compression.checkpoint import load_compressed, save_compressed, stored_size
+from pipeline.compression.plan import Step, history, went_through_
 from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.evaluate import output_on
 from pipeline.measure import Host, Inputs, check_recipe, evaluated
 from pipeline.measure import as_row as row_of
+from pipeline.onnx_network import OnnxNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
 from pipeline.stages import TAILS, Chain, Compress, State, Supplies, parse_tail, spell_chain
 from pipeline.stages.chain import advanced
@@ -41,6 +42,7 @@ from pipeline.tasks.distilled import check_alike
 
 RECORD = "stage.json"
 NETWORK = "network.safetensors"
+ONNX = "network.onnx"  # in its place behind a stage that makes a file
 # Values of a row that stand in the record of a stage, for all stages up to it.
 RECORDED = ("error", "params", "macs", "bytes", "seconds", "unlabelled", "labelled")
 WHOLE = "none"  # method of a row whose chain compresses no channels
@@ -78,7 +80,7 @@ class Ground:
             "error": 0.0,
             "params": parameters(net),
             "macs": macs(net, supplies.example, supplies.traces.counted),
-            "bytes": sum(t.numel() * t.element_size() for t in stored_tensors(net)[0].values()),
+            "bytes": stored_size(net),
             "seconds": 0.0,
             "unlabelled": 0,
             "labelled": 0,
@@ -178,8 +180,12 @@ def made(chain: Chain, ground: Ground) -> Node:
 
 def write(chain: Chain, state: State, work: Path, ground: Ground) -> None:
     """Network and record, and nothing else, into the folder."""
-    file = work / NETWORK
-    save_compressed(state.model, file, architecture=ground.architecture, source=ground.source)
+    if isinstance(state.model, OnnxNetwork):
+        file = work / ONNX
+        state.model.write(file)
+    else:
+        file = work / NETWORK
+        save_compressed(state.model, file, architecture=ground.architecture, source=ground.source)
     for other in set(work.iterdir()) - {file}:  # the progress of a stage that is done
         other.unlink()
     before, report = record_of(chain[:-1], ground), state.report
@@ -221,7 +227,7 @@ def state_of(chain: Chain, ground: Ground) -> State:
         return State(ground.supplies.dense)
     if chain not in ground.states:
         stage = chain[-1]
-        net = load_compressed(ground.folder(chain) / NETWORK, ground.full)[0]
+        net = network_of(chain, ground)
         if stage.terms.before == "clears":
             state = State(net)
         elif stage.terms.before == "keeps":
@@ -230,6 +236,19 @@ def state_of(chain: Chain, ground: Ground) -> State:
             state = replace(advanced(stage, state_of(chain[:-1], ground), ground.supplies), model=net)
         ground.states[chain] = state
     return ground.states[chain]
+
+
+def network_of(chain: Chain, ground: Ground) -> nn.Module:
+    """The network in the folder of a stage that is done, on the device."""
+    file = ground.folder(chain) / ONNX
+    if not file.exists():
+        net = load_compressed(file.with_name(NETWORK), ground.full)[0]
+        return net.to(next(ground.supplies.dense.parameters()).device).eval()
+    like, example = state_of(chain[:-1], ground).model, ground.supplies.example
+    sizes = record_of(chain, ground)
+    made = OnnxNetwork(file.read_bytes(), like, example, sizes["params"], sizes["macs"])
+    went_through_(made, [*history(like), Step(str(chain[-1]))])
+    return made.eval()
 
 
 def measured(node: Node, ground: Ground, done: Done) -> Row:

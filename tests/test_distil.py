@@ -42,10 +42,9 @@ def dense() -> nn.Module:
     return net.eval()
 
 
-def supplies(dense: nn.Module, digits: PictureData, count: int = 512, **more) -> Supplies:
+def supplies(dense: nn.Module, digits: PictureData, count: int, batch: int = 64) -> Supplies:
     pictures, _ = digits.repair_data.__getitems__(range(count))
-    batches = [(part, Untouchable()) for part in pictures.split(64)]
-    return Supplies(dense, digits.example, TASK, batches, **more)
+    return Supplies(dense, digits.example, TASK, [(part, Untouchable()) for part in pictures.split(batch)])
 
 
 def folded(given: Supplies, ratio: float = 0.6) -> State:
@@ -63,14 +62,10 @@ def run(text: str, state: State, given: Supplies) -> nn.Module:
 
 
 def test_an_epoch_without_labels_mends_a_folded_network(dense, digits):
-    given = supplies(dense, digits)
-    state = folded(given)
-    before = accuracy(state.model, digits)
-    after = {
-        text: accuracy(run(text, state, given), digits) for text in ("distil(lr=0.003)", "distil(epochs=3,lr=0.003)")
-    }
-    assert after["distil(lr=0.003)"] > before + 0.3, (before, after)
-    assert after["distil(epochs=3,lr=0.003)"] > 0.85, (before, after)
+    given = supplies(dense, digits, 1293, 32)
+    state = folded(given, 0.5)
+    before, after = accuracy(state.model, digits), accuracy(run("distil(lr=0.01)", state, given), digits)
+    assert after > before + 0.4, (before, after)
 
 
 def test_the_teacher_and_the_state_of_the_process_stay_as_they_were(dense, digits):

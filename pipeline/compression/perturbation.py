@@ -36,6 +36,8 @@ class Perturbation:
 
 def affine(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """(C, F + 1): the convolution and the norm behind it, in eval mode, as one affine map of patches that end in 1."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gain = norm.weight / (norm.running_var + norm.eps).sqrt()
     shift = norm.bias - norm.running_mean * gain
     if conv.bias is not None:
@@ -56,6 +58,7 @@ def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     if conv.groups != 1 or conv.dilation != (1, 1):
         raise ValueError("patches are those of a convolution without groups and dilation")
+    assert not isinstance(conv.padding, str)
     seen = F.unfold(x, conv.kernel_size, padding=conv.padding, stride=conv.stride)
     return torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
 
@@ -89,7 +92,7 @@ def operator_norm(linear: Callable[[Tensor], Tensor], shape: tuple[int, ...]) ->
     """Largest singular value of a linear map of float64 tensors of this shape (scipy's Lanczos iteration)."""
     start = torch.zeros(shape, dtype=torch.float64)
     with torch.enable_grad():
-        answer, backward = torch.func.vjp(linear, start)
+        answer, backward = torch.func.vjp(linear, start)[:2]
     operator = LinearOperator(
         (answer.numel(), start.numel()),
         matvec=lambda v: linear(torch.from_numpy(v).reshape(shape)).detach().flatten().numpy(),

@@ -17,6 +17,7 @@ from pipeline.models.language_models import language_model, llama
 from pipeline.models.library import InputConfig
 from pipeline.models.open_clip_models import open_clip_input, open_clip_model
 from pipeline.models.resnet import preact_resnet18, resnet18
+from pipeline.models.resnet9 import resnet9
 from pipeline.models.simple_vit import simple_vit
 from pipeline.models.timm_models import timm_input, timm_model
 from pipeline.models.torchvision_models import torchvision_input, torchvision_model
@@ -25,6 +26,7 @@ from pipeline.tables import UserError, call, first_line, pick
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "preact_resnet18": preact_resnet18,
+    "resnet9": resnet9,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "simple_vit": simple_vit,

@@ -22,6 +22,7 @@ from pipeline.compression.plan import Step, remember_
 from pipeline.compression.recipe import respelled, value_of
 from pipeline.stages.compress import Compress
 from pipeline.stages.distil import Distil
+from pipeline.stages.export import Export
 from pipeline.stages.ptq import Ptq
 from pipeline.stages.quantize import Quantize
 from pipeline.stages.repair import Repair
@@ -38,6 +39,7 @@ STAGES: dict[str, type] = {
     "distil": Distil,
     "quantize": Quantize,
     "ptq": Ptq,
+    "export": Export,
 }
 # In a list, a compression is named by what it does; by that name: the kinds of methods that do so.
 FAMILIES = {"fold": ("fold", "mix", "auto"), "prune": ("prune",), "mask": ("mask",)}

@@ -21,8 +21,7 @@ from pipeline.optim import build_optimizer, build_schedule
 from pipeline.stages.stage import Seen, State, Supplies, Terms, Training, spelled
 from pipeline.stages.tune import SOURCES, check_positive, check_whole, samples_on, train_epoch_, trainable
 from pipeline.tables import UserError, pick
-from pipeline.tasks import LOSSES, Distilled
-from pipeline.tasks.distilled import DKD
+from pipeline.tasks.distilled import DKD, LOSSES, Distilled
 from pipeline.tasks.task import Batch
 
 DENSE = "dense"  # the teacher: the network where the chain began
@@ -43,7 +42,7 @@ class Distil:
     """
 
     epochs: int = 1
-    lr: float = 1e-3
+    lr: float = 3e-3
     labels: float = 0.0
     temperature: float = 4.0
     teacher: str = DENSE

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.compression.calibrate.batches import Batches, batches_of
+from pipeline.compression.calibrate.batches import Batches, batches_of, cut, samples
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history, went_through_
 from pipeline.compression.recipe import Calibration
@@ -142,10 +142,8 @@ def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: 
 
 def _feeds(session: Any, pictures: Batches) -> Iterator[dict[str, Any]]:
     for batch in pictures:
-        feed = onnx_inputs(session, batch)
-        count = max(map(len, feed.values()))
-        for start in range(0, count, BATCH):
-            yield {name: array[start : start + BATCH] for name, array in feed.items()}
+        for start in range(0, samples(batch), BATCH):
+            yield onnx_inputs(session, cut(batch, start, start + BATCH))
 
 
 def _slim(path: Path) -> bytes | None:

@@ -165,11 +165,16 @@ def joined(sweep: Sweep) -> pl.DataFrame:
 
     Folders of this machine are left out, so that the file can be passed on.
     """
+    return joining(sweep).collect()
+
+
+def joining(sweep: Sweep) -> pl.LazyFrame:
+    """`joined`, for a file that is written part by part."""
     cells = sweep.cells.drop([name for name in sweep.cells.columns if name.startswith((*UNSHOWN, "data.root"))])
     if "checkpoint" in cells.columns:
         cells = cells.with_columns(pl.col("checkpoint").cast(pl.String).str.extract(r"([^/\\]+[/\\]?[^/\\]*)$"))
     taken = {name: f"cell.{name}" for name in cells.columns if name in SCHEMA and name != "cell"}
-    return sweep.rows.join(cells.rename(taken), on="cell", how="left", maintain_order="left")
+    return sweep.rows.lazy().join(cells.rename(taken).lazy(), on="cell", how="left", maintain_order="left")
 
 
 def separated(table: pl.DataFrame) -> Sweep:

@@ -3,23 +3,11 @@
 from collections.abc import Callable
 
 from .classification import Classification, of_pictures
-from .distilled import LOSSES, Distilled
 from .language import Language, of_texts
 from .metrics import METRICS, Metric
 from .task import Example, Task
 
-__all__ = [
-    "LOSSES",
-    "METRICS",
-    "TASKS",
-    "USUAL",
-    "Classification",
-    "Distilled",
-    "Example",
-    "Language",
-    "Metric",
-    "Task",
-]
+__all__ = ["METRICS", "TASKS", "USUAL", "Classification", "Example", "Language", "Metric", "Task"]
 
 # By name: a builder that takes the facts of the data (see pipeline.models) and the task's own options.
 TASKS: dict[str, Callable[..., Task]] = {

@@ -265,6 +265,16 @@ def test_copies_keep_grids_and_a_weight_that_leaves_its_grid_is_told_apart():
     assert set(on_grids(net)) == set(sites(net))
 
 
+def test_attention_and_embeddings_have_weights_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    assert set(sites(layer)) == {
+        "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight",
+    }  # fmt: skip
+    quantize_(layer, dict.fromkeys(sites(layer), Scheme(3)))
+    assert all(len(row.unique()) <= 8 for row in layer.self_attn.in_proj_weight)
+    assert set(on_grids(layer)) == set(sites(layer))
+
+
 def test_options_that_are_not_there_are_refused():
     for options, said in (
         ({"bits": 1}, "bits 1 must be a whole number from 2 to 8"),

@@ -12,6 +12,7 @@ SMALL_VIT = {"dim": 16, "depth": 2, "heads": 2, "mlp_dim": 24}
 OPTIONS = {
     "resnet18": {"width": 4},
     "preact_resnet18": {"width": 4},
+    "resnet9": {"width": 4},
     "simple_vit": SMALL_VIT,
     "timm": {"architecture": "resnet10t"},
     "torchvision": {"architecture": "squeezenet1_1"},
@@ -52,6 +53,7 @@ def test_what_is_around_other_libraries_transformers_hides_nothing_from_the_trac
     [
         ("resnet18", 11_173_962),
         ("preact_resnet18", 11_172_170),
+        ("resnet9", 1_849_930),
         ("resnet20", 269_722),
         ("resnet32", 464_154),
         ("simple_vit", 18_927_114),  # as in the study's log
@@ -60,6 +62,37 @@ def test_what_is_around_other_libraries_transformers_hides_nothing_from_the_trac
 def test_sizes_are_those_that_the_builders_state(name, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model(name, 10, 3).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_a_stem_of_stride_2_halves_the_pictures_and_changes_no_tensor(name):
+    whole, half = (build_model(name, 7, 3, width=4, stem_stride=stride).eval() for stride in (1, 2))
+    half.load_state_dict(whole.state_dict())
+    pictures = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(half.conv1(pictures), whole.conv1(pictures)[..., ::2, ::2])
+
+
+def test_every_channel_of_resnet9_can_be_compressed_and_its_duplicates_fold_without_loss():
+    torch.manual_seed(0)
+    model = build_model("resnet9", 7, 3, width=4).double().eval()
+    groups = channel_groups(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert [(group.name, group.size) for group in groups] == [
+        ("stem.conv", 4),
+        ("layer1.0.conv", 8),
+        ("layer1.1.conv1.conv", 8),
+        ("layer2.0.conv", 16),
+        ("layer2.1.conv1.conv", 16),
+    ]
+    with torch.no_grad():  # clusters of 3 and of 1, where half of the channels stay
+        for layer in (model.stem, model.layer1[1].conv1):
+            layer.conv.weight[: len(layer.conv.weight) // 2 + 1] = layer.conv.weight[0]
+    pictures = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    protect = ["layer1.0.conv", "layer2"]
+    smaller, report = compress(model, pictures, "fold", 0.5, features="writers", protect=protect)
+    assert [group.after for group in report.groups] == [2, 8, 4, 16, 16]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(pictures), model(pictures))
 
 
 def test_simple_vit_has_a_group_for_each_mlp_and_its_duplicates_fold_without_loss():

@@ -68,16 +68,25 @@ def trainer(**options) -> Trainer:
 
 
 def by_hand(
-    base: dict, rho: float, adaptive: bool = False, clip: float | None = None, freeze: bool = True
+    base: dict,
+    rho: float,
+    adaptive: bool = False,
+    clip: float | None = None,
+    freeze: bool = True,
+    l1: tuple[float, float] = (0.0, 0.0),
 ) -> nn.Module:
-    """The algorithm of the paper, line by line."""
+    """The algorithm of the paper, line by line. l1: the penalty in the first and in the second pass"""
     model = net().train()
     weights = list(model.parameters())
     optimizer = build_optimizer(weights, **base)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+    def loss(inputs: torch.Tensor, labels: torch.Tensor, l1: float) -> torch.Tensor:
+        return F.cross_entropy(model(inputs), labels) + l1 * torch.stack([w.abs().sum() for w in weights]).sum()
+
     for inputs, labels in batches():
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
+        loss(inputs, labels, l1[0]).backward()
         scale = [w.detach().abs() if adaptive else torch.ones_like(w) for w in weights]
         norm = torch.cat([(s * w.grad).flatten() for s, w in zip(scale, weights, strict=True)]).norm()
         steps = [rho * s * s * w.grad / norm for s, w in zip(scale, weights, strict=True)]
@@ -87,7 +96,7 @@ def by_hand(
             for w, step in zip(weights, steps, strict=True):
                 w.add_(step)
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
+        loss(inputs, labels, l1[1]).backward()
         with torch.no_grad():
             for w, value in zip(weights, old, strict=True):
                 w.copy_(value)
@@ -124,6 +133,15 @@ def test_equals_sam_by_hand_with_clipping_and_moving_statistics():
     trainer(gradient_clip_val=0.1).fit(fitted, loader())
     same(fitted.net, by_hand(BASES["sgd"], 0.05, clip=0.1, freeze=False), rtol=0, atol=1e-6)
     assert fitted.net[1].num_batches_tracked == 2 * STEPS
+
+
+def test_the_l1_penalty_is_in_both_passes():
+    """The study's code leaves it out of the second one, whose gradient makes the step: SAM then turns L1 off."""
+    fitted = task(BASES["sgd"], {"rho": 0.05}, l1=0.01)
+    trainer().fit(fitted, loader())
+    same(fitted.net, by_hand(BASES["sgd"], 0.05, l1=(0.01, 0.01)), rtol=0, atol=1e-6)
+    without = by_hand(BASES["sgd"], 0.05, l1=(0.01, 0.0))
+    assert (without[0].weight - fitted.net[0].weight).abs().max() > 1e-3, "the second pass makes no difference"
 
 
 def test_accumulation_takes_the_gradients_of_every_part_at_its_own_peak():

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.tables import UserError
-from pipeline.tasks import Classification, Distilled, Language
-from pipeline.tasks.distilled import decoupled, response, standardized
+from pipeline.tasks import Classification, Language
+from pipeline.tasks.distilled import Distilled, decoupled, response, standardized
 from pipeline.tasks.task import IGNORED
 
 DRAW = torch.Generator().manual_seed(0)

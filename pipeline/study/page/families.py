@@ -10,6 +10,7 @@ import polars as pl
 from pipeline.cells import STATES
 from pipeline.results import headline
 from pipeline.study.answer import answer, headline_place
+from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, lines
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
 from pipeline.study.sweep import COLUMNS, Sweep
@@ -58,6 +59,16 @@ class Family:
     def sentences(self) -> list[str]:
         """The answer in plain sentences, or the one line that says why there is none."""
         return answer(self.found) if self.found else [f"No cell of {self.title} that is done has rows yet."]
+
+    @cached_property
+    def _effects(self) -> dict[tuple[str, float | None], pl.DataFrame]:
+        return {}
+
+    def effects(self, stage: str, ratio: float | None) -> pl.DataFrame:
+        """The table of `effects`, computed once, because picture and file both show it."""
+        if (stage, ratio) not in self._effects:
+            self._effects[stage, ratio] = effects(self.found, stage, ratio)
+        return self._effects[stage, ratio]
 
     @cached_property
     def shown(self) -> tuple[str, float] | None:

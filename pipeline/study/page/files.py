@@ -5,10 +5,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.study.effects import effects
 from pipeline.study.page.families import Family, failures, stages, states
 from pipeline.study.page.html import page, places_of
-from pipeline.study.sweep import Sweep, joined
+from pipeline.study.sweep import Sweep, joining
 from pipeline.tables import UserError, first_line
 
 FILES = ("index.html", "png", "effects.csv", "cells.parquet", "summary.md")
@@ -24,7 +23,7 @@ def write_report(folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family]
         (folder / "png").mkdir(parents=True, exist_ok=True)
         (folder / "summary.md").write_text(summary(title, whole, parts))
         effects_table(parts).write_csv(folder / "effects.csv")
-        joined(whole).write_parquet(folder / "cells.parquet")
+        joining(whole).sink_parquet(folder / "cells.parquet")  # whole in memory, it would take the most of all
         write_pictures(folder / "png", parts)
         (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds))
     except OSError as error:
@@ -57,7 +56,7 @@ def effects_table(parts: Sequence[Family]) -> pl.DataFrame:
             continue
         for stage in stages(family.found.table["stage"].unique().to_list()):
             for ratio in (family.shown[1], None):
-                found = effects(family.found, stage, ratio)
+                found = family.effects(stage, ratio)
                 tables.append(found.select(pl.lit(family.title).alias("family"), pl.all()))
     return pl.concat(tables, how="diagonal_relaxed") if tables else pl.DataFrame({"family": []})
 

@@ -9,8 +9,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.study.effects import effects
-from pipeline.study.matching import coded_levels
+from pipeline.study.matching import coded_levels, design
 from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
 from pipeline.study.page.columns import axes_of
 from pipeline.study.page.families import Family, stages
@@ -20,6 +19,7 @@ from pipeline.study.terminal import TITLES
 OUTCOMES = {"base": (BASE, "uncompressed"), "prune": (PRUNE, "best pruning"), "fold": (FOLD, "best folding")}
 FOREST = {"fold": (FOLD, "o", "folded value"), "base": (BASE, "s", "uncompressed"), "gap": (GAP, "D", "gap")}
 ROWS = 24  # of a forest plot
+PANELS = 7  # settings in one picture
 LEVELS = 16  # of a setting; with more a panel cannot be read
 
 
@@ -46,7 +46,7 @@ def settings(family: Family) -> Figure | None:
     """Folded value, best pruning and uncompressed value by each setting, and the gap below; at the leading stage."""
     stage, ratio = family.shown
     table = family.found.at(stage, ratio)
-    names = [name for name in family.found.settings if 1 < table[name].n_unique() <= LEVELS]
+    names = _telling(table, family.found.settings)
     if not names:
         return None
     figure = Figure(figsize=(0.6 + 2.6 * len(names), 4.6), layout="constrained")
@@ -68,10 +68,19 @@ def settings(family: Family) -> Figure | None:
     return _finished(figure, [panels[0][0]])
 
 
+def _telling(table: pl.DataFrame, settings: Sequence[str]) -> list[str]:
+    """Up to PANELS settings, those first over whose levels the folded mean ranges most; of settings that always change
+    together one."""
+    names = [name for name in design(table, settings, ["fold"]).settings if table[name].n_unique() <= LEVELS]
+    means = {name: over_recipes(table, [name], "fold")["mean"] for name in names}
+    ranges = {name: mean.max() - mean.min() for name, mean in means.items() if len(mean) > 1}
+    return sorted(ranges, key=ranges.get, reverse=True)[:PANELS]
+
+
 def forest(family: Family) -> Figure | None:
     """Effects by matched pairs with 95% intervals, a panel for each of the leading stages; filled: survives Holm."""
     _, ratio = family.shown
-    found = {stage: effects(family.found, stage, ratio) for stage in _stages(family)}
+    found = {stage: family.effects(stage, ratio) for stage in _stages(family)}
     first = next(iter(found.values())).filter(pl.col("outcome") == "fold")
     order = first.sort(pl.col("effect").abs(), descending=True).head(ROWS)
     if order.is_empty():
@@ -83,7 +92,8 @@ def forest(family: Family) -> Figure | None:
         _forest(panel, table, names)
         panel.set_title(f"{_title(stage)}, ratio {ratio:g}", fontsize=9)
         panel.set_xlabel("change in points" if not family.metric.log else "change in % (100 ln)")
-    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    labels = [f"{name}\n{n} pair{'s' * (n != 1)}" for name, n in zip(names, order["n"], strict=True)]
+    panels[0].set_yticks(range(len(names)), labels, fontsize=8)
     panels[0].invert_yaxis()
     return _finished(figure, panels[:1])
 
