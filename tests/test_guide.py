@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,6 +125,7 @@ def place(tmp_path_factory) -> Path:
             for i in range(4):
                 picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
                 picture.save(root / "flowers" / part / name / f"{i}.png")
+    (root / "benchmarks").symlink_to(ROOT / "benchmarks")
     torch.manual_seed(0)
     (root / "nets" / "a").mkdir(parents=True)
     weights = build_model("resnet18", classes=10, width=4).state_dict()
@@ -258,14 +259,15 @@ def test_every_command_runs(command, used):
     assert ran(used, made_small(command, small_of(command))).strip()
 
 
-def python_blocks() -> Iterator[tuple[str, str, bool]]:
-    for page in TOLD:
-        for number, (text, runnable) in enumerate(blocks(page, "python"), 1):
-            yield f"{page.name}-{number}", text, runnable
+PYTHON = [
+    (f"{page.name}-{number}", text, runnable)
+    for page in TOLD
+    for number, (text, runnable) in enumerate(blocks(page, "python"), 1)
+]
 
 
-@pytest.mark.parametrize(("name", "text", "_"), python_blocks())
-def test_python_compiles_and_imports_what_there_is(name, text, _):
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, _ in PYTHON])
+def test_python_compiles_and_imports_what_there_is(name, text):
     compile(text, name, "exec")
     for module, names in re.findall(r"^from ((?:pipeline|callbacks)[\w.]*) import (.*)$", text, re.M):
         there = import_module(module)
@@ -273,7 +275,7 @@ def test_python_compiles_and_imports_what_there_is(name, text, _):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, runnable in python_blocks() if runnable])
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, runnable in PYTHON if runnable])
 def test_runnable_python_runs(name, text, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True)
