@@ -1,4 +1,6 @@
-"""The part of docs/accuracy.md on well-trained networks, from the lines of benchmarks.trained.
+"""The first half of docs/accuracy.md: our own networks, which chose nothing, and published ones.
+
+The lines are those of benchmarks.trained.
 
 A recipe is a way to train and an architecture: seeds of one are averaged first, and every interval is over recipes
 (Student's t), because networks of one recipe are not independent of each other.
@@ -66,9 +68,10 @@ DUELS = [
 
 
 def page(lines: pl.DataFrame) -> list[str]:
-    found = by_recipe(lines.filter(pl.col("draw") == 0))
+    found = whole(by_recipe(lines.filter(pl.col("draw") == 0)))
+    lines = lines.join(at(found, HALF), on=RECIPE, how="semi", maintain_order="left")
     parts = [
-        ["## Well-trained networks", "", *networks(lines)],
+        [f"## Networks of {lines['dense'].min():.0f} to {lines['dense'].max():.0f}%", "", *networks(lines)],
         ["### Equal information, at half of the channels", "", EQUALLY, "", *stages(found, EQUAL)],
         ["### Points of difference", "", *duels(found)],
         ["### From GRAIL to ours, a part at a time", "", *ladder(found)],
@@ -91,6 +94,12 @@ def by_recipe(lines: pl.DataFrame) -> pl.DataFrame:
     """One line for each recipe, method, stage and ratio: the mean over its seeds, in per cent."""
     keys = [*RECIPE, "method", "stage", "ratio", "pictures", "statistics"]
     return lines.group_by(keys, maintain_order=True).agg(pl.col("acc").mean(), pl.col("dense").mean())
+
+
+def whole(found: pl.DataFrame) -> pl.DataFrame:
+    """The recipes that have every line of a ratio: means of two methods are over the same networks."""
+    count = pl.len().over(*RECIPE, "ratio")
+    return found.filter(count == count.max().over("ratio"))
 
 
 def networks(lines: pl.DataFrame) -> list[str]:

@@ -8,6 +8,7 @@ The optimizer, its schedule, its accumulated state and SAM go on with the parame
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 from callbacks.loaders import Data
 from callbacks.network import NetworkCallback
 from pipeline.compression import ChannelGroup, Projection
+from pipeline.compression.certify import Certificate
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
@@ -259,6 +261,7 @@ def follow_(
 def step_of_report(told: Mapping[str, Any]) -> Step:
     """The step that a report in plain values is of."""
     groups, layers = (tuple(kind(**one) for one in told[name]) for name, kind in REPORTS.items())
+    groups = tuple(g if g.certificate is None else replace(g, certificate=Certificate(**g.certificate)) for g in groups)
     return step_of(Report(**{**told, "groups": groups, "layers": layers, "frozen": ()}))
 
 

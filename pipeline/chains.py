@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +30,13 @@ from pipeline.compression.plan import Step, history, went_through_
 from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.evaluate import output_on
-from pipeline.measure import Host, Inputs, check_recipe, evaluated
+from pipeline.measure import Host, Inputs, check_recipe, metrics_of
 from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
-from pipeline.stages import TAILS, Chain, Compress, State, Supplies, parse_tail, spell_chain
+from pipeline.stages import TAILS, Chain, Compress, Stage, State, Supplies, parse_tail, spell_chain
 from pipeline.stages.chain import advanced
+from pipeline.stages.stage import is_number
 from pipeline.stages.tune import check_source
 from pipeline.tables import UserError, one_line
 from pipeline.tasks.distilled import check_alike
@@ -90,8 +91,14 @@ class Ground:
         name = self.name
         for stage in chain:
             teacher = self.hashes.get(getattr(stage, "teacher", ""), "")
-            name = hashlib.sha256(json.dumps([name, str(stage), teacher]).encode()).hexdigest()[:16]
+            name = hashlib.sha256(json.dumps([name, settings(stage), teacher]).encode()).hexdigest()[:16]
         return self.store / name
+
+
+def settings(stage: Stage) -> list[Any]:
+    """Every option of a stage, those at their defaults too: a default that changes is another stage."""
+    values = {f.name: getattr(stage, f.name) for f in fields(stage)}
+    return [type(stage).__name__, {name: float(v) if is_number(v) else repr(v) for name, v in values.items()}]
 
 
 class Node(NamedTuple):
@@ -260,7 +267,7 @@ def measured(node: Node, ground: Ground, done: Done) -> Row:
     store = RowStore(node.folder / ROWS)
     if store.rows.is_empty():
         start = time.perf_counter()
-        totals = evaluated(network(), ground.given, ground.host, {}, check=not node.chain).totals
+        totals = metrics_of(ground.given, ground.host, network(), {}, check=not node.chain).totals
         assert totals is not None
         values = {**said(node.chain, ground), **{name: node.record[name] for name in RECORDED}}
         values["seconds"] += time.perf_counter() - start

@@ -345,6 +345,14 @@ def until_compressed(tail: Chain) -> Chain:
 def evaluated(
     chains: Chains, given: Inputs, host: Host, model: nn.Module, values: Mapping[str, Any], check: bool = False
 ) -> Found:
+    """The metrics of the task, and what the chains ask for beside them."""
+    found = metrics_of(given, host, model, values, check)
+    assert found.totals is not None
+    beside = sharpness_of(chains, given, host, model), corrupted_totals(chains, given, host, model)
+    return Found(found.values | beside[0], {**found.totals, **beside[1]})
+
+
+def metrics_of(given: Inputs, host: Host, model: nn.Module, values: Mapping[str, Any], check: bool = False) -> Found:
     """Evaluate the model on every split. check: let the task check every batch, see `evaluate`.
 
     The seconds of the row are those of the task's metrics, so that they do not depend on what is measured beside them.
@@ -353,10 +361,7 @@ def evaluated(
     with host.forward():
         check_finite(named_tensors(model))
         totals = {split: evaluate(model, host.task, batches, check) for split, batches in given.batches.items()}
-    found = {**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}
-    return Found(
-        found | sharpness_of(chains, given, host, model), totals | corrupted_totals(chains, given, host, model)
-    )
+    return Found({**values, "seconds": values.get("seconds", 0.0) + time.perf_counter() - start}, totals)
 
 
 def sharpness_of(chains: Chains, given: Inputs, host: Host, model: nn.Module) -> dict[str, float]:

@@ -129,7 +129,14 @@ def ground_of(
         context={},
         hashes={name: teacher_hash(name, config) for name in names},
         architecture=architecture_of(config, data),
+        source=source(config),
     )
+
+
+def source(config: Config) -> dict[str, str]:
+    """Name and hash of the checkpoint, which a compressed file names as its source."""
+    path = config["checkpoint"]
+    return {} if path is None else {"file": Path(path).name, "sha256": file_hash(path)}
 
 
 def name_of(config: Config, net: nn.Module) -> str:

@@ -53,7 +53,6 @@ from scripts.build import (
     build_net,
     compression_options,
     data_options,
-    file_hash,
     load_data,
     row_context,
     task_of,
@@ -70,6 +69,7 @@ from scripts.chain import (
     chosen_device,
     prepared,
     quoted_chains,
+    source,
     timing_options,
 )
 from scripts.chain import show as show_chains
@@ -261,12 +261,6 @@ def wanted(save: bool | None, plan: Sequence[Entry], sweeping: bool) -> set[Entr
         method, stage = smaller[0].method, smaller[-1].stage
         smaller = [e for e in smaller if (e.method, e.stage) == (method, stage) and not sweeping]
     return set(smaller) if save is not False else set()
-
-
-def source(config: Config) -> dict[str, str]:
-    """Name and hash of the checkpoint, which a compressed file names as its source."""
-    path = config["checkpoint"]
-    return {} if path is None else {"file": Path(path).name, "sha256": file_hash(path)}
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:

@@ -69,6 +69,7 @@ def test_only_what_changed_is_done_anew(tmp_path, stages):
     other.name = "another network"
     rows_of(["l1@0.5"], other)
     assert stages == ["l1@0.5"]
+    assert other.folder(parse_chain("distil(labels=0)")) == other.folder(parse_chain("distil(lr=0.003)"))
     taught = ground(tmp_path)
     assert taught.folder(parse_chain("distil(teacher=big)")) != ground(tmp_path).folder(parse_chain("distil"))
     before = taught.folder(parse_chain("distil(teacher=big)"))

@@ -1,17 +1,19 @@
 """The rows of chains: which stages follow which, the front of the best networks, and a table for the terminal."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import polars as pl
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.results import headline, valued
 from pipeline.study.summary import last_measurement
-from pipeline.study.terminal import terminal, timed
+from pipeline.study.terminal import terminal
 
 ARROW = " > "
 
@@ -37,9 +39,11 @@ def paths(chains: Sequence[str]) -> dict[str, list[str]]:
 def front(costs: Sequence[float], values: Sequence[float], upward: bool = True) -> list[int]:
     """Places of the networks that no other one beats: none is better and costs no more, or as good and costs less.
 
-    In the order of their costs. Of several that are alike the first is there.
+    In the order of their costs, which count to three digits: a file that is some bytes smaller is not another size. Of
+    several that are alike the first is there.
     """
     sign = 1 if upward else -1
+    costs = [float(f"{cost:.3g}") for cost in costs]
     found: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -sign * values[i], i)):
         if not found or sign * values[i] > sign * values[found[-1]]:
@@ -67,10 +71,10 @@ def chain_table(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> Table:
     found = of_chains(rows)
     best = {found["chain"][i] for i in front(found["bytes"], found["value"], metric.higher_is_better)}
     columns = [] if times is None else list(dict.fromkeys(times.select("runtime", "batch_size").iter_rows()))
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    headings = [metric.heading, "file, kB", "parameters", "MACs", *(f"{runtime}, batch {n}" for runtime, n in columns)]
-    for name in (*headings, "seconds", "samples seen"):
+    headings = [metric.name, "kB", "M par.", "M MACs", *(f"{runtime} x{n}, ms" for runtime, n in columns)]
+    for name in (*headings, "s", "samples"):
         table.add_column(name, justify="right")
     at = {} if times is None else {(t["chain"], t["runtime"], t["batch_size"]): t for t in times.iter_rows(named=True)}
     by_chain = {row["chain"]: row for row in found.iter_rows(named=True)}
@@ -79,12 +83,12 @@ def chain_table(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> Table:
         table.add_row(
             escape(label) + " *" * (chain in best),
             metric.short(row["value"]).strip(),
-            f"{row['bytes'] / 1000:,.1f}",
-            f"{row['params']:,}",
-            f"{row['macs'] / 1e6:,.2f} M",
-            *(timed(_without_nan(at.get((chain, *column)))) for column in columns),
-            f"{row['seconds']:,.1f}",
-            f"{row['unlabelled']:,}" + (f" + {row['labelled']:,} with labels" if row["labelled"] else ""),
+            f"{row['bytes'] / 1000:,.0f}",
+            f"{row['params'] / 1e6:,.3g}",
+            f"{row['macs'] / 1e6:,.3g}",
+            *(milliseconds(at.get((chain, *column))) for column in columns),
+            f"{row['seconds']:,.0f}",
+            f"{row['unlabelled']:,}" + (f" + {row['labelled']:,} labelled" if row["labelled"] else ""),
         )
     return table
 
@@ -109,9 +113,10 @@ def tree(chains: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _without_nan(line: dict[str, Any] | None) -> dict[str, Any] | None:
-    """NaN stands for a time that is missing, which tables show as none."""
-    return line and {name: None if value != value else value for name, value in line.items()}
+def milliseconds(line: dict[str, Any] | None) -> str:
+    """The median time of a pass; NaN stands for one that is missing."""
+    median = None if line is None else line["median"]
+    return "-" if median is None or math.isnan(median) else f"{1000 * median:.3g}"
 
 
 def print_chains(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> None:

@@ -57,6 +57,18 @@ def test_seeds_that_lack_a_recipe_are_left_out_and_one_seed_is_too_few():
         effect(table.filter(pl.col("seed") == 0), SAM_L1, contrasts(SAM_L1)["SAM, L1 0"], "fold")
 
 
+def test_a_recipe_that_lacks_a_line_is_left_out_of_that_ratio():
+    facts = {"model": "net", "stage": "raw", "pictures": "none", "statistics": "none", "acc": 1.0, "dense": 90.0}
+    there = [("a", "fold", 0.5), ("a", "l1", 0.5), ("b", "fold", 0.5), ("b", "fold", 0.3)]
+    table = pl.DataFrame([{**facts, "recipe": r, "method": m, "ratio": ratio} for r, m, ratio in there])
+    found = evidence.whole(evidence.by_recipe(table))
+    assert list(found.select("recipe", "method", "ratio").iter_rows()) == [
+        ("a", "fold", 0.5),
+        ("a", "l1", 0.5),
+        ("b", "fold", 0.3),
+    ]
+
+
 def test_seeds_of_one_recipe_count_once():
     """Four seeds of one recipe and one of each of two others: n is 3, and the recipe of four seeds weighs as one."""
     lines = [("a", 10.0)] * 4 + [("b", 20.0), ("c", 60.0)]

@@ -365,7 +365,7 @@ def test_a_broken_picture_is_named(root, workers):
         ({"scale": None}, "scale None must be two shares"),
         ({"cache": "/proc/none"}, r"cache /proc/none/imagenet-val-32-.*pixels cannot be written \(.*data.cache="),
         ({"crop": 1}, "data set 'imagenet' has no option 'crop'; it takes: root, preprocessing, size, crop_pct"),
-        ({"mean": [0.5]}, r"mean \[0.5\] must have one value for each of 3 channels"),
+        ({"mean": [0.5], "std": [0.5]}, r"mean \[0.5\] must have one value for each of 3 channels"),
         ({"workers": -1}, "workers -1 must be at least 0"),
     ],
 )

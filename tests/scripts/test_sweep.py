@@ -185,6 +185,9 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path):
         "llama_60m_c4": 18,
         "llama_130m_c4": 18,
         "llama_small": 4,
+        "seeds_adam_cifar10": 16,
+        "seeds_sam_l1_cifar10": 16,
+        "trained_cifar10": 2,
     }.items(),
 )
 def test_presets_have_the_cells_of_the_study(sweep, cells):

@@ -32,7 +32,7 @@ class Family:
     label: str
     sweep: Sweep
 
-    @property
+    @cached_property
     def metric(self) -> Metric:
         return headline(self.sweep.rows)
 
