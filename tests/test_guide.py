@@ -128,11 +128,11 @@ def place(tmp_path_factory) -> Path:
     (root / "benchmarks").symlink_to(ROOT / "benchmarks")
     torch.manual_seed(0)
     (root / "nets" / "a").mkdir(parents=True)
-    weights = build_model("resnet18", classes=10, width=4).state_dict()
+    weights = build_model("resnet18", classes=10, channels=3, width=4).state_dict()
     for file in ("net.pt", "large.pt", "nets/a/net.pt"):
         torch.save(weights, root / file)
     torch.save({"state_dict": {f"student.{name}": tensor for name, tensor in weights.items()}}, root / "distilled.ckpt")
-    torch.save({"state_dict": build_model("resnet20", classes=10).state_dict()}, root / "resnet20.th")
+    torch.save({"state_dict": build_model("resnet20", classes=10, channels=3).state_dict()}, root / "resnet20.th")
     return root
 
 
