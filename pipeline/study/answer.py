@@ -27,6 +27,12 @@ def answer(found: Lines) -> list[str]:
     """
     stage, ratio = headline_place(found)
     table = found.at(stage, ratio)
+    if table.is_empty():
+        several = found.methods["cell"].n_unique()
+        counted = "1 network was" if several == 1 else f"{several:,} networks were"
+        return [
+            f"{counted} measured, and none by plain folding or pruning, by which recipes are compared; add fold, l1."
+        ]
     heard = noise(found, stage, ratio)
     seeds = (
         "No recipe has two seeds, so that the noise of a single network is unknown."

@@ -33,6 +33,13 @@ def test_without_two_recipes_that_match_the_answer_says_so():
     assert answer(lines_of(cells, ("lr", "wd")))[-1].startswith("No two recipes differ in one setting alone")
 
 
+def test_networks_without_a_plain_folding_or_pruning_are_counted_and_not_compared():
+    found = lines_of([{"lr": 0.1, "fold": 50.0}], ("lr",))
+    bare = dataclasses.replace(found, table=found.table.clear(), methods=pl.DataFrame({"cell": ["a", "a"]}))
+    (sentence,) = answer(bare)
+    assert sentence.startswith("1 network was measured, and none by plain folding or pruning")
+
+
 def test_folding_that_does_not_lead_is_not_said_to():
     cells = grid(LEVELS, lambda rho, l1, lr, wd: {"fold": 50.0 + (-1) ** (lr + wd), "prune": 50.0})
     assert "neither leads nor trails the best pruning by" in answer(lines_of(cells, tuple(LEVELS)))[1]
