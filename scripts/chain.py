@@ -153,7 +153,7 @@ def name_of(config: Config, net: nn.Module) -> str:
 
 def teacher(name: str, config: Config, data: LightningDataModule, device: torch.device) -> nn.Module:
     """A teacher: one of `teachers`, {name: {checkpoint: FILE, model: {...}}}, or a file of this model's weights."""
-    told = config["teachers"].get(name, {"checkpoint": name})
+    told = (config["teachers"] or {}).get(name, {"checkpoint": name})
     if not isinstance(told, Mapping) or not set(told) <= {"checkpoint", "model"}:
         raise UserError(f"teachers.{name} must be {{checkpoint: FILE, model: {{name: ...}}}}, got {told!r}")
     path, model = told.get("checkpoint"), told.get("model", config["model"])
@@ -164,7 +164,7 @@ def teacher(name: str, config: Config, data: LightningDataModule, device: torch.
 
 
 def teacher_hash(name: str, config: Config) -> str:
-    told = config["teachers"].get(name, {"checkpoint": name})
+    told = (config["teachers"] or {}).get(name, {"checkpoint": name})
     path = told.get("checkpoint") if isinstance(told, Mapping) else None
     return "" if path is None else file_hash(path) + json.dumps(told.get("model"), sort_keys=True)
 

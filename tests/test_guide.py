@@ -27,6 +27,7 @@ from scripts.arguments import SWEEPS, checked
 from scripts.build import Config, resolved
 from scripts.chain import chains_in, quoted_chains
 from scripts.compress import completed, expanded
+from scripts.sweep import LAUNCHERS, is_installed
 
 ROOT = Path(__file__).parents[1]
 TOLD = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
@@ -139,6 +140,10 @@ def place(tmp_path_factory) -> Path:
 def settings(word: str, arguments: list[str]) -> Config:
     """The config that the first cell of a command runs with."""
     GlobalHydra.instance().clear()
+    for i, argument in enumerate(arguments):
+        name = argument.removeprefix("launcher=")
+        if name != argument and name in LAUNCHERS and not is_installed(LAUNCHERS[name]):
+            arguments = [*arguments[:i], "launcher=local", *arguments[i + 1 :]]  # the plugin's configs are not there
     taken = checked(quoted_chains(arguments) if word == "train" else expanded(arguments), word)
     parsed = OverridesParser.create().parse_overrides([a for a in taken if a not in SWEEPS])
     with initialize_config_module("configs", version_base="1.3"):
