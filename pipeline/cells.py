@@ -16,6 +16,7 @@ from pipeline.tables import UserError, first_line
 STATES = ("done", "running", "interrupted", "failed", "broken")
 RECORD = "cell.json"
 LOCK = ".lock"
+ADDRESS = "wandb.url"  # the run's page in W&B, one line
 
 
 class Busy(UserError):

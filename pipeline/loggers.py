@@ -12,6 +12,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from pipeline.cells import ADDRESS
 from pipeline.study.logged import RATIO, ROWS_TABLE, curve_numbers, method_tables
 from pipeline.tables import UserError, first_line
 from pipeline.tasks import METRICS
@@ -142,6 +143,8 @@ def wandb_logger(
         settings.mode = "offline"
         logger = GuardedWandbLogger(**make)
         _ = logger.experiment
+    if isinstance(address := getattr(logger.experiment, "url", None), str):  # none offline and on other processes
+        (folder / ADDRESS).write_text(f"{address}\n")
     return logger
 
 

@@ -9,6 +9,7 @@ import pytest
 import wandb
 from wandb_server import served
 
+from pipeline.cells import ADDRESS
 from pipeline.loggers import Label, check_login, close, definition, wandb_logger
 from pipeline.results import Row, table
 from pipeline.tables import UserError
@@ -85,6 +86,7 @@ def has_the_run(server) -> None:
 
 def test_an_online_run_arrives_whole(server, tmp_path) -> None:
     log(tmp_path / "run", mode="online")
+    assert (tmp_path / "run" / ADDRESS).read_text().startswith("http")
     has_the_run(server)
     assert {sent["artifactTypeName"] for sent in server.artifacts} == {"run_table"}, "networks stay where they are"
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import polars as pl
 
+from pipeline.cells import ADDRESS
 from pipeline.results import code_version
 from pipeline.study.claims import noise_sentence
 from pipeline.study.noise import noise
@@ -22,8 +23,6 @@ from pipeline.study.page.families import Family, failures, states
 from pipeline.study.sweep import Sweep
 from pipeline.study.terminal import TITLES
 from pipeline.tables import optional
-
-ADDRESS = "wandb.url"  # a cell's page in W&B, one line in its folder
 
 
 def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, speeds: pl.DataFrame) -> str:
