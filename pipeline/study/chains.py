@@ -1,21 +1,20 @@
-"""The rows of chains: which stages follow which, the front of the best networks, and a table for the terminal."""
+"""The rows of chains: which stages follow which, the front of the best networks, and tables for the terminal."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import polars as pl
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.results import headline, valued
 from pipeline.study.summary import last_measurement
-from pipeline.study.terminal import terminal
+from pipeline.study.terminal import terminal, timed
 
 ARROW = " > "
+SAME = 0.01  # fraction by which two costs may differ and count as one
 
 
 def of_chains(rows: pl.DataFrame) -> pl.DataFrame:
@@ -39,15 +38,17 @@ def paths(chains: Sequence[str]) -> dict[str, list[str]]:
 def front(costs: Sequence[float], values: Sequence[float], upward: bool = True) -> list[int]:
     """Places of the networks that no other one beats: none is better and costs no more, or as good and costs less.
 
-    In the order of their costs, which count to three digits: a file that is some bytes smaller is not another size. Of
-    several that are alike the first is there.
+    In the order of their costs. Of several that are alike the first is there. Costs within SAME of each other are one:
+    a repair adds a line to a file, and that makes no network the smaller one.
     """
     sign = 1 if upward else -1
-    costs = [float(f"{cost:.3g}") for cost in costs]
     found: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -sign * values[i], i)):
-        if not found or sign * values[i] > sign * values[found[-1]]:
-            found.append(i)
+        if found and sign * values[i] <= sign * values[found[-1]]:
+            continue
+        if found and costs[i] <= costs[found[-1]] * (1 + SAME):
+            found.pop()
+        found.append(i)
     return found
 
 
@@ -65,31 +66,41 @@ def costs(rows: pl.DataFrame, times: pl.DataFrame | None) -> dict[str, pl.DataFr
     return found
 
 
-def chain_table(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> Table:
-    """Stages x sizes and times; a stage stands below the one that it follows. An asterisk: on the front over bytes."""
+def chain_table(rows: pl.DataFrame) -> Table:
+    """Stages x sizes; a stage stands below the one that it follows. An asterisk: on the front over bytes."""
     metric = headline(rows)
     found = of_chains(rows)
     best = {found["chain"][i] for i in front(found["bytes"], found["value"], metric.higher_is_better)}
-    columns = [] if times is None else list(dict.fromkeys(times.select("runtime", "batch_size").iter_rows()))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table()
     table.add_column("stage", no_wrap=True)
-    headings = [metric.name, "kB", "M par.", "M MACs", *(f"{runtime} x{n}, ms" for runtime, n in columns)]
-    for name in (*headings, "s", "samples"):
+    for name in (metric.heading, "file, kB", "parameters", "MACs", "seconds", "samples seen"):
         table.add_column(name, justify="right")
-    at = {} if times is None else {(t["chain"], t["runtime"], t["batch_size"]): t for t in times.iter_rows(named=True)}
     by_chain = {row["chain"]: row for row in found.iter_rows(named=True)}
     for chain, label in tree(list(by_chain)):
         row = by_chain[chain]
         table.add_row(
             escape(label) + " *" * (chain in best),
             metric.short(row["value"]).strip(),
-            f"{row['bytes'] / 1000:,.0f}",
-            f"{row['params'] / 1e6:,.3g}",
-            f"{row['macs'] / 1e6:,.3g}",
-            *(milliseconds(at.get((chain, *column))) for column in columns),
-            f"{row['seconds']:,.0f}",
-            f"{row['unlabelled']:,}" + (f" + {row['labelled']:,} labelled" if row["labelled"] else ""),
+            f"{row['bytes'] / 1000:,.1f}",
+            f"{row['params']:,}",
+            f"{row['macs'] / 1e6:,.2f} M",
+            f"{row['seconds']:,.1f}",
+            f"{row['unlabelled']:,}" + (f" + {row['labelled']:,} with labels" if row["labelled"] else ""),
         )
+    return table
+
+
+def time_table(rows: pl.DataFrame, times: pl.DataFrame) -> Table:
+    """Stages x runtimes and batch sizes: the time of a pass, and how many times as fast as the uncompressed network."""
+    table = Table()
+    table.add_column("stage", no_wrap=True)
+    columns = list(dict.fromkeys(times.select("runtime", "batch_size").iter_rows()))
+    for runtime, size in columns:
+        table.add_column(f"{runtime}, batch {size}", justify="right")
+    at = {(t["chain"], t["runtime"], t["batch_size"]): t for t in times.iter_rows(named=True)}
+    for chain, label in tree(of_chains(rows)["chain"].to_list()):
+        found = [timed(_without_nan(at.get((chain, *column)))) for column in columns]
+        table.add_row(escape(label), *found)
     return table
 
 
@@ -113,24 +124,26 @@ def tree(chains: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def milliseconds(line: dict[str, Any] | None) -> str:
-    """The median time of a pass; NaN stands for one that is missing."""
-    median = None if line is None else line["median"]
-    return "-" if median is None or math.isnan(median) else f"{1000 * median:.3g}"
+def _without_nan(line: dict[str, Any] | None) -> dict[str, Any] | None:
+    """NaN stands for a time that is missing, which tables show as none."""
+    return line and {name: None if value != value else value for name, value in line.items()}
 
 
 def print_chains(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> None:
-    """The table of chains on the terminal, and a line for each reason why a stage failed."""
+    """The tables of chains on the terminal, and a line for each reason why a stage failed."""
     console, found = terminal(), of_chains(rows)
     title = (
         f"\nWhat every stage leaves, {found['n'].max():,} {found['split'][0]} samples; *: nothing smaller is as good"
     )
     console.print(title, style="bold", markup=False, soft_wrap=True)
-    console.print(chain_table(rows, times))
+    console.print(chain_table(rows))
     failed = last_measurement(rows).filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
         console.print(f"{count} stages failed: {reason}", markup=False, soft_wrap=True)
     if times is not None:
+        title = "Their times; in brackets how many times as fast as the uncompressed network under the same runtime"
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+        console.print(time_table(rows, times))
         missing = times.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
         for runtime, reason, count in missing.iter_rows():
             console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)

@@ -89,7 +89,7 @@ def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None
         x, y = best["cost"], best["value"] * metric.scale
         place.step(x, y, where="post", color="grey", linestyle="--", linewidth=0.8, zorder=0)
         drawn["the front"] = place.plot(x, y, "o", markersize=10, markerfacecolor="none", color="black")[0]
-        place.set_xscale("log")
+        scale_costs(place, points["cost"])
         if metric.log:
             place.set_yscale("log")
         place.set_xlabel(heading)
@@ -101,3 +101,14 @@ def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None
     front_last = {name: drawn[name] for name in (*(n for n in drawn if n != "the front"), "the front") if name in drawn}
     figure.legend(front_last.values(), front_last.keys(), loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def scale_costs(place: Any, costs: pl.Series) -> None:
+    """The x-axis of a panel: logarithmic where costs differ much, with numbers that people read."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if costs.max() > 5 * costs.min():
+        place.set_xscale("log")
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_minor_formatter(NullFormatter())
+    place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

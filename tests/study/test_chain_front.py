@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from pipeline.results import Row, table
-from pipeline.study.chains import chain_table, costs, front, paths, tree
+from pipeline.study.chains import chain_table, costs, front, paths, time_table, tree
 from pipeline.study.pictures import plot_pareto
 
 CHAINS = {"": (0.9, 400), "f": (0.8, 200), "f > r": (0.88, 200), "f > r > q": (0.85, 50), "q": (0.7, 100)}
@@ -45,6 +45,11 @@ def test_the_front_is_all_that_nothing_beats():
             assert {points[i] for i in front(costs, values, upward)} == expected
 
 
+def test_a_file_that_is_a_line_shorter_is_no_smaller_network():
+    assert front([97.0, 97.1, 120.0], [0.75, 0.94, 0.96]) == [1, 2]
+    assert front([97.0, 99.0], [0.75, 0.94]) == [0, 1]
+
+
 def test_a_chain_is_a_line_from_the_beginning():
     assert paths(list(CHAINS)) == {"f > r > q": ["", "f", "f > r", "f > r > q"], "q": ["", "q"]}
     assert paths(["a > b", "a > b > c"]) == {"a > b > c": ["a > b", "a > b > c"]}, (
@@ -58,7 +63,8 @@ def test_a_chain_is_a_line_from_the_beginning():
 def test_the_table_marks_the_front_and_says_what_was_seen():
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(chain_table(rows(), times()))
+        console.print(chain_table(rows()))
+        console.print(time_table(rows(), times()))
     shown = capture.get()
     marked = [line.split("*")[0].strip() for line in shown.splitlines() if "*" in line]
     assert marked == ["uncompressed", "> r", "> q"]
