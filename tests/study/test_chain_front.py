@@ -66,11 +66,11 @@ def test_the_table_marks_the_front_and_says_what_was_seen():
         console.print(chain_table(rows()))
         console.print(time_table(rows(), times()))
     shown = capture.get()
-    marked = [line.split("*")[0].strip() for line in shown.splitlines() if "*" in line]
-    assert marked == ["uncompressed", "> r", "> q"]
-    (last,) = [line.split() for line in shown.splitlines() if "> q *" in line]
-    assert "0.5" in last  # milliseconds
-    assert "50" in last  # kilobytes
+    assert [line.split()[1:4] for line in shown.splitlines() if "*" in line] == [
+        ["uncompressed", "*", "│"], [">", "r", "*"], [">", "q", "*"]
+    ]  # fmt: skip
+    assert "0.5 ms (2.0x)" in shown
+    assert "50.0" in shown
 
 
 def test_the_picture_has_a_panel_for_each_cost_and_a_line_for_each_chain(tmp_path, monkeypatch):
