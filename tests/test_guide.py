@@ -116,7 +116,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with the files that the commands name, all of them small."""
     root = tmp_path_factory.mktemp("place")
     rng = np.random.default_rng(0)
-    shapes = {"train": 60, "test": 20}
+    shapes = {"train": 200, "test": 20}  # a validation part of every class
     arrays = {f"x_{part}": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for part, n in shapes.items()}
     np.savez(root / "cifar10.npz", **arrays, **{f"y_{part}": np.arange(n) % 10 for part, n in shapes.items()})
     for part in ("train", "test"):
