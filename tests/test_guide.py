@@ -21,13 +21,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from pipeline.models import build_model
-from pipeline.tables import UserError
+from pipeline.tables import UserError, pick
 from scripts import cli
-from scripts.arguments import SWEEPS, checked
+from scripts.arguments import SWEEPS, checked, groups
 from scripts.build import Config, resolved
 from scripts.chain import chains_in, quoted_chains
 from scripts.compress import completed, expanded
-from scripts.sweep import LAUNCHERS, is_installed
 
 ROOT = Path(__file__).parents[1]
 TOLD = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
@@ -117,7 +116,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with the files that the commands name, all of them small."""
     root = tmp_path_factory.mktemp("place")
     rng = np.random.default_rng(0)
-    shapes = {"train": 60, "test": 20}
+    shapes = {"train": 200, "test": 20}  # a validation part of every class
     arrays = {f"x_{part}": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for part, n in shapes.items()}
     np.savez(root / "cifar10.npz", **arrays, **{f"y_{part}": np.arange(n) % 10 for part, n in shapes.items()})
     for part in ("train", "test"):
@@ -133,17 +132,16 @@ def place(tmp_path_factory) -> Path:
     for file in ("net.pt", "large.pt", "nets/a/net.pt"):
         torch.save(weights, root / file)
     torch.save({"state_dict": {f"student.{name}": tensor for name, tensor in weights.items()}}, root / "distilled.ckpt")
-    torch.save({"state_dict": build_model("resnet20", classes=10, channels=3).state_dict()}, root / "resnet20.th")
+    torch.save(build_model("resnet20", classes=10, channels=3).state_dict(), root / "resnet20.th")
     return root
 
 
 def settings(word: str, arguments: list[str]) -> Config:
-    """The config that the first cell of a command runs with."""
+    """The config that the first cell of a command runs with, here: launchers of extras may not be installed."""
     GlobalHydra.instance().clear()
-    for i, argument in enumerate(arguments):
-        name = argument.removeprefix("launcher=")
-        if name != argument and name in LAUNCHERS and not is_installed(LAUNCHERS[name]):
-            arguments = [*arguments[:i], "launcher=local", *arguments[i + 1 :]]  # the plugin's configs are not there
+    for launcher in (a.removeprefix("launcher=") for a in arguments if a.startswith("launcher=")):
+        pick("launcher", groups()["launcher"], launcher)
+    arguments = [a for a in arguments if not a.startswith("launcher=")]
     taken = checked(quoted_chains(arguments) if word == "train" else expanded(arguments), word)
     parsed = OverridesParser.create().parse_overrides([a for a in taken if a not in SWEEPS])
     with initialize_config_module("configs", version_base="1.3"):
