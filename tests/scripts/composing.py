@@ -78,6 +78,8 @@ def shrunk(config: dict, roots: dict) -> dict:
         if model["head"] == "zero_shot":
             model["class_names"] = list("abcdefghij")
     data.update({key: None for key in ("train_size", "test_size", "size") if key in data and "context" not in data})
+    if config.get("chains"):
+        data["train_size"], config["profile"]["seconds"] = 64, 0.01
     if data["name"] == "imagenet":
         data.update({"size": 32, "cache": None})
     return config
