@@ -143,8 +143,8 @@ def wandb_logger(
         settings.mode = "offline"
         logger = GuardedWandbLogger(**make)
         _ = logger.experiment
-    if isinstance(address := getattr(logger.experiment, "url", None), str):  # none offline and on other processes
-        (folder / ADDRESS).write_text(f"{address}\n")
+    if logger.experiment.offline is False:  # an offline run has no address, and on other processes there is no run
+        (folder / ADDRESS).write_text(f"{logger.experiment.url}\n")
     return logger
 
 

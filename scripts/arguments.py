@@ -101,10 +101,10 @@ def choice_of(override: Override) -> str:
 
 
 @cache
-def composed(config: str, chosen: tuple[str, ...]) -> DictConfig:
-    """The config with these rows of groups, and nothing else set."""
+def composed(config: str, overrides: tuple[str, ...]) -> DictConfig:
+    """The config with these overrides; it is shared, so nobody may change it."""
     with initialize_config_module("configs", version_base="1.3"):
-        return compose(config, overrides=list(chosen))
+        return compose(config, overrides=list(overrides))
 
 
 def check_key(override: Override, config: DictConfig) -> None:

@@ -41,8 +41,9 @@ from pipeline.compression.trace.graph import channel_groups
 from pipeline.models import reads
 from pipeline.models.checkpoint import load_into, read_state
 from pipeline.tables import UserError
+from scripts.arguments import refuse
 
-HOLDS, DOES_NOT, UNREADABLE = 0, 1, 2
+HOLDS, DOES_NOT = 0, 1  # exit codes; a file that cannot be read is refused
 
 
 @dataclass
@@ -59,8 +60,7 @@ def main() -> None:
     try:
         sys.exit(certify(arguments()))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(UNREADABLE)
+        refuse(error)
 
 
 def arguments() -> argparse.Namespace:

@@ -80,6 +80,7 @@ from scripts.train import quiet
 TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # settings that say how a run trained
 GRID = ("methods", "ratios", "stages", "parts", "save")  # settings of the grid that chains take the place of
 SHORT = GRID  # short for compression.methods, ...
+REPAIR_SIZE = "compression.repair_size"  # the one setting of compression that chains draw on
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),
@@ -287,8 +288,10 @@ def expanded(arguments: list[str]) -> list[str]:
     """The command line for Hydra: `checkpoints=PATTERN` becomes a sweep over the files that the pattern finds, file
     names are quoted, and short names become full ones."""
     found: list[str] = []
-    names = [argument.partition("=")[0].removeprefix("compression.") for argument in arguments]
-    if set(names) & set(CHAINS) and (other := next((name for name in names if name in GRID), None)):
+    names = [argument.partition("=")[0].lstrip("+~") for argument in arguments]
+    of_grid = (name for name in names if name in GRID or name.partition(".")[0] == "compression")
+    if set(names) & set(CHAINS) and (other := next((name for name in of_grid if name != REPAIR_SIZE), None)):
+        other = other.removeprefix("compression.")
         raise UserError(f"chains come in the place of methods, ratios and stages; leave {other}= out")
     for argument in arguments:
         name, equals, value = argument.partition("=")

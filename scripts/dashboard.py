@@ -16,10 +16,8 @@ from typing import Any
 
 import polars as pl
 import wandb
-from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import configs
@@ -32,15 +30,14 @@ from pipeline.study.dashboard import Family, families, methods_and_sides, spans_
 from pipeline.study.sweep import load
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import METRICS, TASKS, USUAL
-
-NO_LOGIN = 2  # exit status
+from scripts.arguments import checked, composed, refuse
 
 
 def main() -> None:
     try:
         run(arguments())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,7 +55,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.runs is not None and args.overrides:
         raise UserError(f"{args.overrides[0]} is for runs that are still to come; leave it or --runs out")
-    config = composed(args.overrides)
+    config = composed("train", tuple(checked(args.overrides, "train")))
     found = families(load(args.runs, tuple(SCHEMA), warn)) if args.runs is not None else [planned(config)]
     project = args.project or config.wandb.project
     if args.print:
@@ -70,15 +67,6 @@ def run(args: argparse.Namespace) -> None:
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
-
-
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """The config of scripts.train with these settings."""
-    try:
-        with initialize_config_module("configs", version_base="1.3"):
-            return compose("train", overrides=list(overrides))
-    except HydraException as error:
-        raise UserError(f"settings {' '.join(overrides)}: {first_line(error)}") from error
 
 
 def planned(config: DictConfig) -> Family:
@@ -124,10 +112,9 @@ def specs(found: Sequence[Family], project: str, entity: str) -> dict[str, Any]:
 
 
 def saved(found: Sequence[Family], project: str, entity: str | None) -> dict[str, str]:
-    """{name: address} of what was saved. Exits with NO_LOGIN where nobody is logged in."""
+    """{name: address} of what was saved. Exits with REFUSED where nobody is logged in."""
     if not logged_in():
-        print("error: --save needs a login to W&B; run `wandb login` or set WANDB_API_KEY", file=sys.stderr)
-        sys.exit(NO_LOGIN)
+        refuse(UserError("--save needs a login to W&B; run `wandb login` or set WANDB_API_KEY"))
     try:
         owner = entity or wandb.Api().default_entity
         page = dashboard.report(found, project, owner)

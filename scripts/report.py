@@ -30,6 +30,7 @@ from pipeline.study.sweep import Sweep, joined, load, short, shown, split
 from pipeline.study.terminal import points, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import Metric
+from scripts.arguments import refuse
 
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
     ".csv": pl.DataFrame.write_csv,
@@ -45,7 +46,7 @@ def main() -> None:
     try:
         report(arguments())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
 
 def arguments() -> argparse.Namespace:

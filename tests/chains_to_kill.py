@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import stage_nets
 import torch
 from torch import nn
 
@@ -32,14 +33,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
 
 
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
-    for _ in range(30):
-        made(PICTURES)  # statistics that are not as new
-    return made.eval()
+    return stage_nets.net(PICTURES, passes=30)
 
 
 def ground(store: Path, dense: nn.Module | None = None, **more: Any) -> Ground:

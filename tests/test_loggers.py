@@ -91,8 +91,10 @@ def test_an_online_run_arrives_whole(server, tmp_path) -> None:
     assert {sent["artifactTypeName"] for sent in server.artifacts} == {"run_table"}, "networks stay where they are"
 
 
-def test_an_offline_run_that_is_synced_arrives_whole(server, tmp_path) -> None:
+def test_an_offline_run_that_is_synced_arrives_whole(server, tmp_path, capfd) -> None:
     folder = log(tmp_path / "run", mode="offline")
+    assert "".join(capfd.readouterr()) == ""
+    assert not (folder / ADDRESS).exists()
     assert not server.runs
     (recorded,) = folder.glob("wandb/offline-run-*")
     tool = Path(sys.executable).with_name("wandb")

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import onnx
 import pytest
+import stage_nets
 import torch
 from onnx import numpy_helper
 from torch import nn
@@ -27,13 +28,7 @@ TASK = Classification("multiclass", "logits", classes=4)
 
 
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
-    made(PICTURES)  # statistics that are not as new
-    return made.eval()
+    return stage_nets.net(PICTURES)
 
 
 def followed(dense: nn.Module) -> Followed:

@@ -1,6 +1,7 @@
 """The stage that quantizes weights: what it leaves alone, what may follow it, and what a repair behind it does."""
 
 import pytest
+import stage_nets
 import torch
 from torch import nn
 
@@ -16,13 +17,7 @@ BATCHES = list(zip(PICTURES.split(32), LABELS.split(32), strict=True))
 
 
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
-    made(PICTURES)  # statistics that are not as new
-    return made.eval()
+    return stage_nets.net(PICTURES)
 
 
 def after(chain: str, dense: nn.Module | None = None) -> nn.Module:

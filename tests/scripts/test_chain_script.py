@@ -92,5 +92,7 @@ def test_the_command_line_needs_no_quotes_of_hydra():
     assert quoted_chains(["chain=[repair]", "chains={a:[repair]}", "chain=null", "seed=3"]) == [
         "chain=[repair]", "chains={a:[repair]}", "chain=null", "seed=3"
     ]  # fmt: skip
+    with pytest.raises(UserError, match=r"leave predict= out"):
+        expanded(["chain=repair", "compression.repair_size=64", "compression.predict=true"])
     with pytest.raises(UserError, match="chains come in the place of methods, ratios and stages; leave ratios= out"):
         expanded(["chain=repair", "ratios=[0.5]"])

@@ -10,9 +10,10 @@ from composing import TINY, composed
 from wandb_server import ME, served
 
 from pipeline.tables import UserError
+from scripts.arguments import REFUSED
+from scripts.arguments import composed as plan
 from scripts.build import recipe_of
-from scripts.dashboard import NO_LOGIN, arguments, planned, run
-from scripts.dashboard import composed as plan
+from scripts.dashboard import arguments, planned, run
 from scripts.labels import name_of, tags_of
 from scripts.train import run as train
 
@@ -110,20 +111,28 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(online) -> None:
 
 
 def test_a_plan_follows_the_config() -> None:
-    family = planned(plan(["compression.methods=[fold,l1,mix+data]", "compression.every_n_epochs=0"]))
+    family = planned(
+        plan(
+            "train",
+            (
+                "compression.methods=[fold,l1,mix+data]",
+                "compression.every_n_epochs=0",
+            ),
+        )
+    )
     assert family.methods == dict.fromkeys(("raw", "repaired"), ("fold", "l1", "mix+data"))
     assert set(family.sides["raw"]) == {"fold", "prune"}
     assert family.settings["optim.lr"], "learning rates of the sweeps span decades"
     assert not family.watched
-    assert planned(plan(["experiment=llama_tiny"])).metric.name == "perplexity"
-    assert not planned(plan(["compression.methods=[l1]"])).has_gap("raw")
+    assert planned(plan("train", ("experiment=llama_tiny",))).metric.name == "perplexity"
+    assert not planned(plan("train", ("compression.methods=[l1]",))).has_gap("raw")
 
 
 def test_saving_needs_a_login(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("scripts.dashboard.logged_in", lambda: False)
     with pytest.raises(SystemExit) as caught:
         run(arguments(["--save"]))
-    assert caught.value.code == NO_LOGIN == 2
+    assert caught.value.code == REFUSED == 2
     assert "--save needs a login to W&B; run `wandb login`" in capsys.readouterr().err
 
 
