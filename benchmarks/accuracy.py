@@ -53,8 +53,9 @@ import polars as pl
 from benchmarks import evidence
 from benchmarks.common import line, write_below
 from pipeline.results import DENSE, measured, read_joined
+from pipeline.study.intervals import half_interval
 from pipeline.study.pictures import plot_curves
-from pipeline.study.summary import dense_rows, foretold, half_interval
+from pipeline.study.summary import dense_rows, foretold
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/accuracy.md")

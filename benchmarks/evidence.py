@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from benchmarks.common import line
-from pipeline.study.summary import half_interval
+from pipeline.study.intervals import half_interval
 
 HALF = 0.5
 RECIPE = ("model", "recipe")

@@ -18,8 +18,9 @@ import polars as pl
 from scipy.stats import spearmanr
 
 from pipeline.results import DENSE, means, read_joined
+from pipeline.study.intervals import half_interval
 from pipeline.study.pictures import plot_curves
-from pipeline.study.summary import dense_rows, duels, gaps, half_interval
+from pipeline.study.summary import dense_rows, duels, gaps
 
 ROWS = Path("benchmarks/results/narrow_sweep.parquet")
 PAGE = Path("docs/narrow_sweep.md")

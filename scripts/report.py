@@ -22,11 +22,11 @@ from rich.text import Text
 from pipeline.cells import STATES
 from pipeline.results import DENSE, SCHEMA, SPEED, headline, measured, read_speeds
 from pipeline.study.lines import told
-from pipeline.study.page.families import NEEDED, Family, failures, families, rank, stages, states
+from pipeline.study.page.families import Family, failures, families, rank, stages, states
 from pipeline.study.page.files import write_report
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_value, foretold, headlines, last_measurement
-from pipeline.study.sweep import Sweep, joined, load, short, shown, split
+from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
 from pipeline.study.terminal import points, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import Metric
@@ -67,7 +67,7 @@ def report(args: argparse.Namespace) -> None:
     if args.out is not None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
     whole = args.out is not None or not args.no_page
-    sweep = load(args.runs, tuple(SCHEMA) if whole else NEEDED, warn).where(args.where)
+    sweep = load(args.runs, tuple(SCHEMA) if whole else COLUMNS, warn).where(args.where)
     by = [sweep.setting(name) for name in args.by]
     found = families(sweep)
     for family in found:

@@ -1,12 +1,21 @@
 """Student's t over the rows of arrays, Holm's correction, and the n that an interval needs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
 Array = np.ndarray
 POINT = 1.0  # the half-interval that `needed` asks for, in points (see lines.in_points)
+
+
+def half_interval(sd: Any, n: Any) -> Any:
+    """Half of the 95% interval of a mean of n (Student's t), from their standard deviation; NaN for n < 2.
+
+    sd, n: numbers, or arrays of one shape
+    """
+    return stdtrit(n - 1, 0.975) * sd / n**0.5
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,9 @@ def summary(values: Array) -> Summary:
         sd = np.where(n > 1, sd, np.nan)
         error = sd / np.sqrt(n)
         p = 2 * stdtr(n - 1, -np.abs(mean / error))
+        half = half_interval(sd, n)
     p = np.where((error == 0) & (mean == 0), 1.0, p)  # 0 / 0: not a trace of an effect
-    return Summary(mean, stdtrit(np.maximum(n - 1, 1), 0.975) * error, p, sd, n)
+    return Summary(mean, half, p, sd, n)
 
 
 def holm(p: Array) -> Array:
@@ -60,6 +70,6 @@ def needed(sd: float | None, half: float = POINT) -> int | None:
     if sd is None or np.isnan(sd):
         return None
     n = max(2, int((1.95 * sd / half) ** 2))
-    while stdtrit(n - 1, 0.975) * sd / n**0.5 > half:
+    while half_interval(sd, n) > half:
         n += 1
     return n

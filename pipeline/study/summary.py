@@ -4,10 +4,10 @@ import math
 from typing import NamedTuple
 
 import polars as pl
-from scipy.special import stdtrit
 from scipy.stats import spearmanr
 
 from pipeline.results import DENSE, headline, means, measured, side, valued
+from pipeline.study.intervals import half_interval
 
 HEADLINE_STAGES = ("repaired", "raw", "norm_tuned", "tuned")  # the first of them that a cell has is its headline
 HEADLINE_RATIO = 0.5
@@ -80,11 +80,6 @@ def gaps(rows: pl.DataFrame, recipes: pl.DataFrame | None = None) -> pl.DataFram
     found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
     margins = [half_interval(std, n) if n >= 3 else None for std, n in found["std", "n"].iter_rows()]
     return found.with_columns(margin=pl.Series(margins, dtype=pl.Float64)).drop("std")
-
-
-def half_interval(std: float, n: int) -> float:
-    """Half of the 95% interval of a mean of n (Student's t), from their standard deviation."""
-    return stdtrit(n - 1, 0.975) * std / n**0.5
 
 
 class Foretold(NamedTuple):

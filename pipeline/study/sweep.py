@@ -17,9 +17,9 @@ from pipeline.results import ROWS, SCHEMA, read_joined, read_present
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import METRICS
 
-# Columns that the tables need. Reading the other columns, too, would take twice as long.
+# Columns that tables and statistics need. Reading the other columns, too, would take twice as long.
 COLUMNS = [
-    *"cell epoch method ratio stage split status reason params fidelity kind calibration".split(),
+    *"cell model data epoch method ratio stage split status reason params macs fidelity kind calibration".split(),
     *"sizes scope statistics metric".split(),
     *METRICS,
 ]

@@ -10,12 +10,14 @@ Intervals are t-intervals of 95% over groups, which are channels of few networks
 """
 
 from collections.abc import Sequence
-from math import nan, sqrt
+from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 from scipy import stats
+
+from pipeline.study.intervals import half_interval
 
 GROUP = ["network", "group"]
 COMPARED = ("special", "kmeans", "fold", "mix")
@@ -37,7 +39,7 @@ def mean(values: Sequence[float]) -> Mean:
     n = len(values)
     if n < 2:
         return Mean(values.mean() if n else nan, nan, n)
-    return Mean(values.mean(), float(stats.t.ppf(0.975, n - 1)) * values.std() / sqrt(n), n)
+    return Mean(values.mean(), float(half_interval(values.std(), n)), n)
 
 
 class Share(NamedTuple):

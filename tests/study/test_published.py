@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.results import SCHEMA
 from pipeline.study.effects import pairs
+from pipeline.study.intervals import half_interval
 from pipeline.study.lines import Lines, lines
 from pipeline.study.published import FAMILIES, extras, published
-from pipeline.study.summary import half_interval
 from pipeline.study.sweep import Sweep, load
 from pipeline.tables import UserError
 

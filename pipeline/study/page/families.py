@@ -13,12 +13,11 @@ from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, lines
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
-from pipeline.study.sweep import COLUMNS, Sweep
+from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
 from pipeline.tasks import Metric
 
 FAMILY = ("model", "data")  # columns of a row that no mean is over
-NEEDED = (*COLUMNS, *FAMILY, "macs")  # of a row, for the screen and the page
 
 
 @dataclass(frozen=True)

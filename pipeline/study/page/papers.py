@@ -9,11 +9,11 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.study.intervals import half_interval
 from pipeline.study.matching import coded_levels, design
 from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
 from pipeline.study.page.columns import axes_of
 from pipeline.study.page.families import Family, stages
-from pipeline.study.summary import half_interval
 from pipeline.study.terminal import TITLES
 
 OUTCOMES = {"base": (BASE, "uncompressed"), "prune": (PRUNE, "best pruning"), "fold": (FOLD, "best folding")}
