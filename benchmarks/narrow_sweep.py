@@ -20,7 +20,9 @@ from scipy.stats import spearmanr
 from pipeline.results import DENSE, means, read_joined
 from pipeline.study.intervals import half_interval
 from pipeline.study.pictures import plot_curves
+from pipeline.study.published import published
 from pipeline.study.summary import dense_rows, duels, gaps
+from pipeline.study.sweep import joined
 
 ROWS = Path("benchmarks/results/narrow_sweep.parquet")
 PAGE = Path("docs/narrow_sweep.md")
@@ -41,9 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, help="study_rows.csv.gz")
     args = parser.parse_args()
-    sides = {"ours": ours(read_joined(ROWS))}
+    sides = {"ours": with_recipe(read_joined(ROWS))}
     if args.study:
-        same = study(pl.read_csv(args.study)).join(sides["ours"].select(RECIPE).unique(), on=RECIPE, how="semi")
+        same = study(args.study).join(sides["ours"].select(RECIPE).unique(), on=RECIPE, how="semi")
         sides["study"] = same
     cells = [rows.select("cell", *RECIPE).unique() for rows in sides.values()]
     assert all(len(one) == one.select(RECIPE).n_unique() == len(cells[0]) for one in cells), "not one cell a recipe"
@@ -58,7 +60,8 @@ def main() -> None:
 # --- the two sides, as rows with the columns of RECIPE
 
 
-def ours(rows: pl.DataFrame) -> pl.DataFrame:
+def with_recipe(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows joined with the settings of their cells, with the columns of RECIPE."""
     return rows.with_columns(
         optimizer=pl.col("optim.name"),
         lr=pl.col("optim.lr") > pl.col("optim.name").replace_strict(LOW),
@@ -68,40 +71,19 @@ def ours(rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def study(figures: pl.DataFrame) -> pl.DataFrame:
+def study(figures: Path) -> pl.DataFrame:
     """Rows of the study's ResNet18 with our recipes: weight decay 5e-4, cosine, momentum 0.9, same rates and rho."""
-    name = pl.col("checkpoint")
-
-    def setting(key: str) -> pl.Expr:
-        return name.str.extract(rf"_{key}=([^_]+?)(?:_|\.pth)")
-
-    methods = {"fold": "fold", "l1": "mag-l1", "l2": "mag-l2"}
-    logs = {
-        f"{start}-{log}{end}": m for m, log in methods.items() for start, end in (("adam", ""), ("sgd", "-sharpness"))
-    }
-    events = {"BASE": "raw", "PRUNE": "raw", "REPAIR": "repaired"}
-    rows = figures.filter(
-        pl.col("log").is_in(logs) & pl.col("event").is_in(events) & (pl.col("family") == "resnet18")
-    ).select(
-        cell=name,
-        optimizer=setting("opt"),
-        rate=setting("lr").cast(pl.Float64),
-        rand_augment=name.str.contains("rand_aug=True"),
-        sam=name.str.contains("_sam=True"),
-        l1=setting("l1").cast(pl.Float64) > 0,
-        same=(setting("wd").cast(pl.Float64) == 5e-4)
-        & name.str.contains("lr_schedule=True")
-        & (setting("momentum").cast(pl.Float64) != 0.99)
-        & (name.str.contains("_sam=False") | name.str.contains("sam_rho=0.05")),
-        method=pl.when(pl.col("event") == "BASE").then(pl.lit(DENSE)).otherwise(pl.col("log").replace_strict(logs)),
-        stage=pl.col("event").replace_strict(events),
-        ratio="ratio",
-        acc=pl.col("value") / 100,
-        status=pl.lit("ok"),
+    both = [joined(published(figures, family)) for family in ("resnet18-adam", "resnet18-sgd")]
+    low, rate = pl.col("optim.name").replace_strict(LOW), pl.col("optim.lr")
+    same = (
+        (pl.col("optim.weight_decay") == 5e-4)
+        & (pl.col("optim.schedule.name") == "cosine")
+        & (pl.col("optim.momentum").fill_null(0.9) == 0.9)
+        & (pl.col("optim.sam.rho") <= 0.05)
+        & ((rate == low) | (rate == 10 * low))
+        & pl.col("stage").is_in(["raw", "repaired"])
     )
-    low = pl.col("optimizer").replace_strict(LOW)
-    rows = rows.filter("same" & ((pl.col("rate") == low) | (pl.col("rate") == 10 * low)))
-    return rows.with_columns(lr=pl.col("rate") > low).unique(["cell", "method", "stage", "ratio"], maintain_order=True)
+    return with_recipe(pl.concat(both, how="diagonal_relaxed").filter(same))
 
 
 def of(rows: pl.DataFrame, optimizer: str) -> pl.DataFrame:

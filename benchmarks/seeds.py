@@ -96,7 +96,7 @@ def noise_part(sweep: Sweep) -> list[str]:
 POOLED = (
     "Over all recipes at half of the channels (`pipeline.study.noise`): deviation, the standard deviation within a "
     "recipe, pooled; reliability, the share of the variance over networks that is between recipes (ICC(1), with a 95% "
-    "interval from a bootstrap over recipes); pairs, matched pairs of networks for a 95% interval of ± 1 point."
+    "interval from the F distribution); pairs, matched pairs of networks for a 95% interval of ± 1 point."
 )
 
 
