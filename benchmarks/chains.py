@@ -8,9 +8,10 @@
     COMMON: data.root=cifar10.npz paths.runs=runs/chains profile.runtimes=[onnx] profile.batch_sizes=[1,32]
 
 `run` is scripts.compress with the chains of CURVES; every other word is passed on, and it goes on where it was. A
-network without BatchNorm takes --without-repair. Each stage sees 512 training pictures, repair 2,048 and distillation all of them, without labels; all
-chains were written down before any of them was measured, and networks are measured on all test pictures. `page` writes
-docs/chains.md from benchmarks/results/chains.parquet, to which networks that were measured again are added.
+network without BatchNorm takes --without-repair. Each stage sees 512 training pictures, repair 2,048 and distillation
+all of them, without labels. All chains were written down before any of them was measured, and networks are measured on
+all test pictures. `page` writes docs/chains.md from benchmarks/results/chains.parquet, in which networks that are found
+in the folder replace those of the same name.
 """
 
 import argparse
@@ -56,7 +57,7 @@ SMALLER = (2, 4, 6, 8, 11, 14)  # at which curves are compared
 FASTER = (1.5, 2, 3, 4)
 RUNTIMES = {1: "onnx, batch 1", 32: "onnx, batch 32"}
 BESIDE = "quantize"  # the curve that others are compared with at equal bytes
-POINTS = "Points of accuracy lost against the uncompressed network, mean ± half of a 95% interval over networks (Student's t)"
+POINTS = "Points of accuracy lost, mean ± half of a 95% interval over networks (Student's t)"
 
 
 def main() -> None:
