@@ -21,6 +21,7 @@ FOLDER = Path(configs.__file__).parent
 REFUSED = 2  # exit code where nothing was done, because the input was wrong
 # Settings that hold a path, whose text may hold anything; other text with signs in it is put in quotes by the user.
 PATHS = ("checkpoint", "data.root", "data.cache", "data.tokenizer", "model.architecture", "paths.runs")
+CHAINS = "chains"  # a setting that holds a table or a list
 SWEEPS = ("-m", "--multirun")
 
 
@@ -55,7 +56,8 @@ def checked(arguments: Sequence[str], config: str) -> list[str]:
         if override.is_sweep_override() and not sweeping:
             key, _, value = (override.input_line or "").partition("=")
             raise UserError(f"{key}={value} has several values: a list is {key}=[{value}]; a sweep over them needs -m")
-    return [*flags, *given]
+    # Several chains take the place of those of an experiment, with which Hydra would merge them or would not.
+    return [*flags, *(one for a in given for one in ([f"{CHAINS}=null", a] if a.startswith(f"{CHAINS}=") else [a]))]
 
 
 def parsed(argument: str) -> Override:
@@ -93,11 +95,16 @@ def choice_of(override: Override) -> str:
     group = override.key_or_group
     if group not in groups() or override.is_delete():
         return ""
-    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    values = values_of(override)
     for value in values:
         if value is not None:
             pick(group, groups()[group], str(value))
     return f"{group}={'null' if values[0] is None else values[0]}"
+
+
+def values_of(override: Override) -> list[Any]:
+    """The value, or those of a sweep."""
+    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
 
 
 @cache
@@ -117,6 +124,11 @@ def check_key(override: Override, config: DictConfig) -> None:
     for name in parents:
         within = within.get(name) if OmegaConf.is_dict(within) and name in within else None
     there = OmegaConf.is_dict(within) and last in list(within.keys())  # also where it is not set yet
+    inner = within._get_node(last) if there else None
+    if isinstance(inner, DictConfig) and inner and key != CHAINS and not override.is_delete():
+        if any(not isinstance(value, dict | None) for value in values_of(override)):
+            of = f"{key} holds settings of its own ({', '.join(map(str, inner))})"
+            raise UserError(f"{of}, got {override.input_line}; write {key}.{next(iter(inner))}=...")
     if override.is_add() and there:
         raise UserError(f"{key} is a setting already; write {key}=..., without the plus")
     if there or override.is_force_add() or (override.is_add() and parents and OmegaConf.is_dict(within)):

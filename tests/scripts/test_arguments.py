@@ -21,6 +21,8 @@ REFUSED = {
     "model.width=[": r"model.width=\[ cannot be read .*; put a value with such signs in quotes",
     "name=a=b": r"name=a=b cannot be read .*; put a value with such signs in quotes: name=\"'...'\"",
     "data.documents=3": r"unknown setting 'data.documents'",
+    "optim.sam=[0.1]": r"optim.sam holds settings of its own \(.*rho.*\), got optim.sam=\[0.1\]; write optim.sam.",
+    "paths=runs": r"paths holds settings of its own \(runs\), got paths=runs; write paths.runs=...",
     "trainer.max_epoch=3": r"did you mean trainer.max_epochs\? \(\+trainer.max_epoch=... hands on an option",
 }
 

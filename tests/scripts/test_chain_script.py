@@ -10,6 +10,7 @@ from composing import TINY, composed, composed_compress
 from pipeline.cells import read_record
 from pipeline.results import read
 from pipeline.tables import UserError
+from scripts.arguments import checked
 from scripts.build import cell_of
 from scripts.chain import CHAIN_ROWS, PICTURE, STORE, TIMES, chains_in, quoted_chains
 from scripts.compress import expanded
@@ -92,6 +93,15 @@ def test_the_command_line_needs_no_quotes_of_hydra():
     assert quoted_chains(["chain=[repair]", "chains={a:[repair]}", "chain=null", "seed=3"]) == [
         "chain=[repair]", "chains={a:[repair]}", "chain=null", "seed=3"
     ]  # fmt: skip
+
+
+def test_chains_that_are_typed_take_the_place_of_those_of_an_experiment():
+    for typed in ("chains=[repair]", "chains={a: [repair]}", "chains=repair"):
+        said = checked(quoted_chains(["experiment=fold_distil_quantize", typed]), "train")
+        assert [list(map(str, chain)) for chain in chains_in(composed(*said)).values()] == [["repair"]]
+
+
+def test_chains_leave_no_room_for_a_grid():
     with pytest.raises(UserError, match=r"leave predict= out"):
         expanded(["chain=repair", "compression.repair_size=64", "compression.predict=true"])
     with pytest.raises(UserError, match="chains come in the place of methods, ratios and stages; leave ratios= out"):
