@@ -56,8 +56,10 @@ def checked(arguments: Sequence[str], config: str) -> list[str]:
         if override.is_sweep_override() and not sweeping:
             key, _, value = (override.input_line or "").partition("=")
             raise UserError(f"{key}={value} has several values: a list is {key}=[{value}]; a sweep over them needs -m")
-    # Several chains take the place of those of an experiment, with which Hydra would merge them or would not.
-    return [*flags, *(one for a in given for one in ([f"{CHAINS}=null", a] if a.startswith(f"{CHAINS}=") else [a]))]
+    # Several chains take the place of those of an experiment, with which Hydra would merge them, or would not.
+    merged = OmegaConf.is_dict(known.get(CHAINS))
+    replaced = {a: [f"~{CHAINS}", f"+{a}"] for a in given if merged and a.startswith(f"{CHAINS}=")}
+    return [*flags, *(one for a in given for one in replaced.get(a, [a]))]
 
 
 def parsed(argument: str) -> Override:
