@@ -26,9 +26,8 @@ import polars as pl
 
 from benchmarks.common import line, write_below
 from pipeline.cells import cells, read_record
-from pipeline.results import read
+from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, read
 from pipeline.study.intervals import summary
-from scripts.chain import CHAIN_ROWS, TIMES
 
 ROWS = Path("benchmarks/results/chains.parquet")
 SPEEDS = Path("benchmarks/results/chain_speed.parquet")
@@ -75,7 +74,7 @@ def main() -> None:
     if words:
         pager.error(f"unknown words {' '.join(words)}")
     if options.runs is not None:
-        for path, file in ((ROWS, CHAIN_ROWS), (SPEEDS, TIMES)):
+        for path, file in ((ROWS, CHAIN_ROWS), (SPEEDS, CHAIN_SPEED)):
             kept(path, list(collected(options.runs, file)))
     write_below(PAGE, MARK, "Chains", page(pl.read_parquet(ROWS), pl.read_parquet(SPEEDS)))
 

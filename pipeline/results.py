@@ -27,6 +27,8 @@ DENSE = "dense"
 BATCH = 250  # files parsed at a time
 ROWS = "rows.parquet"  # a cell's rows, in its folder
 SPEED = "speed.parquet"  # beside the rows: size and speed of the cell's networks
+# Rows of the cell's chains, which are no grid of methods and ratios, and times of their networks.
+CHAIN_ROWS, CHAIN_SPEED = "chains.parquet", "chain_speed.parquet"
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,10 @@ def check_key(override: Override, config: DictConfig) -> None:
         within = within.get(name) if OmegaConf.is_dict(within) and name in within else None
     there = OmegaConf.is_dict(within) and last in list(within.keys())  # also where it is not set yet
     inner = within._get_node(last) if there else None
-    if isinstance(inner, DictConfig) and inner and key != CHAINS and not override.is_delete():
-        if any(not isinstance(value, dict | None) for value in values_of(override)):
-            of = f"{key} holds settings of its own ({', '.join(map(str, inner))})"
-            raise UserError(f"{of}, got {override.input_line}; write {key}.{next(iter(inner))}=...")
+    holds = isinstance(inner, DictConfig) and inner and key != CHAINS and not override.is_delete()
+    if holds and not all(isinstance(value, dict | None) for value in values_of(override)):
+        of = f"{key} holds settings of its own ({', '.join(map(str, inner))})"
+        raise UserError(f"{of}, got {override.input_line}; write {key}.{next(iter(inner))}=...")
     if override.is_add() and there:
         raise UserError(f"{key} is a setting already; write {key}=..., without the plus")
     if there or override.is_force_add() or (override.is_add() and parents and OmegaConf.is_dict(within)):

@@ -30,7 +30,7 @@ from pipeline.export import need_onnx
 from pipeline.latency import RUNTIMES, profile
 from pipeline.measure import Host, Inputs, Once
 from pipeline.models import build_model
-from pipeline.results import RowStore, code_version, read
+from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, RowStore, code_version, read
 from pipeline.stages import Chain, Supplies, Traces, Training, parse_chain, parse_chains
 from pipeline.stages.distil import DENSE, Distil
 from pipeline.study.chains import print_chains
@@ -52,8 +52,6 @@ from scripts.build import (
 CHAINS = ("chain", "chains")  # settings
 BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
 STORE = "chains"  # folder, in that of the cell, of the stages' folders
-# In the cell's folder: rows of the chains, which are no grid of methods and ratios, and times of their networks.
-CHAIN_ROWS, TIMES = "chains.parquet", "chain_speed.parquet"
 PICTURE = "pareto.png"
 
 
@@ -91,7 +89,7 @@ def prepared(
         store = RowStore(folder / CHAIN_ROWS)
         store.add(run_chains(chains, ground, times.add))
         store.write()
-        times.write(folder / TIMES)
+        times.write(folder / CHAIN_SPEED)
 
     return work
 
@@ -271,7 +269,7 @@ class Times:
 def show(folder: Path) -> None:
     """The chains of a cell as a table on the terminal, and their picture."""
     rows = read(folder / CHAIN_ROWS)
-    times = pl.read_parquet(folder / TIMES) if (folder / TIMES).exists() else None
+    times = pl.read_parquet(folder / CHAIN_SPEED) if (folder / CHAIN_SPEED).exists() else None
     print_chains(rows, times)
     plot_pareto(rows, folder / PICTURE, times)
     print(f"{CHAIN_ROWS}, {PICTURE} and {STORE}/, the network of every stage, are in {folder}")

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import polars as pl
 from rich.markup import escape
@@ -14,6 +13,7 @@ from pipeline.study.summary import last_measurement
 from pipeline.study.terminal import terminal, timed
 
 ARROW = " > "
+MEANS = ("bytes", "params", "macs", "seconds", "unlabelled", "labelled")
 SAME = 0.01  # fraction by which two costs may differ and count as one
 
 
@@ -22,6 +22,20 @@ def of_chains(rows: pl.DataFrame) -> pl.DataFrame:
     there = pl.col("bytes").is_not_null() & (pl.col("status") == "ok")
     found = last_measurement(rows).filter(there).with_columns(value=valued(rows))
     return found.filter(pl.col("value").is_not_null() & pl.col("value").is_not_nan())
+
+
+def over_cells(rows: pl.DataFrame) -> pl.DataFrame:
+    """A line for each chain: the means over cells of value and MEANS, n samples, cells, and sd of value over cells.
+
+    sd is null for one cell. A chain that some cells lack is left out: its mean would be of other networks than those
+    of the lines beside it.
+    """
+    found = of_chains(rows).unique(["cell", "chain"], keep="last", maintain_order=True)
+    means = pl.col("value", *MEANS).mean()
+    lines = found.group_by("chain", maintain_order=True).agg(
+        means, pl.col("n").max(), cells=pl.len(), sd=pl.col("value").std()
+    )
+    return lines.filter(pl.col("cells") == pl.col("cells").max())
 
 
 def paths(chains: Sequence[str]) -> dict[str, list[str]]:
@@ -52,24 +66,26 @@ def front(costs: Sequence[float], values: Sequence[float], upward: bool = True) 
     return found
 
 
-def costs(rows: pl.DataFrame, times: pl.DataFrame | None) -> dict[str, pl.DataFrame]:
-    """{heading of an axis: the rows that have it, with `cost`}: kilobytes, and milliseconds of each runtime."""
-    found = {"file, kB": rows.with_columns(cost=pl.col("bytes") / 1000)}
-    if times is None:
-        return found
-    times = times.fill_nan(None).drop_nulls("median")
-    for (runtime, size), part in times.group_by("runtime", "batch_size", maintain_order=True):
-        taken = part.select("cell", "chain", cost=pl.col("median") * 1000).unique(["cell", "chain"], keep="last")
-        joined = rows.join(taken, on=["cell", "chain"], maintain_order="left")
-        if len(joined):
+def costs(lines: pl.DataFrame, times: pl.DataFrame | None) -> dict[str, pl.DataFrame]:
+    """{heading of an axis: lines of `over_cells` that have it, with `cost`}: kB, and each runtime's milliseconds."""
+    found = {"file, kB": lines.with_columns(cost=pl.col("bytes") / 1000)}
+    for (runtime, size), part in ({} if times is None else by_runtime(times)).items():
+        taken = part.drop_nulls("median").select("chain", cost=pl.col("median") * 1000)
+        if len(joined := lines.join(taken, on="chain", maintain_order="left")):
             found[f"{runtime}, batch {size}, ms"] = joined
     return found
 
 
+def by_runtime(times: pl.DataFrame) -> dict[tuple[str, int], pl.DataFrame]:
+    """{(runtime, batch size): a line for each chain, `median` seconds and `speedup`, the medians over cells}"""
+    found = times.fill_nan(None).group_by("runtime", "batch_size", "chain", maintain_order=True)
+    medians = found.agg(pl.col("median", "speedup").median())
+    return medians.partition_by("runtime", "batch_size", as_dict=True, maintain_order=True)
+
+
 def chain_table(rows: pl.DataFrame) -> Table:
     """Stages x sizes; a stage stands below the one that it follows. An asterisk: on the front over bytes."""
-    metric = headline(rows)
-    found = of_chains(rows)
+    metric, found = headline(rows), over_cells(rows)
     best = {found["chain"][i] for i in front(found["bytes"], found["value"], metric.higher_is_better)}
     table = Table()
     table.add_column("stage", no_wrap=True)
@@ -78,14 +94,15 @@ def chain_table(rows: pl.DataFrame) -> Table:
     by_chain = {row["chain"]: row for row in found.iter_rows(named=True)}
     for chain, label in tree(list(by_chain)):
         row = by_chain[chain]
+        spread = "" if row["sd"] is None else f" ± {metric.scale * row['sd']:.{metric.digits}f}"
         table.add_row(
             escape(label) + " *" * (chain in best),
-            metric.short(row["value"]).strip(),
+            metric.short(row["value"]).strip() + spread,
             f"{row['bytes'] / 1000:,.1f}",
-            f"{row['params']:,}",
+            f"{row['params']:,.0f}",
             f"{row['macs'] / 1e6:,.2f} M",
             f"{row['seconds']:,.1f}",
-            f"{row['unlabelled']:,}" + (f" + {row['labelled']:,} with labels" if row["labelled"] else ""),
+            f"{row['unlabelled']:,.0f}" + (f" + {row['labelled']:,.0f} with labels" if row["labelled"] else ""),
         )
     return table
 
@@ -94,13 +111,12 @@ def time_table(rows: pl.DataFrame, times: pl.DataFrame) -> Table:
     """Stages x runtimes and batch sizes: the time of a pass, and how many times as fast as the uncompressed network."""
     table = Table()
     table.add_column("stage", no_wrap=True)
-    columns = list(dict.fromkeys(times.select("runtime", "batch_size").iter_rows()))
+    columns = by_runtime(times)
     for runtime, size in columns:
         table.add_column(f"{runtime}, batch {size}", justify="right")
-    at = {(t["chain"], t["runtime"], t["batch_size"]): t for t in times.iter_rows(named=True)}
-    for chain, label in tree(of_chains(rows)["chain"].to_list()):
-        found = [timed(_without_nan(at.get((chain, *column)))) for column in columns]
-        table.add_row(escape(label), *found)
+    at = {(t["chain"], *key): t for key, part in columns.items() for t in part.iter_rows(named=True)}
+    for chain, label in tree(over_cells(rows)["chain"].to_list()):
+        table.add_row(escape(label), *(timed(at.get((chain, *column))) for column in columns))
     return table
 
 
@@ -124,19 +140,20 @@ def tree(chains: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _without_nan(line: dict[str, Any] | None) -> dict[str, Any] | None:
-    """NaN stands for a time that is missing, which tables show as none."""
-    return line and {name: None if value != value else value for name, value in line.items()}
-
-
 def print_chains(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> None:
-    """The tables of chains on the terminal, and a line for each reason why a stage failed."""
-    console, found = terminal(), of_chains(rows)
+    """The tables of chains on the terminal, means over cells, and a line for each reason why a stage failed."""
+    console, every, found = terminal(), of_chains(rows), over_cells(rows)
+    seen = f"{found['n'].max():,} {every['split'][0]} samples; *: nothing smaller is as good"
+    cells = found["cells"].max()
     title = (
-        f"\nWhat every stage leaves, {found['n'].max():,} {found['split'][0]} samples; *: nothing smaller is as good"
+        f"\nWhat every stage leaves, {seen}"
+        if cells == 1
+        else f"\nWhat chains leave: means ± standard deviations over {cells} cells, {seen}"
     )
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(chain_table(rows))
+    if left := every["chain"].n_unique() - len(found):
+        console.print(f"{left} stages that not all {cells} cells have are left out", markup=False, soft_wrap=True)
     failed = last_measurement(rows).filter(pl.col("status") == "failed").group_by("reason", maintain_order=True).len()
     for reason, count in failed.iter_rows():
         console.print(f"{count} stages failed: {reason}", markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.results import DENSE, headline
-from pipeline.study.chains import costs, front, of_chains, paths
+from pipeline.study.chains import costs, front, over_cells, paths
 from pipeline.study.summary import curves, dense_value
 from pipeline.study.terminal import TITLES
 
@@ -64,15 +64,13 @@ def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None
     """The headline over the bytes of the file, and over the time of each runtime and batch size: a panel each.
 
     A chain is a line from the uncompressed network on, a stage a point; rings and the dashed steps mark the front, the
-    networks that none beats in both. times: `median` seconds by cell, chain, runtime and batch_size (see Profile).
+    networks that none beats in both. The means over cells are drawn. times: `median` seconds by chain, runtime and
+    batch_size (see Profile).
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    metric, found = headline(rows), of_chains(rows)
-    panels = costs(found, times)
-    lines = {
-        (cell, leaf): path for (cell,), part in found.group_by("cell") for leaf, path in paths(part["chain"]).items()
-    }
+    metric, found = headline(rows), over_cells(rows)
+    panels, lines = costs(found, times), paths(found["chain"])
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     height = down * 4 + 0.25 * len(lines)
@@ -80,9 +78,8 @@ def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None
     places = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     drawn: dict[str, Any] = {}
     for place, (heading, points) in zip(places, panels.items(), strict=False):
-        for number, ((cell, leaf), chain) in enumerate(lines.items()):
-            order = pl.DataFrame({"chain": chain, "cell": cell})
-            line = order.join(points, on=["chain", "cell"], maintain_order="left")
+        for number, (leaf, chain) in enumerate(lines.items()):
+            line = pl.DataFrame({"chain": chain}).join(points, on="chain", maintain_order="left")
             y = line["value"] * metric.scale
             drawn[leaf or DENSE] = place.plot(line["cost"], y, "o-", color=f"C{number % 10}", markersize=4, lw=1)[0]
         best = points[front(points["cost"], points["value"], metric.higher_is_better)]

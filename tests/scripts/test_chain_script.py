@@ -8,11 +8,11 @@ import pytest
 from composing import TINY, composed, composed_compress
 
 from pipeline.cells import read_record
-from pipeline.results import read
+from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, read
 from pipeline.tables import UserError
 from scripts.arguments import checked
 from scripts.build import cell_of
-from scripts.chain import CHAIN_ROWS, PICTURE, STORE, TIMES, chains_in, quoted_chains
+from scripts.chain import PICTURE, STORE, chains_in, quoted_chains
 from scripts.compress import expanded
 from scripts.compress import run as compress
 from scripts.train import run as train
@@ -38,7 +38,7 @@ def test_chains_follow_a_training_and_the_cell_stays_what_it_was(trained, capsys
     assert set(rows["status"]) == {"ok"}
     dense = read(trained / "rows.parquet").filter(method="dense", split="test")
     assert rows["loss"][0] == pytest.approx(dense["loss"].item(), rel=1e-4)
-    assert pl.read_parquet(trained / TIMES)["chain"].to_list() == rows["chain"].to_list()
+    assert pl.read_parquet(trained / CHAIN_SPEED)["chain"].to_list() == rows["chain"].to_list()
     assert (trained / PICTURE).stat().st_size > 10_000
     before, runs = stages(trained), f"paths.runs={trained.parent}"
     capsys.readouterr()

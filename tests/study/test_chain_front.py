@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from pipeline.results import Row, table
-from pipeline.study.chains import chain_table, costs, front, paths, time_table, tree
+from pipeline.study.chains import chain_table, costs, front, over_cells, paths, time_table, tree
 from pipeline.study.pictures import plot_pareto
 
 CHAINS = {"": (0.9, 400), "f": (0.8, 200), "f > r": (0.88, 200), "f > r > q": (0.85, 50), "q": (0.7, 100)}
@@ -85,7 +85,7 @@ def test_the_picture_has_a_panel_for_each_cost_and_a_line_for_each_chain(tmp_pat
     assert (
         [panel.get_xlabel() for panel in figure.axes]
         == ["file, kB", "eager, batch 1, ms"]
-        == list(costs(rows(), times()))
+        == list(costs(over_cells(rows()), times()))
     )
     first = figure.axes[0]
     lines = [tuple(line.get_xdata()) for line in first.lines]
