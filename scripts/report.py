@@ -21,6 +21,7 @@ from rich.text import Text
 
 from pipeline.cells import STATES
 from pipeline.results import DENSE, SCHEMA, SPEED, headline, measured, read_speeds
+from pipeline.study.chains import ChainRows, print_chains, read_chains
 from pipeline.study.lines import told
 from pipeline.study.page.families import Family, failures, families, rank, stages, states
 from pipeline.study.page.files import write_report
@@ -69,7 +70,10 @@ def report(args: argparse.Namespace) -> None:
     whole = args.out is not None or not args.no_page
     sweep = load(args.runs, tuple(SCHEMA) if whole else COLUMNS, warn).where(args.where)
     by = [sweep.setting(name) for name in args.by]
-    found = families(sweep)
+    chains = chains_of(sweep, args.runs)
+    found = [family for family in families(sweep) if not (chains and family.sweep.rows.is_empty())]
+    if not found:
+        print(f"{len(sweep.cells)} cells, which ran chains alone: {states(sweep)}")
     for family in found:
         print_answer(family, alone=len(found) == 1)
         for label, group in split(family.sweep.cells.filter(pl.col("state") == "done"), by):
@@ -80,11 +84,13 @@ def report(args: argparse.Namespace) -> None:
             print_ends(family.sweep)
     speeds = speeds_of(sweep, args.runs)
     print_speeds(speeds)
+    for part in chains:
+        print_chains(part.rows, part.times, part.title)
     if args.out is not None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
     if not args.no_page:
         folder = args.page or page_folder(args.runs)
-        write_report(folder, args.runs, sweep, found, speeds)
+        write_report(folder, args.runs, sweep, found, speeds, chains)
         print(f"wrote {folder / 'index.html'}; beside it: png, effects.csv, cells.parquet, summary.md")
 
 
@@ -101,6 +107,12 @@ def speeds_of(sweep: Sweep, runs: Path) -> pl.DataFrame:
     """Sizes and times of the networks of the done cells; a file of rows has none."""
     done = sweep.cells.filter(pl.col("state") == "done")["cell"]
     return read_speeds((runs / cell / SPEED for cell in done), warn) if runs.is_dir() else pl.DataFrame()
+
+
+def chains_of(sweep: Sweep, runs: Path) -> list[ChainRows]:
+    """The chains of the done cells; a file of rows has none."""
+    done = sweep.cells.filter(pl.col("state") == "done")["cell"]
+    return read_chains((runs / cell for cell in done), warn) if runs.is_dir() else []
 
 
 def print_answer(family: Family, alone: bool) -> None:

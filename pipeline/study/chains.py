@@ -1,14 +1,17 @@
 """The rows of chains: which stages follow which, the front of the best networks, and tables for the terminal."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import polars as pl
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.results import headline, valued
+from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, SCHEMA, headline, read_present, read_speeds, valued
 from pipeline.study.summary import last_measurement
 from pipeline.study.terminal import terminal, timed
 
@@ -22,6 +25,34 @@ def of_chains(rows: pl.DataFrame) -> pl.DataFrame:
     there = pl.col("bytes").is_not_null() & (pl.col("status") == "ok")
     found = last_measurement(rows).filter(there).with_columns(value=valued(rows))
     return found.filter(pl.col("value").is_not_null() & pl.col("value").is_not_nan())
+
+
+@dataclass(frozen=True)
+class ChainRows:
+    """Rows and times (None: none were taken) of the chains of cells of one model, data set and headline."""
+
+    title: str
+    rows: pl.DataFrame
+    times: pl.DataFrame | None
+
+    @property
+    def slug(self) -> str:
+        """ "-resnet18-on-cifar10", a part of a file's name"""
+        return re.sub(r"[^\w.=+-]+", "-", f"-{self.title}")
+
+
+def read_chains(folders: Iterable[Path], warn: Callable[[str], None]) -> list[ChainRows]:
+    """The chains that these cells ran, by model, data set and headline; [] where none did. warn: see read_present."""
+    folders = list(folders)
+    rows = read_present((folder / CHAIN_ROWS for folder in folders), tuple(SCHEMA), warn)
+    times = read_speeds((folder / CHAIN_SPEED for folder in folders), warn)
+    found = []
+    for (model, data, _), part in rows.group_by("model", "data", "metric", maintain_order=True):
+        if of_chains(part).is_empty():
+            continue
+        own = times.join(part, on="cell", how="semi", maintain_order="left") if len(times) else times
+        found.append(ChainRows(f"{model} on {data}", part, own if len(own) else None))
+    return found
 
 
 def over_cells(rows: pl.DataFrame) -> pl.DataFrame:
@@ -140,17 +171,17 @@ def tree(chains: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def print_chains(rows: pl.DataFrame, times: pl.DataFrame | None = None) -> None:
-    """The tables of chains on the terminal, means over cells, and a line for each reason why a stage failed."""
+def print_chains(rows: pl.DataFrame, times: pl.DataFrame | None = None, network: str = "") -> None:
+    """The tables of chains on the terminal, means over cells, and a line for each reason why a stage failed.
+
+    network: whose they are, "resnet18 on cifar10", where that is not plain.
+    """
     console, every, found = terminal(), of_chains(rows), over_cells(rows)
-    seen = f"{found['n'].max():,} {every['split'][0]} samples; *: nothing smaller is as good"
     cells = found["cells"].max()
-    title = (
-        f"\nWhat every stage leaves, {seen}"
-        if cells == 1
-        else f"\nWhat chains leave: means ± standard deviations over {cells} cells, {seen}"
-    )
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+    over = f", means ± standard deviations over {cells} cells" if cells > 1 else ""
+    title = f"\nWhat every stage leaves{network and f' of {network}'}{over}"
+    title += f", {found['n'].max():,} {every['split'][0]} samples"
+    console.print(f"{title}; *: nothing smaller is as good", style="bold", markup=False, soft_wrap=True)
     console.print(chain_table(rows))
     if left := every["chain"].n_unique() - len(found):
         console.print(f"{left} stages that not all {cells} cells have are left out", markup=False, soft_wrap=True)

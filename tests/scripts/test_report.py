@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.cells import held, write_record
-from pipeline.results import DENSE, Row, RowStore
+from pipeline.results import CHAIN_ROWS, DENSE, Row, RowStore
 from pipeline.study.sweep import load, parsed, short, shown
 from scripts.report import main
 
@@ -175,6 +175,35 @@ def test_a_page_from_a_file_of_rows(runs, report, tmp_path):
     lines = report(tmp_path / "rows.parquet", page=True)
     assert lines[-1].startswith(f"wrote {tmp_path}/rows-report/index.html")
     assert lines[0] == "m on d: 3 done, 1 running, 1 failed"  # a cell without rows is not in the file
+
+
+def add_chains(runs, cell, bits=(4,), model="tiny"):
+    """A done cell that ran chains alone: folding, and a grid of so many bits behind it."""
+    add(runs, cell, measured=False)
+    fixed = {"cell": cell, "model": model, "data": "dots", "seed": 0, "epoch": 1, "step": 1, "split": "test", "n": 20}
+    cost = {"params": 100, "macs": 10**6, "seconds": 1.0, "unlabelled": 7, "labelled": 0, "metric": "acc"}
+    values = {"": (0.9, 400_000), "fold@0.5": (0.8, 200_000)}
+    values |= {f"fold@0.5 > quantize(bits={n})": (0.1 * n, 50_000 * n) for n in bits}
+    store = RowStore(runs / cell / CHAIN_ROWS)
+    for chain, (acc, size) in values.items():
+        store.add([Row(**fixed, **cost, method="fold", ratio=0.5, stage=chain, chain=chain, acc=acc, bytes=size)])
+    store.write()
+
+
+def test_chains_of_all_cells_are_shown_as_means_and_drawn(tmp_path, report):
+    add_chains(tmp_path, "a-1", bits=(4, 8))
+    add_chains(tmp_path, "a-2", bits=(4,))
+    add_chains(tmp_path, "b-1", model="other")
+    said = "\n".join(report(tmp_path, page=True))
+    assert "3 cells, which ran chains alone: 3 done" in said
+    assert "What every stage leaves of tiny on dots, means ± standard deviations over 2 cells, 20 test samples" in said
+    assert "What every stage leaves of other on dots, 20 test samples" in said
+    assert "1 stages that not all 2 cells have are left out" in said
+    assert "bits=8" not in said
+    assert "fold@0.5 80.0 ± 0.0 200.0" in said
+    folder = tmp_path / "report"
+    assert {path.name for path in (folder / "png").iterdir()} == {"pareto-tiny-on-dots.png", "pareto-other-on-dots.png"}
+    assert pl.read_csv(folder / "chains.csv")["network"].unique().sort().to_list() == ["other on dots", "tiny on dots"]
 
 
 def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):

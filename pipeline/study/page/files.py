@@ -5,18 +5,28 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.study.chains import ChainRows, over_cells
 from pipeline.study.page.families import Family, failures, stages, states
 from pipeline.study.page.html import page, places_of
+from pipeline.study.pictures import plot_pareto
 from pipeline.study.sweep import Sweep, joining
 from pipeline.tables import UserError, first_line
 
 FILES = ("index.html", "png", "effects.csv", "cells.parquet", "summary.md")
 
 
-def write_report(folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family], speeds: pl.DataFrame) -> list[Path]:
+def write_report(
+    folder: Path,
+    runs: Path,
+    whole: Sweep,
+    parts: Sequence[Family],
+    speeds: pl.DataFrame,
+    chains: Sequence[ChainRows] = (),
+) -> list[Path]:
     """Write FILES into a folder, which is made where it is missing; gives their paths.
 
-    runs: where the sweep is from; speeds: lines of `read_speeds`. UserError where the folder cannot be written.
+    runs: where the sweep is from; speeds: lines of `read_speeds`; chains: those that cells ran, a picture and a table
+    for each model and data set. UserError where the folder cannot be written.
     """
     title = f"Foldability of {runs.resolve().stem}"
     try:
@@ -25,6 +35,7 @@ def write_report(folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family]
         effects_table(parts).write_csv(folder / "effects.csv")
         joining(whole).sink_parquet(folder / "cells.parquet")  # whole in memory, it would take the most of all
         write_pictures(folder / "png", parts)
+        write_chains(folder, chains)
         (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds))
     except OSError as error:
         what = f"{folder} cannot be written ({first_line(error)})"
@@ -46,6 +57,17 @@ def write_pictures(folder: Path, parts: Sequence[Family]) -> None:
         for name, draw in PAPERS.items():
             if family.shown is not None and (figure := draw(family)) is not None:
                 figure.savefig(folder / f"{'-'.join(filter(None, (name, family.slug)))}.png", dpi=200)
+
+
+def write_chains(folder: Path, chains: Sequence[ChainRows]) -> None:
+    """png/pareto.png, or with several networks "pareto-resnet18-on-cifar10.png", and the lines of all in chains.csv."""
+    for old in (*(folder / "png").glob("pareto*.png"), folder / "chains.csv"):
+        old.unlink(missing_ok=True)
+    for part in chains:
+        plot_pareto(part.rows, folder / "png" / f"pareto{part.slug if len(chains) > 1 else ''}.png", part.times)
+    if chains:
+        lines = (over_cells(part.rows).with_columns(network=pl.lit(part.title)) for part in chains)
+        pl.concat(lines).write_csv(folder / "chains.csv")
 
 
 def effects_table(parts: Sequence[Family]) -> pl.DataFrame:
