@@ -24,7 +24,8 @@ from pipeline.batches import Passes
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.compression.group import DEFAULT_PARTS
-from pipeline.measure import Entry, Host, Inputs, chains, measure
+from pipeline.entries import Entry, chains
+from pipeline.measure import Host, Inputs, measure
 from pipeline.results import Row, RowStore, code_version
 from pipeline.study.logged import ROWS_TABLE, epoch_numbers
 from pipeline.tables import UserError

@@ -14,8 +14,9 @@ from torch import nn
 from callbacks.loaders import Batches, Data, calibration_batches, evaluation_batches
 from pipeline.batches import first_sample
 from pipeline.compression.copies import bare_copy
+from pipeline.entries import Chains, trace
 from pipeline.evaluate import settle
-from pipeline.measure import Chains, Once, trace
+from pipeline.measure import Once
 from pipeline.stages import Supplies, Traces
 from pipeline.tables import UserError
 from pipeline.tasks import Classification, Example, Task

@@ -32,7 +32,7 @@ from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import Step, history, numbers, steps_of, told, went_through_
 from pipeline.compression.report import GroupReport, LayerReport, Report, step_of
-from pipeline.measure import chains
+from pipeline.entries import chains
 from pipeline.stages import State, compressed
 from pipeline.tables import UserError
 from pipeline.tasks import Task

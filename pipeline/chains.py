@@ -29,8 +29,9 @@ from pipeline.compression.checkpoint import load_compressed, save_compressed, st
 from pipeline.compression.plan import Step, history, went_through_
 from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
+from pipeline.entries import check_recipe
 from pipeline.evaluate import output_on
-from pipeline.measure import Host, Inputs, check_recipe, metrics_of
+from pipeline.measure import Host, Inputs, metrics_of
 from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore

@@ -30,8 +30,8 @@ from pipeline.data import DATASETS
 from pipeline.data.corruptions import corruptions
 from pipeline.data.module import module_of
 from pipeline.data.picture_set import DataSource, PictureSet
+from pipeline.entries import Entry
 from pipeline.loggers import WANDB_MODES, check_login, wandb_logger
-from pipeline.measure import Entry
 from pipeline.models import build_model, input_config
 from pipeline.models.checkpoint import load_into, read_state, weight_files
 from pipeline.optim import build_schedule

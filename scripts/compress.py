@@ -35,10 +35,11 @@ from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import module_of
+from pipeline.entries import Chains, Entry, chains, trace
 from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import profile
-from pipeline.measure import Chains, Entry, Host, Inputs, Once, chains, measure, trace
+from pipeline.measure import Host, Inputs, Once, measure
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.models.huggingface_folder import export_huggingface
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version

@@ -23,8 +23,8 @@ from torch import nn
 from callbacks.shrink import TUNED
 from pipeline.cells import held
 from pipeline.compression.copies import bare_copy
+from pipeline.entries import trace
 from pipeline.loggers import close
-from pipeline.measure import trace
 from pipeline.results import ROWS, read
 from pipeline.stages import Traces
 from pipeline.study.summary import last_measurement

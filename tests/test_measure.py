@@ -15,8 +15,9 @@ import pipeline.stages.repair
 import pipeline.stages.stage
 from pipeline.batches import Passes
 from pipeline.compression import channel_groups, compress
+from pipeline.entries import Entry, chains, trace
 from pipeline.evaluate import settle
-from pipeline.measure import Entry, Host, Inputs, chains, measure, trace
+from pipeline.measure import Host, Inputs, measure
 from pipeline.models import build_model
 from pipeline.results import side, table
 from pipeline.stages import Traces, parse_chain, spell_chain

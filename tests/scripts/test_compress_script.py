@@ -19,8 +19,8 @@ from pipeline.compressed import load
 from pipeline.compression.plan import history
 from pipeline.data.cifar10 import load as load_cifar10
 from pipeline.data.module import PictureData
+from pipeline.entries import Entry
 from pipeline.evaluate import metrics_of
-from pipeline.measure import Entry
 from pipeline.models import build_model
 from pipeline.models.checkpoint import load_into, read_state, settings_in
 from pipeline.results import DENSE, read, read_speeds

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from callbacks import CompressionCallback
 from pipeline.compression.calibrate.texts import written_texts
+from pipeline.entries import chains
 from pipeline.evaluate import evaluate, settle
-from pipeline.measure import Host, Inputs, chains, measure
+from pipeline.measure import Host, Inputs, measure
 from pipeline.stages import Supplies, parse_chain
 from pipeline.stages.tune import samples_on
 from pipeline.tables import UserError
