@@ -10,7 +10,7 @@ feature of groups is given for each of them, under "feature/group", and as their
     height_30 ... 70    ‖W - PW‖ / ‖W‖ where folding removes 30, 50, 70% of the channels, 0 ... 1: the height at which
                         the group's dendrogram is cut ("Cut Less, Fold More", eq. 4)
     pruned_30 ... 70    the least of these errors that pruning can have
-    effective_rank      exp(entropy of σ / Σσ) / C, σ: singular values of W (Roy and Vetterli 2007, EUSIPCO, section 2)
+    effective_rank      exp(entropy of s / sum of s) / C, s: singular values of W (Roy and Vetterli 2007, eq. 4)
     scale_mean          mean |gain| of a BatchNorm, mean over BatchNorms
     scale_spread        standard deviation of |gain| / its mean, mean over BatchNorms
     scale_small         share of all channels whose |gain| is below SMALL of their BatchNorm's mean: those that network
@@ -119,7 +119,7 @@ def of_group(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Named:
 
 
 def effective_rank(gram: Tensor) -> float:
-    """exp(entropy of σ / Σσ), 1 ... C, of the matrix W whose Gram matrix WWᵀ (C, C) this is; 0 where W is 0."""
+    """exp(entropy of the singular values, as parts of their sum) of W, 1 ... C, from its Gram matrix WWᵀ (C, C)."""
     # Eigenvalues of a singular matrix are 0 up to rounding, whose square roots would count as a spectrum.
     values = torch.linalg.eigvalsh(gram.double())
     least = len(values) * torch.finfo(gram.dtype).eps * values.max()
@@ -127,7 +127,7 @@ def effective_rank(gram: Tensor) -> float:
 
 
 def perplexity(sizes: Sequence[float]) -> float:
-    """exp(entropy) of sizes >= 0 as parts of their sum: n where n of them are equal and the others 0; 0 where all are."""
+    """exp(entropy) of sizes >= 0 as parts of their sum: n where n are equal and the others 0; 0 where all are 0."""
     total = sum(sizes)
     parts = [size / total for size in sizes if size > 0]
     return math.exp(-sum(part * math.log(part) for part in parts)) if parts else 0.0

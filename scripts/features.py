@@ -1,6 +1,6 @@
 """Features of trained networks that need no data, as columns beside the cells of a sweep.
 
-python -m scripts.features runs                       writes runs/features.parquet, which `foldability report runs` reads
+python -m scripts.features runs                  writes runs/features.parquet, which `foldability report` reads
 python -m scripts.features runs --data-root cifar10.npz
 
 One line a cell (see pipeline.features). Cells that are in the file already are not computed again.
