@@ -1,5 +1,7 @@
 """The page in a headless Chromium: what it draws against what Python computes, filters, safety, its three widths."""
 
+import base64
+import gzip
 import math
 import os
 import random
@@ -15,12 +17,12 @@ from pipeline.study.intervals import needed
 from pipeline.study.page.columns import Places, codes, floats
 from pipeline.study.page.families import families
 from pipeline.study.page.files import effects_table, write_pictures
-from pipeline.study.page.html import embedded, page, places_of
+from pipeline.study.page.html import packed_text, page, places_of
 from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
 
 EVIL = "<img src=x onerror='window.broken=1'></script>"
-SECTIONS = ("curves", "settings", "effects", "map", "noise", "size", "parallel", "table")
+SECTIONS = ("curves", "settings", "effects", "map", "noise", "prediction", "size", "parallel", "table")
 
 
 def made(metric: str = "acc", model: str = "toy", seeds: int = 2) -> Sweep:
@@ -326,8 +328,10 @@ def test_columns_take_the_smallest_type_and_keep_what_is_unknown() -> None:
     assert floats(pl.Series([1.0, None])) == ("f4", "AACAPwAAwH8=")
 
 
-def test_data_cannot_end_its_element() -> None:
-    assert "<" not in embedded({"a": EVIL})
+def test_data_cannot_end_its_element_and_come_back_whole() -> None:
+    packed = packed_text(EVIL)
+    assert "<" not in packed
+    assert gzip.decompress(base64.b64decode(packed)).decode() == EVIL
 
 
 def test_links_are_relative_and_addresses_are_addresses(tmp_path) -> None:
@@ -349,7 +353,7 @@ def test_pictures_and_effects_of_each_family_are_written(tmp_path) -> None:
     write_pictures(tmp_path, parts)
     names = {
         f"{picture}-{slug}"
-        for picture in ("curves", "settings", "effects", "base")
+        for picture in ("curves", "settings", "effects", "interactions", "prediction", "base")
         for slug in ("small-perplexity", "toy-acc")
     }
     assert {path.stem for path in tmp_path.iterdir()} == {*names, "mine"}

@@ -12,6 +12,9 @@ from pipeline.results import headline
 from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, lines
+from pipeline.study.page.foretold import foretold
+from pipeline.study.page.numbers import of_networks
+from pipeline.study.prediction import Prediction
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
 from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
@@ -68,6 +71,16 @@ class Family:
         if (stage, ratio) not in self._effects:
             self._effects[stage, ratio] = effects(self.found, stage, ratio)
         return self._effects[stage, ratio]
+
+    @cached_property
+    def numbers(self) -> pl.DataFrame | None:
+        """Numbers on the uncompressed networks, see `numbers.of_networks`."""
+        return of_networks(self.sweep, self.rows)
+
+    @cached_property
+    def prediction(self) -> Prediction | str:
+        """How well foldability is foretold where `shown` is, or why it is not."""
+        return foretold(self.found, self.shown, self.numbers)
 
     @cached_property
     def shown(self) -> tuple[str, float] | None:
