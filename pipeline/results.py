@@ -17,11 +17,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.compression.choose.layers import UNITS
-from pipeline.compression.recipe import about, kind_of, names, parse
-from pipeline.stages import TAILS
+from pipeline.metrics import METRICS, Metric
 from pipeline.tables import UserError, first_line
-from pipeline.tasks import METRICS, Metric
+from pipeline.vocabulary import TAILS, UNITS
 
 DENSE = "dense"
 BATCH = 250  # files parsed at a time
@@ -242,6 +240,8 @@ def with_facts(rows: pl.DataFrame) -> pl.DataFrame:
 
 def facts_of_label(label: str, stage: str) -> dict[str, str | None]:
     """FACTS of an older file's label; one that is no spelling ("fold-writers") tells its kind by how it begins."""
+    from pipeline.compression.recipe import about, kind_of, names, parse  # brings torch, which newer files do not need
+
     if label == DENSE:
         return {**dict.fromkeys(FACTS), "kind": DENSE, **BEFORE}
     try:

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import polars as pl
 
+from pipeline.metrics import Metric
 from pipeline.results import headline, measured
 from pipeline.study.summary import dense_rows, duels, last_measurement
 from pipeline.study.sweep import Sweep, short, shown
 from pipeline.tables import UserError
-from pipeline.tasks import Metric
 
 # Settings that tell repetitions of one recipe from each other; "named.": those that a checkpoint was trained with.
 SEEDS = ("named.seed", "seed")

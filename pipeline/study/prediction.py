@@ -67,11 +67,12 @@ class Task:
 @dataclass(frozen=True)
 class Asked:
     """What is tried. models: of MODELS; levels: hold out the levels of settings, too; fewest: recipes, below which
-    prediction is refused."""
+    prediction is refused; trees: of a forest, None: TREES."""
 
     models: tuple[str, ...] = MODELS
     levels: bool = True
     fewest: int = FEWEST
+    trees: int | None = None
 
 
 class Foretold(NamedTuple):
@@ -141,7 +142,7 @@ def prediction(
         ceiling = heard[target].reliability if target in heard else None
         for task in tasks(table, target, found.settings if asked.levels else ()):
             about = {"ceiling": ceiling, "recipes": recipes}
-            lines += [Foretold(line | about, said) for line, said in _lines(task, matrices, asked.models)]
+            lines += [Foretold(line | about, said) for line, said in _lines(task, matrices, asked)]
     return Prediction(table, lines)
 
 
@@ -182,7 +183,7 @@ def _columns(column: pl.Series) -> list[Array]:
     return [one for one in (*found, lacking.astype(np.float64)) if np.ptp(one) > 0]
 
 
-def _lines(task: Task, matrices: dict[str, Array], models: tuple[str, ...]) -> Iterator[Foretold]:
+def _lines(task: Task, matrices: dict[str, Array], asked: Asked) -> Iterator[Foretold]:
     """The scores of every model on one task, and what it said."""
     about = {"target": task.target, "held_out": task.held_out, "n": len(task.y), "folds": task.folds}
     said = foretold(task, None, MEAN)
@@ -191,12 +192,12 @@ def _lines(task: Task, matrices: dict[str, Array], models: tuple[str, ...]) -> I
         lost = regret(task.y, np.ones(len(task.y)))
         yield Foretold(about | {"features": "none", "model": ALWAYS, "regret": lost}, None)
     for name, x in matrices.items():
-        for model in models:
-            said = foretold(task, x, model)
+        for model in asked.models:
+            said = foretold(task, x, model, asked.trees)
             yield Foretold(about | {"features": name, "model": model} | scores(task, said), said)
 
 
-def foretold(task: Task, x: Array | None, model: str) -> Array:
+def foretold(task: Task, x: Array | None, model: str, trees: int | None = None) -> Array:
     """(n,) what a model says of each network when all of its group are held out. x: (n, F) features.
 
     A feature that the other networks share (the level that is held out was the only other one) is left out: they cannot
@@ -210,19 +211,23 @@ def foretold(task: Task, x: Array | None, model: str) -> Array:
         if told is None or not told.any():
             said[out] = task.y[rest].mean()
         else:
-            model_of = _model(model, len(rest), int(told.sum()))
-            said[out] = model_of.fit(x[rest][:, told], task.y[rest]).predict(x[out][:, told])
+            fresh = _ridge(len(rest), int(told.sum())) if model == "ridge" else _forest(trees or TREES)
+            said[out] = fresh.fit(x[rest][:, told], task.y[rest]).predict(x[out][:, told])
     return said
 
 
-def _model(name: str, networks: int, columns: int) -> Any:
+def _forest(trees: int) -> Any:
     from sklearn.ensemble import RandomForestRegressor
+
+    return RandomForestRegressor(trees, min_samples_leaf=2, random_state=0)
+
+
+def _ridge(networks: int, columns: int) -> Any:
+    """Ridge regression on all squares and products, where the networks are more than these, else on the columns."""
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
-    if name == "forest":
-        return RandomForestRegressor(TREES, min_samples_leaf=2, random_state=0)
     products = PolynomialFeatures(2 if columns * (columns + 3) / 2 < networks else 1, include_bias=False)
     return make_pipeline(StandardScaler(), products, StandardScaler(), RidgeCV(np.logspace(-2, 4, 13)))
 

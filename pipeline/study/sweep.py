@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pipeline.cells import as_table, cells, flat, line
+from pipeline.metrics import METRICS
 from pipeline.results import ROWS, SCHEMA, read_joined, read_present
 from pipeline.tables import UserError, first_line, pick
-from pipeline.tasks import METRICS
 
 # Columns that tables and statistics need. Reading the other columns, too, would take twice as long.
 COLUMNS = [

@@ -8,6 +8,7 @@ from functools import cached_property
 import polars as pl
 
 from pipeline.cells import STATES
+from pipeline.metrics import Metric
 from pipeline.results import headline
 from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
@@ -18,7 +19,6 @@ from pipeline.study.prediction import Prediction
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
 from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
-from pipeline.tasks import Metric
 
 FAMILY = ("model", "data")  # columns of a row that no mean is over
 

@@ -550,7 +550,7 @@ function milliseconds() {
 }
 
 // The models of a prediction, as the picture and the table call them.
-const MODEL = { ridge: "ridge regression", forest: "random forest", mean: "", "always fold": "" };
+const MODEL = { ridge: "ridge", forest: "forest", mean: "", "always fold": "" };
 
 function drawPrediction() {
   const { part } = view, told = part.prediction;
@@ -577,9 +577,9 @@ function predictionTable() {
     line.model === "always fold" ? "always fold" : `${line.from}${MODEL[line.model] ? `, ${MODEL[line.model]}` : ""}`,
     ...[fold, gap].flatMap((one) => (one ? [score(one, "r2"), score(one, "mae")] : ["-", "-"])), gap?.regret?.toFixed(2) ?? "-",
   ]);
-  const heads = ["foretold from", "R² of what folding leaves", `error, ${unit()}`, "R² of the gap", `error, ${unit()}`, `regret, ${unit()}`];
+  const heads = ["foretold from", "R² of the folded value", `error, ${unit()}`, "R² of the gap", `error, ${unit()}`, `regret, ${unit()}`];
   const { n, recipes } = told.lines[0], ceiling = Object.fromEntries(["fold", "gap"].map((target) => [target, told.lines.find((line) => line.target === target).ceiling]));
-  const known = ceiling.fold === null ? "No recipe has two seeds, so the ceiling that noise sets to settings is not known." : `The noise between seeds lets settings reach an R² of ${ceiling.fold.toFixed(2)} for what folding leaves${ceiling.gap === null ? "" : ` and ${ceiling.gap.toFixed(2)} for the gap`}; numbers on the network may pass it.`;
+  const known = ceiling.fold === null ? "No recipe has two seeds, so the ceiling that noise sets to settings is not known." : `The noise between seeds lets settings reach an R² of ${ceiling.fold.toFixed(2)} for the folded value${ceiling.gap === null ? "" : ` and ${ceiling.gap.toFixed(2)} for the gap`}; numbers on the network may pass it.`;
   const data = told.data.length ? ` Among the numbers on the network ${told.data.join(", ")} need data.` : "";
   box.replaceChildren(
     element("p", { className: "note" }, `${of(n, "network")} of ${of(recipes, "recipe")}, ${told.stage}, ratio ${told.ratio}. ${known}${data}`),
