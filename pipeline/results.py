@@ -161,10 +161,8 @@ def read_present(
         while batch := list(islice(paths, BATCH)):
             found = {path: blob for path in batch if (blob := _blob(path, warn)) is not None}
             futures.append(parser.submit(_parsed_whole, found, list(columns), warn))
-    # One chunk per file would make every later step ten times as slow.
-    return with_facts(
-        pl.concat([table([]).select(columns), *(part for f in futures for part in f.result())], rechunk=True)
-    )
+    parts = [part for future in futures for part in future.result()]
+    return with_facts(pl.concat([table([]).select(columns), *parts], rechunk=False))
 
 
 def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
@@ -181,7 +179,8 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
 def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
     # The in-memory engine: the streaming one takes half as long again on many small files.
     files = pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert")
-    return files.select(columns).collect(engine="in-memory")
+    # One chunk per file would make every later step ten times as slow; one chunk of all rows would need a second copy.
+    return files.select(columns).collect(engine="in-memory").rechunk()
 
 
 def _parsed_whole(

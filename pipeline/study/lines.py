@@ -56,7 +56,7 @@ class Lines:
 def lines(sweep: Sweep) -> Lines:
     """The lines of a sweep's cells that are done, at their last measurement. UserError where none has rows."""
     done = sweep.cells.filter(pl.col("state") == "done")
-    rows = last_measurement(sweep.rows.join(done.select("cell"), on="cell", how="semi", maintain_order="left"))
+    rows = last_measurement(sweep.done_rows)
     if rows.is_empty():
         raise UserError("no cell that is done has rows yet; come back when one has")
     metric = headline(rows)

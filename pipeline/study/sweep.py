@@ -45,6 +45,13 @@ class Sweep:
         return [name for name in self.cells.columns if name not in RECORD_COLUMNS and not name.startswith(beside)]
 
     @property
+    def done_rows(self) -> pl.DataFrame:
+        """The rows of the cells that are done; all rows themselves, and no copy of them, where every cell is."""
+        done = self.cells.filter(pl.col("state") == "done").select("cell")
+        whole = len(done) == len(self.cells)
+        return self.rows if whole else self.rows.join(done, on="cell", how="semi", maintain_order="left")
+
+    @property
     def features(self) -> pl.DataFrame | None:
         """cell and a column for each feature of whole networks (those of a group, "name/group", are left out); None
         where no cell has features."""

@@ -54,8 +54,7 @@ class Family:
     @cached_property
     def rows(self) -> pl.DataFrame:
         """The rows of the last measurement of the cells that are done."""
-        done = self.sweep.cells.filter(pl.col("state") == "done").select("cell")
-        return last_measurement(self.sweep.rows.join(done, on="cell", how="semi", maintain_order="left"))
+        return last_measurement(self.sweep.done_rows)
 
     @cached_property
     def sentences(self) -> list[str]:
