@@ -14,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 THREADS = 2
 
 
@@ -64,6 +62,8 @@ print(json.dumps(pkgutil.resolve_name("benchmarks." + sys.argv[1])(*json.loads(s
 
 def machine(*packages: str) -> dict[str, Any]:
     """The facts that numbers depend on besides the code. packages: those whose versions matter, beside torch."""
+    import torch  # here, so that what a table of results costs is measured without it
+
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,9 +1,10 @@
-"""Noise over seeds and two factorials with seeds, on networks of our own: docs/own_study.md.
+"""Noise over seeds, two factorials and predictions, on networks of our own: docs/own_study.md.
 
     python -m scripts.train sweep=seeds_sam_l1_cifar10 data.root=cifar10.npz paths.runs=runs/seeds
     python -m scripts.train sweep=seeds_sam_l1_cifar10 data.root=cifar10.npz paths.runs=runs/seeds \\
         seed=4,5,6,7 optim.sam.rho=0.0 optim.l1=0.0
     python -m scripts.train sweep=seeds_adam_cifar10 data.root=cifar10.npz paths.runs=runs/seeds
+    python -m scripts.features runs/seeds
     python -m scripts.report runs/seeds --out benchmarks/results/seeds.parquet
     python -m benchmarks.seeds
 """
@@ -18,6 +19,7 @@ import numpy as np
 import polars as pl
 from scipy.special import stdtrit
 
+from benchmarks import foretell
 from benchmarks.common import line, write_below
 from pipeline.study.lines import Lines, lines
 from pipeline.study.noise import noise
@@ -68,7 +70,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         found = load(RESULTS)
-        parts = [noise_part(found)] + [part(found, factorial) for factorial in FACTORIALS]
+        parts = [noise_part(found), *(part(found, factorial) for factorial in FACTORIALS), foretell.part(found)]
     except UserError as error:
         sys.exit(f"error: {error}")
     write_below(PAGE, MARK, "Our own networks, with seeds", "\n\n".join("\n".join(p) for p in parts).split("\n"))

@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.cells import ADDRESS
+from pipeline.metrics import METRICS
 from pipeline.study.logged import RATIO, ROWS_TABLE, curve_numbers, method_tables
 from pipeline.tables import UserError, first_line
-from pipeline.tasks import METRICS
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 KEPT = "compressed"  # folder of a run that holds its smaller networks; also their type in W&B

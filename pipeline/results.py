@@ -17,11 +17,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.compression.choose.layers import UNITS
-from pipeline.compression.recipe import about, kind_of, names, parse
-from pipeline.stages import TAILS
+from pipeline.metrics import METRICS, Metric
 from pipeline.tables import UserError, first_line
-from pipeline.tasks import METRICS, Metric
+from pipeline.vocabulary import TAILS, UNITS
 
 DENSE = "dense"
 BATCH = 250  # files parsed at a time
@@ -165,10 +163,8 @@ def read_present(
         while batch := list(islice(paths, BATCH)):
             found = {path: blob for path in batch if (blob := _blob(path, warn)) is not None}
             futures.append(parser.submit(_parsed_whole, found, list(columns), warn))
-    # One chunk per file would make every later step ten times as slow.
-    return with_facts(
-        pl.concat([table([]).select(columns), *(part for f in futures for part in f.result())], rechunk=True)
-    )
+    parts = [part for future in futures for part in future.result()]
+    return with_facts(pl.concat([table([]).select(columns), *parts], rechunk=False))
 
 
 def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
@@ -185,7 +181,8 @@ def _blob(path: str | Path, warn: Callable[[str], None]) -> bytes | None:
 def _parsed(blobs: list[bytes], columns: list[str]) -> pl.DataFrame:
     # The in-memory engine: the streaming one takes half as long again on many small files.
     files = pl.scan_parquet(blobs, schema=SCHEMA, missing_columns="insert")
-    return files.select(columns).collect(engine="in-memory")
+    # One chunk per file would make every later step ten times as slow; one chunk of all rows would need a second copy.
+    return files.select(columns).collect(engine="in-memory").rechunk()
 
 
 def _parsed_whole(
@@ -244,6 +241,8 @@ def with_facts(rows: pl.DataFrame) -> pl.DataFrame:
 
 def facts_of_label(label: str, stage: str) -> dict[str, str | None]:
     """FACTS of an older file's label; one that is no spelling ("fold-writers") tells its kind by how it begins."""
+    from pipeline.compression.recipe import about, kind_of, names, parse  # brings torch, which newer files do not need
+
     if label == DENSE:
         return {**dict.fromkeys(FACTS), "kind": DENSE, **BEFORE}
     try:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cells import STATES
+from pipeline.metrics import Metric
 from pipeline.results import DENSE, SCHEMA, SPEED, headline, measured, read_speeds
 from pipeline.study.chains import ChainRows, print_chains, read_chains
 from pipeline.study.lines import told
@@ -30,7 +31,6 @@ from pipeline.study.summary import dense_value, foretold, headlines, last_measur
 from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
 from pipeline.study.terminal import points, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
-from pipeline.tasks import Metric
 from scripts.arguments import refuse
 
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {

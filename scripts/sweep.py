@@ -83,7 +83,7 @@ class Progress(Callback):
         jobs = self._look()
         # One line for each job: ten files with the same content are one cell, and the user needs all names.
         failed = [(job["cell"] or f"job {n}", job["reason"]) for n, job in jobs.items() if job["state"] == "failed"]
-        self._say(f"{line(jobs, self.total)}.  python -m scripts.report {self.runs}")
+        self._say(f"{line(jobs, self.total)}.  foldability report {self.runs}")
         for cell, reason in failed:
             print(f"failed: {cell}: {reason}")
         if failed:

@@ -14,11 +14,11 @@ from numbers import Integral
 from typing import Any
 
 from pipeline.compression.calibrate.compensate import TARGETS
-from pipeline.compression.choose.layers import UNITS
 from pipeline.compression.choose.masks import MASKS
 from pipeline.compression.choose.methods import FEATURES, METHODS, SCALES
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.tables import UserError, call, check_options, pick
+from pipeline.vocabulary import UNITS
 
 AUTO = "auto"  # the method that picks another method for every ratio
 CALIBRATIONS = ("none", "synthetic", "data", "self", "unigram")

@@ -29,6 +29,7 @@ from pipeline.stages.repair import Repair
 from pipeline.stages.stage import Stage, State, Supplies, timed
 from pipeline.stages.tune import Tune, TuneNorms
 from pipeline.tables import UserError, call, pick
+from pipeline.vocabulary import TAILS
 
 Chain = tuple[Stage, ...]
 
@@ -48,9 +49,6 @@ FINISHED = {
     "grid": "the weights lie on the grid of a quantizer, which it would leave; put it before the quantization",
     "file": "the network is a finished file, which only measuring may follow; put it before",
 }
-# A tail is the chain behind a compression; these are the names that `stages=` has for some. A stage that a network has
-# nothing for (repair without BatchNorm) is left out of a named tail; where it is the last one, the tail has no rows.
-TAILS = {"raw": "", "repaired": "repair", "norm_tuned": "repair > tune_norms", "tuned": "repair > tune"}
 
 
 def parse_chain(said: str | Sequence[Any]) -> Chain:

@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import pearsonr
 
+from pipeline.metrics import Metric
 from pipeline.study.claims import FEWEST, Claim, noise_sentence, weighed
 from pipeline.study.effects import effects
 from pipeline.study.interactions import interactions
@@ -13,7 +14,6 @@ from pipeline.study.matching import BOTH, OUTCOMES
 from pipeline.study.noise import noise
 from pipeline.study.summary import HEADLINE_RATIO, HEADLINE_STAGES
 from pipeline.study.words import STAGES, amount, named, outcome_name, place, signed
-from pipeline.tasks import Metric
 
 MOST = 10
 LITTLE = 0.5  # a correlation that explains less than a quarter of the variance

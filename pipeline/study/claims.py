@@ -11,11 +11,11 @@ from typing import Any
 
 import polars as pl
 
+from pipeline.metrics import Metric
 from pipeline.study.intervals import POINT
 from pipeline.study.matching import BOTH
 from pipeline.study.noise import Noise
 from pipeline.study.words import amount, change, named, one_point, outcome_at, outcome_name, signed
-from pipeline.tasks import Metric
 
 FEWEST = 8  # pairs; below, a t-interval leans on differences being normal more than they show
 # Each family's part of the 5%: the headline's effects, the gap's, changes of sign, differences between halves.

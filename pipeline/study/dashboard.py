@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from pipeline.metrics import Metric
 from pipeline.results import headline, measured, side
 from pipeline.study.lines import BESIDE, SEEDS
 from pipeline.study.logged import FOLDING, GAP, PRUNING, area_name, curve_name, dense_name, ratio_name, table_name
 from pipeline.study.summary import last_measurement
 from pipeline.study.sweep import Sweep, short
 from pipeline.tables import UserError, optional
-from pipeline.tasks import Metric
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import polars as pl
 
+from pipeline.metrics import Metric
 from pipeline.results import headline, measured
 from pipeline.study.summary import dense_rows, duels, last_measurement
 from pipeline.study.sweep import Sweep, short, shown
 from pipeline.tables import UserError
-from pipeline.tasks import Metric
 
 # Settings that tell repetitions of one recipe from each other; "named.": those that a checkpoint was trained with.
 SEEDS = ("named.seed", "seed")
@@ -56,7 +56,7 @@ class Lines:
 def lines(sweep: Sweep) -> Lines:
     """The lines of a sweep's cells that are done, at their last measurement. UserError where none has rows."""
     done = sweep.cells.filter(pl.col("state") == "done")
-    rows = last_measurement(sweep.rows.join(done.select("cell"), on="cell", how="semi", maintain_order="left"))
+    rows = last_measurement(sweep.done_rows)
     if rows.is_empty():
         raise UserError("no cell that is done has rows yet; come back when one has")
     metric = headline(rows)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import polars as pl
 
+from pipeline.metrics import METRICS
 from pipeline.results import DENSE, Row, foldability, headline, side, table
 from pipeline.study.summary import curves, dense_value, duels
-from pipeline.tasks import METRICS
 
 ROWS_TABLE = "compress/rows"
 RATIO = "ratio"  # the axis of curves

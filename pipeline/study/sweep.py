@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pipeline.cells import as_table, cells, flat, line
+from pipeline.metrics import METRICS
 from pipeline.results import ROWS, SCHEMA, read_joined, read_present
 from pipeline.tables import UserError, first_line, pick
-from pipeline.tasks import METRICS
 
 # Columns that tables and statistics need. Reading the other columns, too, would take twice as long.
 COLUMNS = [
@@ -25,18 +25,39 @@ COLUMNS = [
 ]
 RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell's record; its other columns are settings
 UNSHOWN = ("paths.", "wandb.")  # settings that only say where files and logs go
+FEATURES = "features.parquet"  # beside the cells: columns of numbers on their networks (see pipeline.features)
+FEATURE = "feature."  # how their columns begin among those of the cells
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of a sweep. cells: one line per cell, as `pipeline.cells.settings` gives; rows: their measurements."""
+    """The cells of a sweep. rows: their measurements.
+
+    cells: one line per cell, as `pipeline.cells.settings` gives, and columns "feature.<name>" where there are features
+    """
 
     cells: pl.DataFrame
     rows: pl.DataFrame
 
     @property
     def settings(self) -> list[str]:
-        return [name for name in self.cells.columns if name not in RECORD_COLUMNS and not name.startswith(UNSHOWN)]
+        beside = (*UNSHOWN, FEATURE)
+        return [name for name in self.cells.columns if name not in RECORD_COLUMNS and not name.startswith(beside)]
+
+    @property
+    def done_rows(self) -> pl.DataFrame:
+        """The rows of the cells that are done; all rows themselves, and no copy of them, where every cell is."""
+        done = self.cells.filter(pl.col("state") == "done").select("cell")
+        whole = len(done) == len(self.cells)
+        return self.rows if whole else self.rows.join(done, on="cell", how="semi", maintain_order="left")
+
+    @property
+    def features(self) -> pl.DataFrame | None:
+        """cell and a column for each feature of whole networks (those of a group, "name/group", are left out); None
+        where no cell has features."""
+        names = [name for name in self.cells.columns if name.startswith(FEATURE) and "/" not in name]
+        named = {name.removeprefix(FEATURE): pl.col(name) for name in names if self.cells[name].count()}
+        return self.cells.select("cell", **named) if named else None
 
     def setting(self, name: str) -> str:
         """The full name of a setting; its last parts are enough where only one setting ends so ("lr", "optim").
@@ -111,7 +132,20 @@ def load(runs: Path, columns: Sequence[str] = COLUMNS, warn: Callable[[str], Non
                 yield folder / ROWS
 
     rows = read_present(files(), columns, warn)
-    return Sweep(as_table(lines), rows)
+    return Sweep(with_features(as_table(lines), runs / FEATURES, warn), rows)
+
+
+def with_features(cells: pl.DataFrame, path: Path, warn: Callable[[str], None] = warnings.warn) -> pl.DataFrame:
+    """The cells with the columns of a file of features, where it exists; `warn` is told where it is damaged."""
+    try:
+        found = pl.read_parquet(path)
+        named = {name: f"{FEATURE}{name}" for name in found.columns if name != "cell"}
+        return cells.join(found.rename(named), on="cell", how="left", maintain_order="left")
+    except FileNotFoundError:
+        return cells
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        warn(f"{path} is damaged ({first_line(error)}); delete it and run the command that wrote it again")
+        return cells
 
 
 def parsed(condition: str) -> tuple[str, Any]:

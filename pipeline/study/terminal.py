@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.metrics import Metric
 from pipeline.results import DENSE, headline
 from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines
-from pipeline.tasks import Metric
 
 TITLES = {
     "raw": "raw (as compressed)",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.tasks import Metric
+from pipeline.metrics import Metric
 
 # Settings that people know by another name.
 SUBJECTS = {

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from pipeline.metrics import METRICS, Metric
+
 from .classification import Classification, of_pictures
 from .language import Language, of_texts
-from .metrics import METRICS, Metric
 from .task import Example, Task
 
 __all__ = ["METRICS", "TASKS", "USUAL", "Classification", "Example", "Language", "Metric", "Task"]

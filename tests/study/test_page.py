@@ -1,5 +1,7 @@
 """The page in a headless Chromium: what it draws against what Python computes, filters, safety, its three widths."""
 
+import base64
+import gzip
 import math
 import os
 import random
@@ -15,12 +17,13 @@ from pipeline.study.intervals import needed
 from pipeline.study.page.columns import Places, codes, floats
 from pipeline.study.page.families import families
 from pipeline.study.page.files import effects_table, write_pictures
-from pipeline.study.page.html import embedded, page, places_of
+from pipeline.study.page.foretold import data_of, drawn
+from pipeline.study.page.html import packed_text, page, places_of
 from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
 
 EVIL = "<img src=x onerror='window.broken=1'></script>"
-SECTIONS = ("curves", "settings", "effects", "map", "noise", "size", "parallel", "table")
+SECTIONS = ("curves", "settings", "effects", "map", "noise", "prediction", "size", "parallel", "table")
 
 
 def made(metric: str = "acc", model: str = "toy", seeds: int = 2) -> Sweep:
@@ -134,7 +137,22 @@ def close(one: float | None, other: float | None) -> bool:
     return (one is None and other is None) or one == pytest.approx(other, abs=2e-3, rel=2e-4)
 
 
+def points(x, y) -> list[tuple[float, float]]:
+    """The points of a picture in order."""
+    return sorted(zip(x, y, strict=True))
+
+
+def close_to(wanted: list[tuple[float, float]]) -> list:
+    return [pytest.approx(pair, rel=1e-5) for pair in wanted]
+
+
 SHARED = made()
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch) -> None:
+    """A forest takes seconds."""
+    monkeypatch.setattr("pipeline.study.page.foretold.TREES", 2)
 
 
 @pytest.mark.parametrize("metric", ["acc", "perplexity"])
@@ -304,6 +322,74 @@ def test_times_of_networks_stand_over_what_is_left(shown) -> None:
     assert titles[-1] == "milliseconds (eager, batch 8, cpu)"
 
 
+def test_the_picture_and_the_table_of_the_prediction_are_those_of_python(shown) -> None:
+    tab = shown(SHARED)
+    scrolled(tab, "prediction")
+    (family,) = families(SHARED)
+    made_of = family.prediction
+    line, said = drawn(made_of)
+    assert (line["features"], line["model"], line["target"]) == ("settings + base", "forest", "fold")
+    (panel,) = traces(tab, "prediction")
+    assert points(panel[1]["x"], panel[1]["y"]) == close_to(points(said.tolist(), made_of.cells["fold"].to_list()))
+    rows = tab.locator("#prediction tbody tr").all_inner_texts()
+    assert len(rows) == 2 + 2 * 3  # the mean, always fold, and two models of three sets of features
+    wanted = f"{line['r2']:.2f} ({line['r2_low']:.2f} to {line['r2_high']:.2f})"
+    assert wanted in next(row for row in rows if "settings and uncompressed value, forest" in row)
+    assert f"{made_of.lines[0].line['n']} networks of 23 recipes" in tab.locator("#prediction .said").inner_text()
+
+
+def test_too_few_recipes_are_told_how_many_are_wanted(shown) -> None:
+    recipes = SHARED.cells.filter(pl.col("optim.name") == "sgd")
+    tab = shown(Sweep(recipes, SHARED.rows.join(recipes.select("cell"), on="cell", how="semi")))
+    scrolled(tab, "prediction")
+    text = tab.locator("#prediction .none").inner_text()
+    assert "11 recipes have all features; prediction needs 20: measure 9 more" in text
+    assert tab.locator("#prediction tbody").count() == 0
+
+
+def numbered() -> Sweep:
+    """SHARED with sharpness, values on corrupted pictures, and a feature of the checkpoint."""
+    rng = random.Random(1)
+    rows = SHARED.rows.with_columns(
+        sharpness_sam=pl.Series([rng.random() for _ in range(len(SHARED.rows))]), corrupted=pl.col("acc") * 0.7
+    )
+    height = pl.Series("feature.height_50", [rng.random() for _ in range(len(SHARED.cells))])
+    return Sweep(SHARED.cells.with_columns(height), rows)
+
+
+def test_sharpness_corruption_and_features_are_axes(shown) -> None:
+    sweep = numbered()
+    tab = shown(sweep)
+    scrolled(tab, "size")
+    across, up = (tab.locator(f"select[name=size-{key}]") for key in "xy")
+    titles = across.locator("option").all_inner_texts()
+    assert "height_50, uncompressed" in titles
+    across.select_option(label="SAM sharpness, uncompressed")
+    up.select_option(label="value on corrupted pictures, best folding")
+    got = traces(tab, "size")[0][0]
+    (family,) = families(sweep)
+    dense = sweep.rows.filter(pl.col("method") == "dense").select("cell", "sharpness_sam")
+    folded = sweep.rows.filter(
+        (pl.col("method") == "fold") & (pl.col("stage") == "repaired") & (pl.col("ratio") == 0.5)
+    ).select("cell", left=100 * pl.col("corrupted"))
+    recipe = family.found.methods.select("cell", "recipe").unique()
+    want = dense.join(folded, on="cell").join(recipe, on="cell").group_by("recipe").mean()
+    assert points(got["x"], got["y"]) == close_to(points(want["sharpness_sam"], want["left"]))
+    tab.get_by_label("adam", exact=True).uncheck()
+    scrolled(tab, "size")
+    assert len(traces(tab, "size")[0][0]["x"]) == 11
+
+
+def test_numbers_on_networks_are_features_of_the_prediction() -> None:
+    (family,) = families(numbered())
+    assert set(family.numbers.columns) == {"cell", "sharpness_sam", "corrupted", "height_50"}
+    assert drawn(family.prediction).line["features"] == "settings + base + extra"
+    assert data_of(family.prediction) == ["SAM sharpness", "value on corrupted pictures"]
+    lacking = numbered()
+    lacking = Sweep(lacking.cells.with_columns(pl.lit(None, pl.Float64).alias("feature.height_50")), lacking.rows)
+    assert "height_50" not in families(lacking)[0].prediction.cells.columns
+
+
 def test_paper_shows_every_picture(shown) -> None:
     tab = shown(SHARED)
     tab.pdf()
@@ -326,8 +412,10 @@ def test_columns_take_the_smallest_type_and_keep_what_is_unknown() -> None:
     assert floats(pl.Series([1.0, None])) == ("f4", "AACAPwAAwH8=")
 
 
-def test_data_cannot_end_its_element() -> None:
-    assert "<" not in embedded({"a": EVIL})
+def test_data_cannot_end_its_element_and_come_back_whole() -> None:
+    packed = packed_text(EVIL)
+    assert "<" not in packed
+    assert gzip.decompress(base64.b64decode(packed)).decode() == EVIL
 
 
 def test_links_are_relative_and_addresses_are_addresses(tmp_path) -> None:
@@ -349,7 +437,7 @@ def test_pictures_and_effects_of_each_family_are_written(tmp_path) -> None:
     write_pictures(tmp_path, parts)
     names = {
         f"{picture}-{slug}"
-        for picture in ("curves", "settings", "effects", "base")
+        for picture in ("curves", "settings", "effects", "interactions", "prediction", "base")
         for slug in ("small-perplexity", "toy-acc")
     }
     assert {path.stem for path in tmp_path.iterdir()} == {*names, "mine"}

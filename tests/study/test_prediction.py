@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.study.lines import Lines
 from pipeline.study.noise import noise
-from pipeline.study.prediction import predictions, regret, tasks
+from pipeline.study.prediction import Asked, Task, intervals, prediction, predictions, regret, tasks
 from pipeline.tables import UserError
 from pipeline.tasks import METRICS
 
@@ -124,3 +124,66 @@ def test_a_level_that_nobody_else_has_is_foretold_without_its_setting() -> None:
     # Decay does nothing here, so that the rate tells all of a level that was never seen.
     held_out = table.filter((pl.col("held_out") == "decay") & (pl.col("features") == "settings"))
     assert held_out.filter(pl.col("target") == "fold")["r2"].min() > 0.9
+
+
+def test_intervals_hold_the_scores_and_narrow_with_more_recipes(known: tuple[Lines, pl.DataFrame]) -> None:
+    told = known[1].filter(pl.col("model") != "always fold")
+    for name in ("r2", "mae"):
+        assert (told[f"{name}_low"] <= told[name] + 1e-9).all()
+        assert (told[f"{name}_high"] >= told[name] - 1e-9).all()
+    rng = np.random.default_rng(1)
+
+    def width(recipes: int, seeds: int) -> float:
+        y = rng.normal(0, 3, recipes * seeds)
+        task = Task("fold", "recipe", y, np.arange(len(y)), np.arange(len(y)) // seeds)
+        found = intervals(task, y + rng.normal(0, 1, len(y)))
+        return found["mae_high"] - found["mae_low"]
+
+    assert width(400, 1) == pytest.approx(width(25, 1) / 4, rel=0.4)
+
+
+def test_seeds_of_a_recipe_that_err_alike_do_not_narrow_an_interval() -> None:
+    rng = np.random.default_rng(0)
+    y, off = rng.normal(0, 3, 40), rng.normal(0, 1, 40)
+    once = intervals(Task("fold", "recipe", y, np.arange(40), np.arange(40)), y + off)
+    twice = [np.repeat(values, 2) for values in (y, off, np.arange(40))]
+    again = intervals(Task("fold", "recipe", twice[0], twice[2], twice[2]), twice[0] + twice[1])
+    assert again == pytest.approx(once)
+
+
+def test_nine_of_ten_intervals_or_more_hold_the_true_error() -> None:
+    """200 draws of 60 recipes; a bootstrap of few recipes is a little narrow."""
+    rng = np.random.default_rng(0)
+    truth, held = np.sqrt(2 / np.pi), 0
+    for _ in range(200):
+        y = rng.normal(0, 3, 60)
+        found = intervals(Task("fold", "recipe", y, np.arange(60), np.arange(60)), y + rng.normal(0, 1, 60))
+        held += found["mae_low"] < truth < found["mae_high"]
+    assert 0.90 < held / 200 < 0.98
+
+
+def test_more_features_than_networks_are_read_without_their_products() -> None:
+    found = lines_of(50 + 10 * pl.col("noise"), pl.col("rate"))
+    several = {f"x{i}": pl.lit(RNG.normal(0, 1, len(found.table))) for i in range(12)}
+    extra = found.table.select("cell", tells=pl.col("noise"), **several)
+    table = predictions(found, "raw", 0.5, extra)
+    best = line(table, target="fold", held_out="recipe", features="extra", model="ridge")
+    assert best["r2"] > 0.9
+
+
+def test_what_was_said_of_each_network_stands_beside_its_score(known: tuple[Lines, pl.DataFrame]) -> None:
+    made = prediction(known[0], "raw", 0.5, asked=Asked(("ridge",), levels=False))
+    assert set(made.table["model"]) == {"mean", "always fold", "ridge"}
+    assert set(made.table["held_out"]) == {"recipe"}
+    for of, said in made.lines:
+        if said is not None:
+            off = made.cells[of["target"]].to_numpy() - said
+            assert np.abs(off).mean() == pytest.approx(of["mae"])
+
+
+def test_a_feature_named_like_a_column_is_a_feature() -> None:
+    found = lines_of(50 + 10 * pl.col("noise"), pl.col("rate"))
+    extra = found.table.select("cell", pl.col("noise").alias("base"))
+    table = predictions(found, "raw", 0.5, extra)
+    assert line(table, target="fold", held_out="recipe", features="extra", model="ridge")["r2"] > 0.95
+    assert line(table, target="fold", held_out="recipe", features="base", model="ridge")["r2"] < 0.3

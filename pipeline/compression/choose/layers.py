@@ -7,8 +7,7 @@ from torch import nn
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.tables import UserError, pick
-
-UNITS = ("all", "filters", "neurons")
+from pipeline.vocabulary import UNITS
 
 
 class LayerWeight(NamedTuple):

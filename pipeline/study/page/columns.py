@@ -15,7 +15,9 @@ from pipeline.results import DENSE
 from pipeline.study.lines import in_points, told
 from pipeline.study.matching import coded_levels
 from pipeline.study.page.families import Family, stages
-from pipeline.study.summary import dense_rows
+from pipeline.study.page.foretold import data_of, drawn, lines_of
+from pipeline.study.page.numbers import MEASURED, of_folded
+from pipeline.study.summary import PER_CELL, dense_rows
 from pipeline.study.terminal import TITLES
 
 UNSIGNED = (np.uint8, np.uint16, np.uint32)
@@ -62,6 +64,8 @@ def packed(family: Family, places: Places, speeds: pl.DataFrame) -> dict[str, An
     lines: fold and prune per cell, stage and ratio; rows: one entry per measurement. Both are sorted by (stage, ratio),
         rows then by method, then both by cell, so that the seeds of a recipe follow each other.
     sizes: parameters and MACs, which most measurements share; a size is a place in it
+    numbers: one entry per cell, of the uncompressed network; left: one per line, of the best folding
+    prediction: the table of `prediction`, and what was foretold of the cells; {"reason"} where nothing was
     """
     found = family.found
     head = {"title": family.title, "label": family.label, "metric": asdict(family.metric)}
@@ -91,6 +95,8 @@ def packed(family: Family, places: Places, speeds: pl.DataFrame) -> dict[str, An
         "rows": {name: codes(rows[name]) for name in ("at", "method", "cell")}
         | {"value": floats(rows["value"]), "size": codes(_size(rows, sizes))},
         "sizes": {name: floats(sizes[name]) for name in ("params", "macs")},
+        "numbers": _numbers(family, cells),
+        "prediction": _prediction(family, cells),
         "speeds": _speeds(speeds, axes, cells),
     }
 
@@ -131,10 +137,45 @@ def _coded(table: pl.DataFrame, axes: Axes, cells: pl.DataFrame) -> pl.DataFrame
     return table.join(cells.select("cell", "place"), on="cell").drop("cell").rename({"place": "cell"})
 
 
-def _lines(family: Family, axes: Axes, cells: pl.DataFrame) -> dict[str, Column]:
-    table = _coded(family.found.table.select("cell", "stage", "ratio", "fold", "prune"), axes, cells).sort("at", "cell")
-    return {name: codes(table[name]) for name in ("at", "cell")} | {
-        name: floats(table[name]) for name in ("fold", "prune")
+def _lines(family: Family, axes: Axes, cells: pl.DataFrame) -> dict[str, Any]:
+    table = family.found.table.select("cell", "stage", "ratio", "fold", "prune")
+    beside = of_folded(family.rows, family.metric.higher_is_better)
+    table = table.join(beside, on=PER_CELL, how="left", nulls_equal=True)
+    table = _coded(table, axes, cells).sort("at", "cell")
+    left = [_number(table, n, family) for n in beside.columns if n in MEASURED]
+    columns = {name: floats(table[name]) for name in ("fold", "prune")}
+    return {name: codes(table[name]) for name in ("at", "cell")} | columns | {"left": left}
+
+
+def _numbers(family: Family, cells: pl.DataFrame) -> list[dict[str, Any]]:
+    if family.numbers is None:
+        return []
+    table = cells.select("cell").join(family.numbers, on="cell", how="left", maintain_order="left")
+    return [_number(table, n, family) for n in table.columns if n != "cell"]
+
+
+def _number(table: pl.DataFrame, name: str, family: Family) -> dict[str, Any]:
+    """A column of numbers with its title; a value of the headline as people read it."""
+    scale = family.metric.scale if name == "corrupted" else 1.0
+    return {"name": MEASURED.get(name, name), "values": floats(table[name] * scale)}
+
+
+def _prediction(family: Family, cells: pl.DataFrame) -> dict[str, Any]:
+    made = family.prediction
+    if isinstance(made, str):
+        return {"reason": made}
+    chosen, places = drawn(made), cells.select("cell", "place")
+    there = made.cells.select("cell", "fold").with_columns(said=pl.Series(chosen.said))
+    there = there.join(places, on="cell", maintain_order="left")
+    return {
+        "stage": family.shown[0],
+        "ratio": family.shown[1],
+        "lines": lines_of(made),
+        "drawn": made.lines.index(chosen),
+        "data": data_of(made),
+        "cell": codes(there["place"]),
+        "fold": floats(there["fold"]),
+        "said": floats(there["said"]),
     }
 
 

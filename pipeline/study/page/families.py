@@ -8,14 +8,17 @@ from functools import cached_property
 import polars as pl
 
 from pipeline.cells import STATES
+from pipeline.metrics import Metric
 from pipeline.results import headline
 from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, lines
+from pipeline.study.page.foretold import foretold
+from pipeline.study.page.numbers import of_networks
+from pipeline.study.prediction import Prediction
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
 from pipeline.study.sweep import Sweep
 from pipeline.tables import UserError
-from pipeline.tasks import Metric
 
 FAMILY = ("model", "data")  # columns of a row that no mean is over
 
@@ -51,8 +54,7 @@ class Family:
     @cached_property
     def rows(self) -> pl.DataFrame:
         """The rows of the last measurement of the cells that are done."""
-        done = self.sweep.cells.filter(pl.col("state") == "done").select("cell")
-        return last_measurement(self.sweep.rows.join(done, on="cell", how="semi", maintain_order="left"))
+        return last_measurement(self.sweep.done_rows)
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -68,6 +70,16 @@ class Family:
         if (stage, ratio) not in self._effects:
             self._effects[stage, ratio] = effects(self.found, stage, ratio)
         return self._effects[stage, ratio]
+
+    @cached_property
+    def numbers(self) -> pl.DataFrame | None:
+        """Numbers on the uncompressed networks, see `numbers.of_networks`."""
+        return of_networks(self.sweep, self.rows)
+
+    @cached_property
+    def prediction(self) -> Prediction | str:
+        """How well foldability is foretold where `shown` is, or why it is not."""
+        return foretold(self.found, self.shown, self.numbers)
 
     @cached_property
     def shown(self) -> tuple[str, float] | None:

@@ -3,7 +3,7 @@
 // a filter acts on every picture at once. Values are in points: per cent, or 100 times the natural logarithm of a
 // metric that is compared on a log axis. A recipe is everything but the seed; every mean is over recipes.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
+let DATA; // {parts, styles}, see `start`
 const TYPES = { f4: Float32Array, u1: Uint8Array, u2: Uint16Array, u4: Uint32Array };
 const COLOR = { fold: "#0072b2", prune: "#d55e00", base: "#6b7280", gap: "#1b1f24" };
 const WORD = { fold: "best folding", prune: "best pruning", base: "uncompressed", gap: "gap" };
@@ -12,23 +12,31 @@ const ENOUGH = 8; // pairs, below which nothing is claimed
 const ROWS = 40; // of a forest plot, and of the table before more are asked for
 // Without the bar of tools, which lies over titles wherever there is no mouse; png/ has the pictures as files.
 const CONFIG = { displayModeBar: false, responsive: true };
-const state = { part: 0, stages: new Set(), ratio: 0, out: [], map: null, brushed: null, sort: null, rows: ROWS };
+const state = { part: 0, stages: new Set(), ratio: 0, out: [], map: null, axes: null, brushed: null, sort: null, rows: ROWS };
 let view;
 
 // ---- Columns
 
-function column([type, text]) {
+function bytesOf(text) {
   const letters = atob(text);
   const bytes = new Uint8Array(letters.length);
   for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
-  return new TYPES[type](bytes.buffer);
+  return bytes;
 }
+
+const column = ([type, text]) => new TYPES[type](bytesOf(text).buffer);
+
+/** The text of an element that holds it compressed, in base64. */
+const inflated = (id) => new Response(new Blob([bytesOf(document.getElementById(id).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 
 function unpacked(part) {
   if (part.empty || part.starts) return part;
-  for (const table of ["cells", "lines", "rows", "sizes", "speeds"])
+  for (const table of ["cells", "rows", "sizes", "speeds"])
     for (const [name, value] of Object.entries(part[table] ?? {}))
       if (Array.isArray(value)) part[table][name] = typeof value[0] === "string" ? column(value) : value.map(column);
+  for (const name of ["at", "cell", "fold", "prune"]) part.lines[name] = column(part.lines[name]);
+  if (!part.prediction.reason) for (const name of ["cell", "fold", "said"]) part.prediction[name] = column(part.prediction[name]);
+  for (const one of [...part.numbers, ...part.lines.left]) one.values = column(one.values);
   part.ats = part.ratios.length + 1; // codes of one stage: its ratios, then the area
   part.starts = new Map(); // where the lines of a stage and ratio begin
   part.lines.at.forEach((at, i) => part.starts.has(at) || part.starts.set(at, i));
@@ -114,16 +122,17 @@ function kept(part) {
   return keep;
 }
 
-/** The recipes of a stage and ratio: {recipe, cells, cell: the first, each: {outcome: values of the cells}, outcome: mean}. */
+/** The recipes of a stage and ratio: {recipe, cells, lines: places in part.lines, cell: the first, each: {outcome: values of the cells}, outcome: mean}. */
 function recipesAt(part, keep, stage, ratio) {
   const at = stage * part.ats + ratio, { cell, fold, prune } = part.lines, found = [];
   const up = part.metric.higher_is_better ? 1 : -1;
   for (let i = part.starts.get(at) ?? Infinity; part.lines.at[i] === at; i++) {
     const c = cell[i], recipe = part.cells.recipe[c];
     if (!keep[c]) continue;
-    if (found.at(-1)?.recipe !== recipe) found.push({ cell: c, recipe, cells: [], each: { fold: [], prune: [], base: [], gap: [] } });
+    if (found.at(-1)?.recipe !== recipe) found.push({ cell: c, recipe, cells: [], lines: [], each: { fold: [], prune: [], base: [], gap: [] } });
     const one = found.at(-1);
     one.cells.push(c);
+    one.lines.push(i);
     const values = { fold: fold[i], prune: prune[i], base: part.cells.base[c], gap: up * (fold[i] - prune[i]) };
     for (const [name, value] of Object.entries(values)) one.each[name].push(value);
   }
@@ -480,17 +489,38 @@ function correlation(x, y) {
   return { n: there.length, r: there.reduce((total, i) => total + (x[i] - a.mean) * (y[i] - b.mean), 0) / ((there.length - 1) * a.sd * b.sd) };
 }
 
+/**
+ * What an axis can show of a recipe: {title, of: recipe -> number, log: is the scale that of a metric on a log axis}. A
+ * name is that of an outcome, "number 3" of an uncompressed network, or "left 0" of the best folding.
+ */
+function quantity(name) {
+  const { part } = view, [kind, place] = name.split(" "), log = metric().log;
+  if (kind === "number") return { title: `${part.numbers[place].name}, uncompressed`, of: (one) => summary(one.cells.map((c) => part.numbers[place].values[c])).mean };
+  if (kind === "left") return { title: `${part.lines.left[place].name}, best folding`, of: (one) => summary(one.lines.map((i) => part.lines.left[place].values[i])).mean };
+  if (kind === "gap") return { title: `gap, ${unit()}`, of: (one) => one.gap };
+  const title = { base: "uncompressed", fold: "folded", prune: "pruned" }[kind];
+  return { title: `${title}: ${metric().heading}`, of: (one) => value(one[kind]), log };
+}
+
+function quantities() {
+  const { part } = view;
+  return ["base", ...part.numbers.map((_, i) => `number ${i}`), "fold", "prune", "gap", ...part.lines.left.map((_, i) => `left ${i}`)];
+}
+
 function drawSize() {
   const { part } = view;
+  const [x, y] = [state.axes.x, state.axes.y].map(quantity), same = state.axes.x === "base" && ["fold", "prune"].includes(state.axes.y);
+  const of_axis = ({ title, log }) => axis(plain(title), log ? { type: "log", dtick: "D1" } : {});
   const scatter = view.stages.map((stage) => {
-    const all = view.recipes(stage).filter((one) => !Number.isNaN(one.base) && !Number.isNaN(one.fold));
-    if (!all.length) return { reason: `${stageText(stage)}: no recipe that is kept has a folded and an uncompressed value.` };
-    const { n, r } = correlation(all.map((one) => one.base), all.map((one) => one.fold));
-    const ends = [Math.min(...all.map((one) => Math.min(one.base, one.fold))), Math.max(...all.map((one) => Math.max(one.base, one.fold)))].map(value);
+    const all = view.recipes(stage).map((one) => ({ one, x: x.of(one), y: y.of(one) })).filter((point) => Number.isFinite(point.x) && Number.isFinite(point.y));
+    if (!all.length) return { reason: `${stageText(stage)}: no recipe that is kept has ${x.title} and ${y.title}.` };
+    const scaled = (quantity, values) => (quantity.log ? values.map(Math.log) : values);
+    const { n, r } = correlation(scaled(x, all.map((point) => point.x)), scaled(y, all.map((point) => point.y)));
+    const values = all.flatMap((point) => [point.x, point.y]), ends = [Math.min(...values), Math.max(...values)];
     return { data: [
-      { name: "nothing lost", x: ends, y: ends, mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "skip" },
-      { name: "a recipe, best folding", type: all.length > 2000 ? "scattergl" : "scatter", x: all.map((one) => value(one.base)), y: all.map((one) => value(one.fold)), mode: "markers", marker: { color: COLOR.fold, size: 7, opacity: 0.6 }, text: all.map((one) => label(part.names[one.cell], 60)), hovertemplate: "%{text}<br>%{x:.4g} → %{y:.4g}<extra></extra>" },
-    ], layout: base(plain(stageText(stage)), `${ratioText()}; correlation ${Number.isNaN(r) ? "-" : r.toFixed(2)}, n = ${of(n, "recipe")}`, 380, { xaxis: { ...valueAxis(`uncompressed: ${plain(metric().heading)}`) }, yaxis: valueAxis(`folded: ${plain(metric().heading)}`) }) };
+      ...(same ? [{ name: "nothing lost", x: ends, y: ends, mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "skip" }] : []),
+      { name: "a recipe", type: all.length > 2000 ? "scattergl" : "scatter", x: all.map((point) => point.x), y: all.map((point) => point.y), mode: "markers", marker: { color: COLOR[state.axes.y] ?? COLOR.fold, size: 7, opacity: 0.6 }, text: all.map(({ one }) => label(part.names[one.cell], 60)), hovertemplate: "%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>" },
+    ], layout: base(plain(stageText(stage)), `${ratioText()}; correlation ${Number.isNaN(r) ? "-" : r.toFixed(2)}, n = ${of(n, "recipe")}`, 380, { xaxis: of_axis(x), yaxis: of_axis(y) }) };
   });
   return [...scatter, ...view.stages.slice(0, 1).flatMap((stage) => [
     kindOfSize(stage, "parameters left, %", (one) => 100 * one.params),
@@ -517,6 +547,44 @@ function milliseconds() {
     if (keep[c]) groups.set(key, [...(groups.get(key) ?? []), ms[i]]);
   });
   return (one) => summary(groups.get(one.key % (part.ats * part.methods.length)) ?? []).mean;
+}
+
+// The models of a prediction, as the picture and the table call them.
+const MODEL = { ridge: "ridge", forest: "forest", mean: "", "always fold": "" };
+
+function drawPrediction() {
+  const { part } = view, told = part.prediction;
+  if (told.reason) return [{ reason: told.reason }];
+  const line = told.lines[told.drawn], there = [...told.cell.keys()].filter((i) => view.keep[told.cell[i]]);
+  if (!there.length) return [{ reason: "No network that is kept was foretold." }];
+  const x = there.map((i) => value(told.said[i])), y = there.map((i) => value(told.fold[i])), every = [...x, ...y];
+  const ends = [Math.min(...every), Math.max(...every)], stage = part.stages.find((one) => one.name === told.stage);
+  return [{ data: [
+    { name: "as foretold", x: ends, y: ends, mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "skip" },
+    { name: "a network", type: there.length > 2000 ? "scattergl" : "scatter", x, y, mode: "markers", marker: { color: COLOR.fold, size: 7, opacity: 0.6 }, text: there.map((i) => label(part.names[told.cell[i]], 60)), hovertemplate: "%{text}<br>foretold %{x:.4g}, measured %{y:.4g}<extra></extra>" },
+  ], layout: base(plain(stage.title), `ratio ${told.ratio}; ${MODEL[line.model]} on ${line.from}; n = ${of(there.length, "network")}`, 400, { xaxis: valueAxis(`foretold: ${plain(metric().heading)}`), yaxis: valueAxis(`folded: ${plain(metric().heading)}`) }) }];
+}
+
+/** The scores of all models, which no filter changes. */
+function predictionTable() {
+  const { part } = view, told = part.prediction, box = $("#prediction .said");
+  if (part.empty || told.reason) return box.replaceChildren();
+  const digits = { r2: 2, mae: Math.max(1, metric().digits) };
+  const score = (line, name) => (line[name] === null ? "-" : `${line[name].toFixed(digits[name])} (${line[`${name}_low`]?.toFixed(digits[name]) ?? "-"} to ${line[`${name}_high`]?.toFixed(digits[name]) ?? "-"})`);
+  const key = ({ features, model }) => `${features} ${model}`, rows = new Map();
+  for (const line of told.lines) rows.set(key(line), { ...rows.get(key(line)), line, [line.target]: line });
+  const texts = [...rows.values()].map(({ line, fold, gap }) => [
+    line.model === "always fold" ? "always fold" : `${line.from}${MODEL[line.model] ? `, ${MODEL[line.model]}` : ""}`,
+    ...[fold, gap].flatMap((one) => (one ? [score(one, "r2"), score(one, "mae")] : ["-", "-"])), gap?.regret?.toFixed(2) ?? "-",
+  ]);
+  const heads = ["foretold from", "R² of the folded value", `error, ${unit()}`, "R² of the gap", `error, ${unit()}`, `regret, ${unit()}`];
+  const { n, recipes } = told.lines[0], ceiling = Object.fromEntries(["fold", "gap"].map((target) => [target, told.lines.find((line) => line.target === target).ceiling]));
+  const known = ceiling.fold === null ? "No recipe has two seeds, so the ceiling that noise sets to settings is not known." : `The noise between seeds lets settings reach an R² of ${ceiling.fold.toFixed(2)} for the folded value${ceiling.gap === null ? "" : ` and ${ceiling.gap.toFixed(2)} for the gap`}; numbers on the network may pass it.`;
+  const data = told.data.length ? ` Among the numbers on the network ${told.data.join(", ")} need data.` : "";
+  box.replaceChildren(
+    element("p", { className: "note" }, `${of(n, "network")} of ${of(recipes, "recipe")}, ${told.stage}, ratio ${told.ratio}. ${known}${data}`),
+    element("div", { className: "table" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads.map((text) => element("th", { scope: "col" }, text)))), element("tbody", {}, ...texts.map((row) => element("tr", {}, ...row.map((text) => element("td", {}, text))))))),
+  );
 }
 
 function drawParallel() {
@@ -547,7 +615,7 @@ function brush(div, all) {
 
 // ---- Page: what is drawn when, filters, table
 
-const SECTIONS = { curves: drawCurves, settings: drawSettings, effects: drawEffects, map: drawMap, noise: drawNoise, size: drawSize, parallel: drawParallel };
+const SECTIONS = { curves: drawCurves, settings: drawSettings, effects: drawEffects, map: drawMap, noise: drawNoise, prediction: drawPrediction, size: drawSize, parallel: drawParallel };
 const dirty = new Set(), near = new Set();
 const $ = (selector) => document.querySelector(selector);
 
@@ -619,6 +687,7 @@ function fixed() {
   const list = (sentences) => (sentences ?? []).map((sentence) => element("li", {}, sentence));
   $("#answer ol").replaceChildren(...list(part.sentences));
   $("#noise .said").replaceChildren(element("ul", {}, ...list(part.noise)));
+  predictionTable();
 }
 
 function choice(name, title, options, chosen, change) {
@@ -653,17 +722,25 @@ function form() {
   $("#form").replaceChildren(...fields);
 }
 
+/** A choice above the pictures of a section: sets `of[key]` to one of the values, and draws the section anew. */
+function control(section, of, title, key, options, values) {
+  const select = element("select", { name: `${section}-${key}` }, ...options.map((text, i) => element("option", { value: i, selected: values[i] === of[key] }, text)));
+  select.addEventListener("change", () => { of[key] = values[select.value]; draw(section); });
+  return element("label", { className: "inline" }, `${title} `, select);
+}
+
 function mapControls() {
   const { part } = view;
   if (part.empty || part.settings.length < 2) return $("#map .controls").replaceChildren();
-  const names = part.settings.map((setting) => setting.name), outcomes = ["fold", "gap", "prune", "base"];
-  const pick = (title, key, options, values) => {
-    const select = element("select", { name: `map-${key}` }, ...options.map((text, i) => element("option", { value: i, selected: values[i] === state.map[key] }, text)));
-    select.addEventListener("change", () => { state.map[key] = values[select.value]; draw("map"); });
-    return element("label", { className: "inline" }, `${title} `, select);
-  };
-  const places = names.map((_, i) => i);
+  const names = part.settings.map((setting) => setting.name), outcomes = ["fold", "gap", "prune", "base"], places = names.map((_, i) => i);
+  const pick = (...choice) => control("map", state.map, ...choice);
   $("#map .controls").replaceChildren(pick("across", "x", names, places), pick("down", "y", names, places), pick("value", "outcome", outcomes.map((outcome) => WORD[outcome]), outcomes));
+}
+
+function sizeControls() {
+  if (view.part.empty) return $("#size .controls").replaceChildren();
+  const names = quantities(), titles = names.map((name) => quantity(name).title);
+  $("#size .controls").replaceChildren(...[["across", "x"], ["up", "y"]].map(([title, key]) => control("size", state.axes, title, key, titles, names)));
 }
 
 /** The two settings whose effects are largest, else the first two. */
@@ -725,10 +802,12 @@ function begin(place) {
     state.out = part.settings.map(() => new Set());
   }
   state.sort = null;
+  state.axes = { x: "base", y: "fold" };
   view = viewed();
   if (!part.empty && part.settings.length > 1) state.map = strongest();
   form();
   mapControls();
+  sizeControls();
   fixed();
   redraw();
 }
@@ -736,6 +815,14 @@ function begin(place) {
 /** Nothing on paper can be scrolled to. */
 addEventListener("beforeprint", () => [...dirty].forEach(draw));
 
-if (matchMedia("(max-width: 900px)").matches) $("#filters").open = false;
-begin(0);
-Object.keys(SECTIONS).forEach((section) => observer.observe(document.getElementById(section)));
+/** Unpack plotly and the data, then show the page. */
+async function start() {
+  const [plotly, data] = await Promise.all(["plotly", "data"].map(inflated));
+  document.head.append(element("script", { textContent: plotly })); // runs at once
+  DATA = JSON.parse(data);
+  if (matchMedia("(max-width: 900px)").matches) $("#filters").open = false;
+  begin(0);
+  Object.keys(SECTIONS).forEach((section) => observer.observe(document.getElementById(section)));
+}
+
+start();

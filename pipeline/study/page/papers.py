@@ -8,12 +8,16 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
+from pipeline.study.interactions import interactions
 from pipeline.study.intervals import half_interval
 from pipeline.study.matching import coded_levels, design
 from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
 from pipeline.study.page.columns import axes_of
 from pipeline.study.page.families import Family, stages
+from pipeline.study.page.foretold import SETS, drawn
+from pipeline.study.sweep import shown
 from pipeline.study.terminal import TITLES
 
 OUTCOMES = {"base": (BASE, "uncompressed"), "prune": (PRUNE, "best pruning"), "fold": (FOLD, "best folding")}
@@ -21,6 +25,7 @@ FOREST = {"fold": (FOLD, "o", "folded value"), "base": (BASE, "s", "uncompressed
 ROWS = 24  # of a forest plot
 PANELS = 7  # settings in one picture
 LEVELS = 16  # of a setting; with more a panel cannot be read
+OUTLINE = [withStroke(linewidth=1.5, foreground="#1b1f24")]  # of letters on any colour
 
 
 def curves(family: Family) -> Figure | None:
@@ -98,6 +103,70 @@ def forest(family: Family) -> Figure | None:
     return _finished(figure, panels[:1])
 
 
+def interacting(family: Family) -> Figure | None:
+    """Folded value at the levels of the two settings that most surely interact, a panel for each leading stage.
+
+    Surely: by the smallest p of the difference between the halves (see `interactions`) at the first of the stages.
+    """
+    stage, ratio = family.shown
+    surest = interactions(family.found, stage, ratio).drop_nulls("p").sort("p", maintain_order=True)
+    if surest.is_empty():
+        return None
+    line = surest.row(0, named=True)
+    names, tables = (line["other"], line["setting"]), {name: family.found.at(name, ratio) for name in _stages(family)}
+    levels = {name: coded_levels(pl.concat(t[name] for t in tables.values()))[1] for name in names}
+    figure = Figure(figsize=(1.6 + 3.4 * len(tables), 1.8 + 0.5 * len(levels[names[1]])), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    for panel, (name, table) in zip(panels, tables.items(), strict=True):
+        image = _map(panel, family, table, levels)
+        panel.set_title(f"{_title(name)}, ratio {ratio:g}; n = {table['recipe'].n_unique()} recipes", fontsize=9)
+        figure.colorbar(image, ax=panel)
+    panels[0].set_ylabel(names[1])
+    sure = f"{line['difference']:+.1f} ± {line['half']:.1f} over {line['n']} quadruples, p {line['p_holm']:.2g} (Holm)"
+    step = f"{line['setting']} {line['low']} to {line['high']} at {line['other']} {line['other_high']}"
+    what = f"100 ln of folded {family.metric.title}" if family.metric.log else f"folded: {family.metric.heading}"
+    figure.suptitle(f"{what}\n{step}, less at {line['other_low']}: {sure}", fontsize=9)
+    return figure
+
+
+def _map(panel: Axes, family: Family, table: pl.DataFrame, levels: dict[str, tuple[str, ...]]) -> Any:
+    """Draw means over recipes, (levels of the second name, of the first), in points; each with its n."""
+    across, down = levels
+    grid = np.full((len(levels[down]), len(levels[across])), np.nan)
+    for line in over_recipes(table, [across, down], "fold").iter_rows(named=True):
+        y, x = levels[down].index(shown(line[down])), levels[across].index(shown(line[across]))
+        grid[y, x] = line["mean"]
+        text = f"{line['mean']:.{family.metric.digits}f}\nn {line['n']}"
+        panel.text(x, y, text, ha="center", va="center", fontsize=7, color="white", path_effects=OUTLINE)
+    panel.set_xticks(range(len(levels[across])), levels[across], fontsize=8)
+    panel.set_yticks(range(len(levels[down])), levels[down], fontsize=8)
+    panel.set_xlabel(across)
+    up = family.metric.higher_is_better
+    return panel.imshow(grid, cmap="cividis" if up else "cividis_r", origin="lower", aspect="auto")
+
+
+def predicted(family: Family) -> Figure | None:
+    """Folded value over what was foretold of each network whose recipe was held out; None where nothing was."""
+    made = family.prediction
+    if isinstance(made, str):
+        return None
+    of, said = drawn(made)
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    panel = figure.subplots()
+    points = [[_value(family, v) for v in values] for values in (said.tolist(), made.cells["fold"].to_list())]
+    panel.scatter(*points, color=FOLD, s=14, alpha=0.6, lw=0)
+    ends = [min(map(min, points)), max(map(max, points))]
+    panel.plot(ends, ends, color=BASE, ls=":", label="as foretold")
+    panel.set_xlabel(f"foretold: {family.metric.heading}")
+    panel.set_ylabel(f"folded: {family.metric.heading}")
+    panel.grid(alpha=0.3)
+    stage, ratio = family.shown
+    scores = f"R² {of['r2']:.2f} ({of['r2_low']:.2f} to {of['r2_high']:.2f})"
+    model = f"{of['model']} on {SETS[of['features']]}; {scores}; n = {of['n']} networks, {of['recipes']} recipes"
+    panel.set_title(f"{_title(stage)}, ratio {ratio:g}\n{model}", fontsize=8)
+    return _finished(figure, [panel])
+
+
 def base_value(family: Family) -> Figure | None:
     """What folding leaves of each recipe over the value of its uncompressed network."""
     _, ratio = family.shown
@@ -119,6 +188,8 @@ PAPERS: dict[str, Callable[[Family], Figure | None]] = {
     "curves": curves,
     "settings": settings,
     "effects": forest,
+    "interactions": interacting,
+    "prediction": predicted,
     "base": base_value,
 }
 

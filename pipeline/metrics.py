@@ -1,4 +1,4 @@
-"""The numbers that tasks measure: a metric is a row."""
+"""The numbers that tasks measure: a metric is a row. Tables of results read them, so torch stays out of this file."""
 
 from dataclasses import dataclass
 
