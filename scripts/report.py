@@ -3,6 +3,7 @@
 python -m scripts.report runs                  prints the screen and writes runs/report/index.html
 python -m scripts.report runs --cells --no-page
 python -m scripts.report runs --where optim.name=sgd --by optim.sam.rho --out rows.csv --plot curves.png
+python -m scripts.report --compare runs/plain runs/sam            two runs, two folders of runs, or two files of rows
 """
 
 import argparse
@@ -21,13 +22,14 @@ from rich.text import Text
 
 from pipeline.cells import STATES
 from pipeline.results import DENSE, SCHEMA, SPEED, headline, measured, read_speeds
+from pipeline.study.compare import compare, load_side
 from pipeline.study.lines import told
 from pipeline.study.page.families import Family, failures, families, rank, stages, states
 from pipeline.study.page.files import write_report
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_value, foretold, headlines, last_measurement
 from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
-from pipeline.study.terminal import points, print_speeds, print_table, terminal
+from pipeline.study.terminal import points, print_comparison, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import Metric
 from scripts.arguments import refuse
@@ -51,7 +53,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder of the cells (paths.runs of the sweep), or a .parquet of --out")
+    what = "folder of the cells (paths.runs of the sweep), or a .parquet of --out"
+    parser.add_argument("runs", type=Path, nargs="?", help=what)
+    what = "what B leaves beside A, over matched networks; takes --where, prints only"
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=what)
     parser.add_argument("--where", action="append", default=[], metavar="SETTING=VALUE", help="these cells only")
     parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="a mean table for each value")
     parser.add_argument("--cells", action="store_true", help="a line for every cell")
@@ -64,6 +69,10 @@ def arguments() -> argparse.Namespace:
 
 def report(args: argparse.Namespace) -> None:
     """Print the screen and write the files."""
+    if args.compare is not None:
+        return print_compared(args)
+    if args.runs is None:
+        raise UserError("no runs are named; give the folder that paths.runs named, or two with --compare A B")
     if args.out is not None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
     whole = args.out is not None or not args.no_page
@@ -86,6 +95,16 @@ def report(args: argparse.Namespace) -> None:
         folder = args.page or page_folder(args.runs)
         write_report(folder, args.runs, sweep, found, speeds)
         print(f"wrote {folder / 'index.html'}; beside it: png, effects.csv, cells.parquet, summary.md")
+
+
+def print_compared(args: argparse.Namespace) -> None:
+    """Print two sweeps beside each other."""
+    given = {name: getattr(args, name) for name in ("runs", "by", "cells", "page", "no_page", "out", "plot")}
+    if others := [name for name, value in given.items() if value and name != "no_page"]:
+        words = ", ".join(name if name == "runs" else f"--{name}" for name in others)
+        raise UserError(f"--compare takes A, B and --where, and not {words}; leave that away")
+    names = [str(path) for path in args.compare]
+    print_comparison(compare([load_side(path, warn).where(args.where) for path in args.compare], names), names)
 
 
 def page_folder(runs: Path) -> Path:

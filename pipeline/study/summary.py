@@ -7,7 +7,7 @@ import polars as pl
 from scipy.stats import spearmanr
 
 from pipeline.results import DENSE, headline, means, measured, side, valued
-from pipeline.study.intervals import half_interval
+from pipeline.study.intervals import shown_half
 
 HEADLINE_STAGES = ("repaired", "raw", "norm_tuned", "tuned")  # the first of them that a cell has is its headline
 HEADLINE_RATIO = 0.5
@@ -78,7 +78,7 @@ def gaps(rows: pl.DataFrame, recipes: pl.DataFrame | None = None) -> pl.DataFram
         found = found.group_by("recipe", "stage", "ratio", maintain_order=True).agg(gap.mean())
     found = found.group_by("stage", "ratio", maintain_order=True)
     found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
-    margins = [half_interval(std, n) if n >= 3 else None for std, n in found["std", "n"].iter_rows()]
+    margins = [shown_half(std, n) for std, n in found["std", "n"].iter_rows()]
     return found.with_columns(margin=pl.Series(margins, dtype=pl.Float64)).drop("std")
 
 

@@ -1,5 +1,7 @@
 """Tables on the terminal."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -8,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.results import DENSE, headline
+from pipeline.study.compare import SIDES, Comparison, sentence
 from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines
+from pipeline.study.words import around, signed
 from pipeline.tasks import Metric
 
 TITLES = {
@@ -17,6 +21,8 @@ TITLES = {
     "norm_tuned": "norms tuned",
     "tuned": "repaired, then tuned",
 }
+
+MOST_LEVELS = 4  # of a setting that are named one by one
 
 
 def result_table(rows: pl.DataFrame, duel: bool = False, recipes: pl.DataFrame | None = None) -> Table:
@@ -109,6 +115,69 @@ def verdict(rows: pl.DataFrame) -> str:
     lead = "better" if at["gap"] > 0 else "worse"
     difference = points(abs(at["gap"]), metric).lstrip("+") + (" points" if metric.unit == "%" else "")
     return f"{place}, folding leaves {fold} and the best pruning {prune}: {difference} {lead} (one network)."
+
+
+def comparison_table(found: Comparison) -> Table:
+    """A, B, their difference in points and its interval, for every method, stage and ratio; n where pairs lack some."""
+    lines = found.table.filter(pl.col("method") != DENSE)
+    ratios = lines["ratio"].unique().sort().to_list()
+    shows = dict(COMPARED)
+    if lines["n"].n_unique() == 1:
+        shows.pop("[dim]pairs[/]")
+    table = Table()
+    table.add_column("ratio removed", no_wrap=True)
+    for ratio in ratios:
+        table.add_column(f"{ratio:g}", justify="right")
+    for (stage,), of_stage in lines.group_by("stage", maintain_order=True):
+        table.add_section()
+        table.add_row(f"[dim]{escape(TITLES.get(stage, stage))}[/]")
+        for (method,), of in of_stage.group_by("method", maintain_order=True):
+            at = {line["ratio"]: line for line in of.iter_rows(named=True)}
+            for name, show in shows.items():
+                texts = (show(at[r], found.metric) if r in at else "-" for r in ratios)
+                table.add_row(f"  {name.format(escape(method))}", *texts)
+    return table
+
+
+def in_units(value: float, metric: Metric) -> str:
+    """A value that is in points (see lines.in_points) as the metric is read."""
+    return metric.number(math.exp(value / 100)) if metric.log else f"{value:.{metric.digits}f}"
+
+
+COMPARED = {
+    "{}, A": lambda at, metric: in_units(at["a"], metric),
+    "{}, B": lambda at, metric: in_units(at["b"], metric),
+    "[bold]B less A[/]": lambda at, metric: signed(at["difference"], None, metric, bare=True),
+    "[dim]95% interval[/]": lambda at, metric: (
+        "-" if at["half"] is None else around(at["difference"], at["half"], metric)
+    ),
+    "[dim]pairs[/]": lambda at, metric: f"{at['n']}",
+}
+
+
+def print_comparison(found: Comparison, names: Sequence[str]) -> None:
+    """Which two are compared and by what they differ, the table, and whether the one leaves more than the other."""
+    console = terminal()
+    for side, name, cells, alone in zip(SIDES, names, found.cells, found.alone, strict=True):
+        left = f", {alone} without a partner" if alone else ""
+        console.print(f"{side}  {name}: {cells} network{'s' * (cells != 1)}{left}", markup=False, soft_wrap=True)
+    for name, levels in found.differing.items():
+        told = " and ".join(f"{several(of)} in {side}" for side, of in zip(SIDES, levels, strict=True))
+        console.print(f"   {name}: {told}", markup=False, soft_wrap=True)
+    title = f"{found.metric.heading} over pairs of {found.unit}s"
+    if (n := found.table["n"].unique()).len() == 1:
+        title = f"{found.metric.heading} over {n[0]} pair{'s' * (n[0] != 1)} of {found.unit}s"
+    for line in found.table.filter(pl.col("method") == DENSE).iter_rows(named=True):
+        a, b = (in_units(line[side.lower()], found.metric) for side in SIDES)
+        title += f"; uncompressed {a} in A, {b} in B"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(comparison_table(found))
+    console.print(sentence(found), markup=False)
+
+
+def several(levels: Sequence[str]) -> str:
+    """ "0.01 or 0.1"; a count where there are more than anybody reads."""
+    return " or ".join(levels) if len(levels) <= MOST_LEVELS else f"{len(levels)} values"
 
 
 def speed_table(speeds: pl.DataFrame) -> Table:

@@ -177,6 +177,34 @@ def test_a_page_from_a_file_of_rows(runs, report, tmp_path):
     assert lines[0] == "m on d: 3 done, 1 running, 1 failed"  # a cell without rows is not in the file
 
 
+def test_compare_shows_two_sweeps_beside_each_other(tmp_path, report):
+    for i in range(8):
+        add(tmp_path / "plain", f"p-{i}", fold=0.4 + i / 50, lr=0.1 * (i + 1))
+        add(tmp_path / "sam", f"s-{i}", fold=0.5 + i / 50 + (i % 2) / 50, lr=0.1 * (i + 1), sam={"rho": 0.05})
+    lines = report("--compare", tmp_path / "plain", tmp_path / "sam", page=True)
+    assert lines[:4] == [
+        f"A {tmp_path}/plain: 8 networks",
+        f"B {tmp_path}/sam: 8 networks",
+        "rho: 0 in A and 0.05 in B",
+        "Accuracy (%) over 8 pairs of recipes; uncompressed 90.0 in A, 90.0 in B",
+    ]
+    at = lines.index("raw (as compressed)")
+    assert lines[at + 1 : at + 5] == [
+        "fold, A 47.0 37.0",
+        "fold, B 58.0 48.0",
+        "B less A +11.0 +11.0",
+        "95% interval ±0.9 ±0.9",
+    ]
+    assert "B in place of A raises the accuracy that fold leaves at half of the channels, repaired, by 11.0 ± 0.9" in (
+        " ".join(lines)
+    )
+    one = report("--compare", tmp_path / "plain" / "p-0", tmp_path / "sam" / "s-0" / "rows.parquet")
+    assert one[0] == f"A {tmp_path}/plain/p-0: 1 network"
+    assert "n too small for a word on the accuracy that fold leaves" in " ".join(one)
+    kept = report("--compare", tmp_path / "plain", tmp_path / "sam", "--where", "lr=0.1")
+    assert "Accuracy (%) over 1 pair of networks; uncompressed 90.0 in A, 90.0 in B" in kept
+
+
 def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
     lines = report(runs, "--by", "optim.name", "--by", "rho", "--plot", tmp_path / "plot.png")
     titles = [line.split(";")[0] for line in lines if line.startswith("Mean")]
@@ -236,6 +264,14 @@ def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
         (["runs", "--out", "table.xlsx"], "unknown kind of --out '.xlsx'.*choose from: .csv, .parquet"),
         (["runs", "--out", "no/such/folder.csv"], "folder.csv cannot be written"),
         (["runs", "--plot", "picture.nothing"], "picture.nothing cannot be written"),
+        ([], "no runs are named; give the folder that paths.runs named, or two with --compare A B"),
+        (["--compare", "runs", "nowhere"], "nowhere is not a folder of runs"),
+        (["--compare", "runs/f-6", "runs"], "no cell of runs/f-6 that is done has rows yet"),
+        (
+            ["--compare", "runs", "runs", "--by", "lr"],
+            "takes A, B and --where, and not --by; leave that away",
+        ),
+        (["runs", "--compare", "runs", "runs"], "--compare takes A, B and --where, and not runs; leave that away"),
         (["runs", "--page", "runs/a-1/cell.json"], "cell.json cannot be written .*; give another --page, or --no-page"),
     ],
 )
