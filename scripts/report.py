@@ -7,7 +7,6 @@ python -m scripts.report --compare runs/plain runs/sam            two runs, two 
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,12 +25,12 @@ from pipeline.study.compare import compare, load_side
 from pipeline.study.lines import told
 from pipeline.study.page.families import Family, failures, families, rank, stages, states
 from pipeline.study.page.files import write_report
-from pipeline.study.pictures import plot_curves
+from pipeline.study.pictures import plot_groups
 from pipeline.study.summary import dense_value, foretold, headlines, last_measurement
 from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
 from pipeline.study.terminal import points, print_comparison, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
-from pipeline.tasks import Metric
+from pipeline.tasks import METRICS, Metric
 from scripts.arguments import refuse
 
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
@@ -63,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="where the page goes; RUNS/report if not given")
     parser.add_argument("--no-page", action="store_true", help="print only")
     parser.add_argument("--out", type=Path, help="all rows with their cells' settings, as .csv or .parquet")
-    parser.add_argument("--plot", type=Path, help="mean curves as a picture; with --by, one for each value")
+    parser.add_argument("--plot", type=Path, help="mean curves as a picture; with --by, a row for each value")
     return parser.parse_args()
 
 
@@ -79,16 +78,21 @@ def report(args: argparse.Namespace) -> None:
     sweep = load(args.runs, tuple(SCHEMA) if whole else COLUMNS, warn).where(args.where)
     by = [sweep.setting(name) for name in args.by]
     found = families(sweep)
+    drawn: dict[str, dict[str, pl.DataFrame]] = {}  # by the metric, for no axis has two
     for family in found:
         print_answer(family, alone=len(found) == 1)
         for label, group in split(family.sweep.cells.filter(pl.col("state") == "done"), by):
-            means(family, label, group, args.plot, FITS if len(found) == 1 else 0)
+            rows = means(family, label, group, FITS if len(found) == 1 else 0)
+            if not rows.is_empty():
+                drawn.setdefault(family.metric.name, {})[", ".join(filter(None, (family.label, label)))] = rows
         if args.cells:
             print_cells(family.sweep)
         elif len(found) == 1:
             print_ends(family.sweep)
     speeds = speeds_of(sweep, args.runs)
     print_speeds(speeds)
+    if args.plot is not None:
+        plot(args.plot, drawn)
     if args.out is not None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
     if not args.no_page:
@@ -208,13 +212,12 @@ def values_of(line: dict[str, Any], metric: Metric) -> list[str]:
     return ["-" if line[name] is None else form(line[name]) for name, form in forms.items()]
 
 
-def means(family: Family, label: str, group: pl.DataFrame, plot: Path | None, fits: int) -> None:
-    """Print the mean table of the cells of a group (fits: see `leading`) and, where asked for, draw their curves."""
+def means(family: Family, label: str, group: pl.DataFrame, fits: int) -> pl.DataFrame:
+    """Print the mean table of the cells of a group (fits: see `leading`); gives their rows."""
     rows = last_measurement(family.sweep.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
     recipes = None if family.found is None else family.found.methods.select("cell", "recipe").unique()
     print_means(label, rows, len(group), fits, recipes)
-    if plot is not None and not rows.is_empty():
-        written(plot_path(plot, "-".join(filter(None, (family.slug, label)))), partial(picture, label, rows))
+    return rows
 
 
 def print_means(label: str, rows: pl.DataFrame, done: int, fits: int, recipes: pl.DataFrame | None) -> None:
@@ -245,13 +248,13 @@ def leading(rows: pl.DataFrame, fits: int) -> pl.DataFrame:
     return rows.filter((pl.col("stage") == first) | (pl.col("method") == DENSE))
 
 
-def picture(label: str, rows: pl.DataFrame, path: Path) -> None:
-    plot_curves(rows, path, means_title(label, rows))
-
-
-def plot_path(path: Path, label: str) -> Path:
-    """curves.png, or for one group of --by, curves-optim=sgd.png"""
-    return path.with_stem(path.stem + re.sub(r"[^\w.=+-]+", "_", f"-{label}")) if label else path
+def plot(path: Path, drawn: dict[str, dict[str, pl.DataFrame]]) -> None:
+    """One picture of all groups, {metric: {label: rows}}; of several metrics curves-acc.png and so on."""
+    for name, groups in drawn.items():
+        place = path.with_stem(f"{path.stem}-{name}") if len(drawn) > 1 else path
+        only = next(iter(groups.values()))
+        title = means_title("", only) if len(groups) == 1 else f"Mean {METRICS[name].heading.lower()}"
+        written(place, partial(plot_groups, groups, title=title))
 
 
 def means_title(label: str, rows: pl.DataFrame) -> str:

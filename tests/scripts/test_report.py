@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import polars as pl
 import pytest
@@ -205,17 +206,20 @@ def test_compare_shows_two_sweeps_beside_each_other(tmp_path, report):
     assert "Accuracy (%) over 1 pair of networks; uncompressed 90.0 in A, 90.0 in B" in kept
 
 
-def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
+def test_by_splits_the_means_and_gives_each_a_row_of_one_picture(runs, report, tmp_path, monkeypatch):
+    drawn = Mock(side_effect=lambda groups, path, title: path.touch())
+    monkeypatch.setattr("scripts.report.plot_groups", drawn)
     lines = report(runs, "--by", "optim.name", "--by", "rho", "--plot", tmp_path / "plot.png")
     titles = [line.split(";")[0] for line in lines if line.startswith("Mean")]
     assert titles == [
         "Mean accuracy (%) over 1 done cell with optim=adam, rho=-, test samples",
         "Mean accuracy (%) over 2 done cells with optim=sgd, rho=0, test samples",
     ]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        "plot-optim=adam_rho=-.png",
-        "plot-optim=sgd_rho=0.png",
-    ]
+    assert f"wrote {tmp_path}/plot.png" in lines
+    ((groups, title),) = [(call.args[0], call.kwargs["title"]) for call in drawn.call_args_list]
+    assert list(groups) == ["optim=adam, rho=-", "optim=sgd, rho=0"]
+    assert [rows["cell"].unique().sort().to_list() for rows in groups.values()] == [["c-3"], ["a-1", "b-2"]]
+    assert title == "Mean accuracy (%)"
 
 
 @pytest.mark.parametrize(("suffix", "read"), [("csv", pl.read_csv), ("parquet", pl.read_parquet)])
