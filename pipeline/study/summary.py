@@ -160,9 +160,16 @@ def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
 def speed_lines(speeds: pl.DataFrame) -> pl.DataFrame:
     """One line per (ratio, method, params, runtime, batch_size): medians over the cells of `read_speeds`.
 
-    median: seconds; speedup: over the uncompressed network, timed beside it; macs: of one sample; size, memory: bytes
+    median: seconds; speedup: over the uncompressed network, timed beside it, and beside: its seconds; macs: of one
+    sample; size, memory: bytes
     """
-    values = ["median", "speedup", "macs", "size", "memory"]
+    values = ["median", "speedup", "beside", "macs", "size", "memory"]
     keys = ["ratio", "method", "params", "runtime", "batch_size"]
-    lines = speeds.fill_nan(None).group_by(keys, maintain_order=True).agg(pl.col(values).median())
+    lines = with_pairs(speeds).fill_nan(None).group_by(keys, maintain_order=True).agg(pl.col(values).median())
     return lines.sort("ratio", maintain_order=True)
+
+
+def with_pairs(speeds: pl.DataFrame) -> pl.DataFrame:
+    """The speeds; those of older files, which lack `beside` and `doubt`, have null there."""
+    missing = [name for name in ("beside", "doubt") if name not in speeds.columns]
+    return speeds.with_columns(pl.lit(None, pl.Float64).alias(name) for name in missing)

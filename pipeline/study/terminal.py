@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipeline.results import DENSE, headline
 from pipeline.study.compare import SIDES, Comparison, sentence
-from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines
+from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines, with_pairs
 from pipeline.study.words import around, signed
 from pipeline.tasks import Metric
 
@@ -22,6 +22,7 @@ TITLES = {
     "tuned": "repaired, then tuned",
 }
 
+WIDE = 0.1  # fraction by which a speedup may be off and be told without a warning
 MOST_LEVELS = 4  # of a setting that are named one by one
 
 
@@ -211,12 +212,18 @@ def speed_table(speeds: pl.DataFrame) -> Table:
 
 
 def timed(line: dict[str, Any] | None) -> str:
-    """5.31 ms (2.4x), 1,234 ms (2.4x)"""
+    """ "5.31 of 12.7 ms (2.4x)": the time of a pass, and that of the uncompressed network in the same turns."""
     if line is None or line["median"] is None:
         return "-"
     faster = "" if line["speedup"] is None else f" ({line['speedup']:.1f}x)"
-    milliseconds = 1000 * line["median"]
-    return f"{milliseconds:,.0f} ms{faster}" if milliseconds >= 100 else f"{milliseconds:.3g} ms{faster}"
+    beside = "" if line.get("beside") is None else f" of {milliseconds(line['beside'])}"
+    return f"{milliseconds(line['median'])}{beside} ms{faster}"
+
+
+def milliseconds(seconds: float) -> str:
+    """ "5.31", "1,234" """
+    value = 1000 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_speeds(speeds: pl.DataFrame) -> None:
@@ -232,6 +239,20 @@ def print_speeds(speeds: pl.DataFrame) -> None:
         title = f"Size and speed of {model} on {data} ({place}{cells}); in brackets how many times as fast as dense"
         console.print(title, style="bold", markup=False, soft_wrap=True)
         console.print(speed_table(of))
-        failed = of.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
-        for runtime, reason, count in failed.iter_rows():
-            console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
+        print_doubts(of)
+
+
+def print_doubts(times: pl.DataFrame) -> None:
+    """A line for each reason why times are missing, and one where times beside each other scatter too much."""
+    console = terminal()
+    failed = times.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
+    for runtime, reason, count in failed.iter_rows():
+        console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
+    paired = with_pairs(times).fill_nan(None).drop_nulls("doubt")
+    if (wide := paired.filter(pl.col("doubt") > WIDE)).is_empty():
+        return
+    worst = wide.row(wide["doubt"].arg_max(), named=True)
+    text = f"warning: {len(wide)} of {len(paired)} speedups may be off by more than {WIDE:.0%} (the worst, "
+    text += f"{worst['runtime']} at batch {worst['batch_size']}: {worst['speedup']:.1f}x, by {worst['doubt']:.0%})"
+    fix = "time them on an idle machine, or longer with profile.seconds="
+    console.print(f"{text}: passes that followed each other differ; {fix}", markup=False, soft_wrap=True)

@@ -326,6 +326,29 @@ def test_sizes_and_speeds_are_medians_over_the_cells_of_a_model(tmp_path, report
     assert "3 times of eager are missing: out of memory" in lines
 
 
+def test_the_dense_time_stands_beside_a_paired_one_and_a_wide_spread_is_told(tmp_path, report):
+    folder = add(tmp_path, "a-1")
+    time_networks(folder)
+    path = folder / "speed.parquet"
+    timed = pl.read_parquet(path).filter(pl.col("batch_size") == 1)
+    alone = pl.col("method") == "dense"
+
+    def lines(doubt):
+        beside = {"beside": 0.09, "doubt": doubt}
+        pairs = {name: pl.when(alone).then(float("nan")).otherwise(value) for name, value in beside.items()}
+        timed.with_columns(**pairs).write_parquet(path)
+        return report(tmp_path)
+
+    told = lines(0.05)
+    assert any(line.endswith("20 of 90 ms (4.0x) 3 MB") for line in told)
+    assert not any("warning" in line for line in told)
+    (warning,) = [line for line in lines(0.25) if "warning" in line]
+    assert warning == (
+        "warning: 1 of 1 speedups may be off by more than 10% (the worst, eager at batch 1: 4.0x, by 25%): passes that "
+        "followed each other differ; time them on an idle machine, or longer with profile.seconds="
+    )
+
+
 def test_a_damaged_file_of_speeds_is_named(tmp_path, monkeypatch, capsys):
     (add(tmp_path, "a-1") / "speed.parquet").write_bytes(b"PAR1 damaged PAR1")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--no-page"])
