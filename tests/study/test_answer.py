@@ -52,8 +52,8 @@ def test_fewer_than_three_recipes_have_neither_an_interval_nor_a_share():
 
     two = left(2)
     assert two == (
-        "Folding at half of the channels, repaired, leaves 60.5% (uncompressed 90.5%), and +10.5 points against the best "
-        "pruning (over 2 recipes, too few for an interval)."
+        "Folding at half of the channels, repaired, leaves 60.5% (uncompressed 90.5%), and +10.5 points against the "
+        "best pruning (over 2 recipes, too few for an interval)."
     )
     assert "±" in left(3)
     assert "(ahead in 100%)" in left(3)
