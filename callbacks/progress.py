@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from pipeline.tasks import METRICS, Metric
+from pipeline.metrics import METRICS, Metric
 
 
 def progress(methods: list[str], ratio: float) -> Callback:

@@ -37,6 +37,7 @@ class Profile:
         safetensors file without the header, where quantized weights are packed
     speedup: how many times as fast as the network that it was timed beside: the median over pairs of passes that follow
         each other, so that other load on the machine slows both; NaN where it was timed alone
+    beside: median time of that network's passes in these pairs; doubt: see `doubt_of`, of the speedup
     reason: why there are no times (NaN), if there are none
     """
 
@@ -51,6 +52,8 @@ class Profile:
     macs: int
     size: int
     speedup: float = math.nan
+    beside: float = math.nan
+    doubt: float = math.nan
     reason: str = ""
 
 
@@ -150,13 +153,32 @@ def profile(
                 times, *others = race(runs, device_of(network), seconds)
                 memory = None if name == "onnx" else peak_memory(runs[0], device_of(network))
                 low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-                pairs = [slow / own for other in others for own, slow in zip(times, other, strict=True)]
-                speedup = statistics.median(pairs) if pairs else math.nan
-                found.append(Profile(name, batch_size, median, low, high, len(times), memory, **sizes, speedup=speedup))
+                pairs = {} if beside is None else paired(times, others[0])
+                found.append(Profile(name, batch_size, median, low, high, len(times), memory, **sizes, **pairs))
             except Exception as error:  # no compiler, no memory, an operation that a runtime does not have
                 none = (math.nan, math.nan, math.nan, 0, None)
                 found.append(Profile(name, batch_size, *none, **sizes, reason=one_line(error)))
     return found
+
+
+def paired(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """speedup, beside and doubt of a Profile, from the seconds of passes that took turns."""
+    ratios = [other / own for own, other in zip(times, others, strict=True)]
+    return {
+        "speedup": statistics.median(ratios),
+        "beside": statistics.median(others),
+        "doubt": doubt_of(ratios),
+    }
+
+
+def doubt_of(values: Sequence[float]) -> float:
+    """By which fraction the median of these values may be off: half of its approximate 95% interval, divided by it.
+
+    1.57 times the distance of the quartiles over the root of n: the notch of a box plot (McGill, Tukey and Larsen,
+    Variations of box plots, The American Statistician 32 (1978), section 7). values: positive, at least two
+    """
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return 1.57 * (high - low) / len(values) ** 0.5 / median
 
 
 @torch.no_grad()

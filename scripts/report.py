@@ -3,10 +3,10 @@
 python -m scripts.report runs                  prints the screen and writes runs/report/index.html
 python -m scripts.report runs --cells --no-page
 python -m scripts.report runs --where optim.name=sgd --by optim.sam.rho --out rows.csv --plot curves.png
+python -m scripts.report --compare runs/plain runs/sam            two runs, two folders of runs, or two files of rows
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,16 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cells import STATES
-from pipeline.metrics import Metric
+from pipeline.metrics import METRICS, Metric
 from pipeline.results import DENSE, SCHEMA, SPEED, headline, measured, read_speeds
 from pipeline.study.chains import ChainRows, print_chains, read_chains
+from pipeline.study.compare import compare, load_side
 from pipeline.study.lines import told
 from pipeline.study.page.families import Family, failures, families, rank, stages, states
 from pipeline.study.page.files import write_report
-from pipeline.study.pictures import plot_curves
+from pipeline.study.pictures import plot_groups
 from pipeline.study.summary import dense_value, foretold, headlines, last_measurement
 from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
-from pipeline.study.terminal import points, print_speeds, print_table, terminal
+from pipeline.study.terminal import points, print_comparison, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
 from scripts.arguments import refuse
 
@@ -52,19 +53,26 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder of the cells (paths.runs of the sweep), or a .parquet of --out")
+    what = "folder of the cells (paths.runs of the sweep), or a .parquet of --out"
+    parser.add_argument("runs", type=Path, nargs="?", help=what)
+    what = "what B leaves beside A, over matched networks; takes --where, prints only"
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=what)
     parser.add_argument("--where", action="append", default=[], metavar="SETTING=VALUE", help="these cells only")
     parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="a mean table for each value")
     parser.add_argument("--cells", action="store_true", help="a line for every cell")
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="where the page goes; RUNS/report if not given")
     parser.add_argument("--no-page", action="store_true", help="print only")
     parser.add_argument("--out", type=Path, help="all rows with their cells' settings, as .csv or .parquet")
-    parser.add_argument("--plot", type=Path, help="mean curves as a picture; with --by, one for each value")
+    parser.add_argument("--plot", type=Path, help="mean curves as a picture; with --by, a row for each value")
     return parser.parse_args()
 
 
 def report(args: argparse.Namespace) -> None:
     """Print the screen and write the files."""
+    if args.compare is not None:
+        return print_compared(args)
+    if args.runs is None:
+        raise UserError("no runs are named; give the folder that paths.runs named, or two with --compare A B")
     if args.out is not None:
         pick("kind of --out", OUTPUTS, args.out.suffix)
     whole = args.out is not None or not args.no_page
@@ -74,10 +82,13 @@ def report(args: argparse.Namespace) -> None:
     found = [family for family in families(sweep) if not (chains and family.sweep.rows.is_empty())]
     if not found:
         print(f"{len(sweep.cells)} cells, which ran chains alone: {states(sweep)}")
+    drawn: dict[str, dict[str, pl.DataFrame]] = {}  # by the metric, for no axis has two
     for family in found:
         print_answer(family, alone=len(found) == 1)
         for label, group in split(family.sweep.cells.filter(pl.col("state") == "done"), by):
-            means(family, label, group, args.plot, FITS if len(found) == 1 else 0)
+            rows = means(family, label, group, FITS if len(found) == 1 else 0)
+            if not rows.is_empty():
+                drawn.setdefault(family.metric.name, {})[", ".join(filter(None, (family.label, label)))] = rows
         if args.cells:
             print_cells(family.sweep)
         elif len(found) == 1:
@@ -86,12 +97,24 @@ def report(args: argparse.Namespace) -> None:
     print_speeds(speeds)
     for part in chains:
         print_chains(part.rows, part.times, part.title)
+    if args.plot is not None:
+        plot(args.plot, drawn)
     if args.out is not None:
         written(args.out, partial(OUTPUTS[args.out.suffix], joined(sweep)))
     if not args.no_page:
         folder = args.page or page_folder(args.runs)
         write_report(folder, args.runs, sweep, found, speeds, chains)
         print(f"wrote {folder / 'index.html'}; beside it: png, effects.csv, cells.parquet, summary.md")
+
+
+def print_compared(args: argparse.Namespace) -> None:
+    """Print two sweeps beside each other."""
+    given = {name: getattr(args, name) for name in ("runs", "by", "cells", "page", "no_page", "out", "plot")}
+    if others := [name for name, value in given.items() if value and name != "no_page"]:
+        words = ", ".join(name if name == "runs" else f"--{name}" for name in others)
+        raise UserError(f"--compare takes A, B and --where, and not {words}; leave that away")
+    names = [str(path) for path in args.compare]
+    print_comparison(compare([load_side(path, warn).where(args.where) for path in args.compare], names), names)
 
 
 def page_folder(runs: Path) -> Path:
@@ -201,13 +224,12 @@ def values_of(line: dict[str, Any], metric: Metric) -> list[str]:
     return ["-" if line[name] is None else form(line[name]) for name, form in forms.items()]
 
 
-def means(family: Family, label: str, group: pl.DataFrame, plot: Path | None, fits: int) -> None:
-    """Print the mean table of the cells of a group (fits: see `leading`) and, where asked for, draw their curves."""
+def means(family: Family, label: str, group: pl.DataFrame, fits: int) -> pl.DataFrame:
+    """Print the mean table of the cells of a group (fits: see `leading`); gives their rows."""
     rows = last_measurement(family.sweep.rows.join(group.select("cell"), on="cell", how="semi", maintain_order="left"))
     recipes = None if family.found is None else family.found.methods.select("cell", "recipe").unique()
     print_means(label, rows, len(group), fits, recipes)
-    if plot is not None and not rows.is_empty():
-        written(plot_path(plot, "-".join(filter(None, (family.slug, label)))), partial(picture, label, rows))
+    return rows
 
 
 def print_means(label: str, rows: pl.DataFrame, done: int, fits: int, recipes: pl.DataFrame | None) -> None:
@@ -238,13 +260,13 @@ def leading(rows: pl.DataFrame, fits: int) -> pl.DataFrame:
     return rows.filter((pl.col("stage") == first) | (pl.col("method") == DENSE))
 
 
-def picture(label: str, rows: pl.DataFrame, path: Path) -> None:
-    plot_curves(rows, path, means_title(label, rows))
-
-
-def plot_path(path: Path, label: str) -> Path:
-    """curves.png, or for one group of --by, curves-optim=sgd.png"""
-    return path.with_stem(path.stem + re.sub(r"[^\w.=+-]+", "_", f"-{label}")) if label else path
+def plot(path: Path, drawn: dict[str, dict[str, pl.DataFrame]]) -> None:
+    """One picture of all groups, {metric: {label: rows}}; of several metrics curves-acc.png and so on."""
+    for name, groups in drawn.items():
+        place = path.with_stem(f"{path.stem}-{name}") if len(drawn) > 1 else path
+        only = next(iter(groups.values()))
+        title = means_title("", only) if len(groups) == 1 else f"Mean {METRICS[name].heading.lower()}"
+        written(place, partial(plot_groups, groups, title=title))
 
 
 def means_title(label: str, rows: pl.DataFrame) -> str:

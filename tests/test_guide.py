@@ -66,6 +66,7 @@ RUN: dict[str, dict[str, str]] = {
         "data.context": "16", "data.test_size": "8", "data.eval_batch_size": "4", "data.cache": "cache",
         "+trainer.limit_train_batches": "2", "compression.methods": "[fold,l1]",
     },
+    "foldability report --compare": {},
     "foldability report": {},
     "foldability dashboard --runs runs --print": {},
     "foldability certify": {},
@@ -261,7 +262,15 @@ def used(place) -> Path:
                           {"model.width": "4", "compression.stages": "[raw]"}))  # fmt: skip
     (file,) = place.glob("runs/compress-*/compressed/fold-r0.5-raw.safetensors")
     (place / file.name).write_bytes(file.read_bytes())
+    sides(place / "runs")
     return place
+
+
+def sides(runs: Path) -> None:
+    """The two runs that one page compares: one network without and one with SAM."""
+    for name, rho in (("plain", "0"), ("sam", "0.05")):
+        small = {**RUN["experiment=quickstart"], "optim.sam.rho": rho, "paths.runs": f"runs/{name}"}
+        ran(runs.parent, made_small("foldability train experiment=quickstart", small))
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 import functools
 import math
+import random
+import statistics
+from statistics import fmean
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from pipeline import latency
 from pipeline.compression.sizes.count import macs, parameters
-from pipeline.latency import LEAST, RUNTIMES, compiled, eager, peak_memory, profile, race
+from pipeline.latency import LEAST, RUNTIMES, compiled, doubt_of, eager, paired, peak_memory, profile, race
 from pipeline.tables import UserError
 
 CPU = torch.device("cpu")
@@ -45,11 +48,28 @@ def test_profile_is_one_record_for_each_runtime_and_batch(tmp_path):
 
 def test_a_network_is_timed_beside_another():
     (alone,) = profile(net(), EXAMPLE, (1,), seconds=0.0)
-    assert math.isnan(alone.speedup)
+    assert all(map(math.isnan, (alone.speedup, alone.beside, alone.doubt)))
     large = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(200)), net())
     (found,) = profile(net(), EXAMPLE, (1,), seconds=0.05, beside=large)
     assert found.speedup > 3
+    assert found.beside > 3 * found.median / 2
+    assert found.doubt > 0
     assert found.params == parameters(net())
+
+
+def test_a_pair_is_of_passes_that_follow_each_other():
+    """Other load slows both passes of a pair, so that it moves their times and not their ratio."""
+    own = [1.0, 9.0, 2.0, 1.0, 5.0]
+    assert paired(own, [2 * t for t in own]) == {"speedup": 2.0, "beside": 4.0, "doubt": 0.0}
+
+
+def test_doubt_is_the_notch_of_the_speedups():
+    assert doubt_of([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.57 * 2 / math.sqrt(5) / 3)
+    assert doubt_of([10.0, 20.0, 30.0, 40.0, 50.0]) == pytest.approx(doubt_of([1.0, 2.0, 3.0, 4.0, 5.0]))
+    drawn = random.Random(0)
+    medians = [statistics.median(drawn.gauss(10, 1) for _ in range(101)) for _ in range(400)]
+    notch = doubt_of([drawn.gauss(10, 1) for _ in range(101)]) * 10
+    assert 0.9 < fmean(abs(m - 10) < notch for m in medians) < 1
 
 
 def test_peak_memory_is_exact(capfd):

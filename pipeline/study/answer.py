@@ -8,7 +8,7 @@ from pipeline.metrics import Metric
 from pipeline.study.claims import FEWEST, Claim, noise_sentence, weighed
 from pipeline.study.effects import effects
 from pipeline.study.interactions import interactions
-from pipeline.study.intervals import summary
+from pipeline.study.intervals import SHOWN, summary
 from pipeline.study.lines import Lines
 from pipeline.study.matching import BOTH, OUTCOMES
 from pipeline.study.noise import noise
@@ -94,22 +94,25 @@ def _left(found: Lines, stage: str, ratio: float | None) -> str:
     beside += [f"{STAGES[name]} {_value(means['fold'], metric)}" for name, means in others.items() if "fold" in means]
     text += f" ({'; '.join(beside)})" if beside else ""
     if "gap" not in here:
-        return f"{text}, over {here['fold'][2]:,} recipes."
+        return f"{text}, over {(n := here['fold'][2]):,} recipe{'s' * (n != 1)}."
     lead, half, n, wins = here["gap"]
+    if half is None:
+        few = f"{n} recipe{'s' * (n != 1)}, too few for an interval"
+        return f"{text}, and {signed(lead, None, metric)} against the best pruning (over {few})."
     also = [f"; {STAGES[name]} {signed(*means['gap'][:2], metric)}" for name, means in others.items() if "gap" in means]
-    tie = half is None or abs(lead) <= half
+    tie = abs(lead) <= half
     verb = "neither leads nor trails" if tie else "leads" if lead > 0 else "trails"
     by = signed(lead, half, metric) if tie else amount(abs(lead), half, metric)
     return f"{text}, and {verb} the best pruning by {by} over {n:,} recipes (ahead in {wins:.0%}{''.join(also)})."
 
 
 def _means(table: pl.DataFrame) -> dict[str, tuple[float, float | None, int, float]]:
-    """{outcome: (mean, half of its 95% interval, recipes, share above 0)}, seeds averaged."""
+    """{outcome: (mean, half of its 95% interval from SHOWN recipes on, recipes, share above 0)}, seeds averaged."""
     recipes = table.group_by("recipe").agg(pl.col(OUTCOMES).mean()).select(OUTCOMES)
     values = recipes.cast(pl.Float64).fill_null(np.nan).to_numpy()
     every = summary(values)
     return {
-        name: (float(every.mean[i]), float(every.half[i]) if every.n[i] > 1 else None, int(every.n[i]), above)
+        name: (float(every.mean[i]), float(every.half[i]) if every.n[i] >= SHOWN else None, int(every.n[i]), above)
         for i, (name, above) in enumerate(zip(OUTCOMES, (values > 0).sum(0) / np.maximum(every.n, 1), strict=True))
         if every.n[i]
     }

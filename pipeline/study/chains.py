@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, SCHEMA, headline, read_present, read_speeds, valued
 from pipeline.study.summary import last_measurement
-from pipeline.study.terminal import terminal, timed
+from pipeline.study.terminal import print_doubts, terminal, timed
 
 ARROW = " > "
 MEANS = ("bytes", "params", "macs", "seconds", "unlabelled", "labelled")
@@ -192,6 +192,4 @@ def print_chains(rows: pl.DataFrame, times: pl.DataFrame | None = None, network:
         title = "Their times; in brackets how many times as fast as the uncompressed network under the same runtime"
         console.print(title, style="bold", markup=False, soft_wrap=True)
         console.print(time_table(rows, times))
-        missing = times.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
-        for runtime, reason, count in missing.iter_rows():
-            console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
+        print_doubts(times)

@@ -7,6 +7,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 Array = np.ndarray
+SHOWN = 3  # values that an interval or a rate is shown from; that of two is wider than anything it could tell
 POINT = 1.0  # the half-interval that `needed` asks for, in points (see lines.in_points)
 
 
@@ -16,6 +17,11 @@ def half_interval(sd: Any, n: Any) -> Any:
     sd, n: numbers, or arrays of one shape
     """
     return stdtrit(n - 1, 0.975) * sd / n**0.5
+
+
+def shown_half(sd: float | None, n: int) -> float | None:
+    """`half_interval` of at least SHOWN values; None of fewer."""
+    return None if sd is None or n < SHOWN else float(half_interval(sd, n))
 
 
 @dataclass(frozen=True)

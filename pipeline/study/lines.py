@@ -82,12 +82,13 @@ def lines(sweep: Sweep) -> Lines:
 
 def told(sweep: Sweep) -> dict[str, str]:
     """{full name: short name} of the settings that tell the recipes of a sweep apart."""
-    return short([name for name in sweep.differing() if name not in SEEDS and not _beside(name)])
+    return short([name for name in sweep.differing() if name not in SEEDS and not beside(name)])
 
 
-def _beside(name: str) -> bool:
+def beside(name: str) -> bool:
+    """Does a setting tell no recipes apart (see BESIDE)?"""
     own = name.removeprefix("named.")
-    return any(own == beside or own.startswith(f"{beside}.") for beside in BESIDE)
+    return any(own == setting or own.startswith(f"{setting}.") for setting in BESIDE)
 
 
 def areas(found: pl.DataFrame, upward: bool) -> pl.DataFrame:

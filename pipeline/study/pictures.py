@@ -1,63 +1,146 @@
 """Pictures as files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from pipeline.results import DENSE, headline
+from pipeline.metrics import Metric
+from pipeline.results import DENSE, headline, measured, valued
 from pipeline.study.chains import costs, front, over_cells, paths
+from pipeline.study.intervals import SHOWN
 from pipeline.study.summary import curves, dense_value
 from pipeline.study.terminal import TITLES
+
+# Classes of the data sets that are always the same; they are equally frequent, so that one constant answer is right in
+# 1 / classes of the samples. Rows do not say how many classes a folder has, ImageNet's included.
+CLASSES = {"cifar10": 10, "digits": 10, "fashion_mnist": 10}
+SPREAD = "middle half of the networks"
+LEVELS = (SPREAD, "dense", "chance")  # of the legend, behind the methods
 
 
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
     """The headline over the ratio, one colour per method; one panel per stage, sharing the axes.
 
     Dotted: the uncompressed networks of the cells that have rows of the stage (without BatchNorm nothing is repaired).
+    Dashed: chance, see `chance`. Shaded: the middle half of the networks, from SHOWN on.
+    """
+    plot_groups({"": rows}, path, title)
+
+
+def plot_groups(groups: Mapping[str, pl.DataFrame], path: str | Path, title: str) -> None:
+    """`plot_curves` of several groups of networks in one picture: a row of panels for each, under one legend.
+
+    groups: {what to call it: its rows}, all of one headline. A method has one colour in all panels.
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    found, metric = curves(rows), headline(rows)
-    stages = list(dict.fromkeys(stage for stage, _ in found)) or ["raw"]
-    methods = list(dict.fromkeys(method for _, method in found))
-    masked = rows.select(pl.col("kind").eq_missing("mask").any()).item()
+    metric = headline(pl.concat([rows.select("metric") for rows in groups.values()]))
+    found = {label: curves(rows) for label, rows in groups.items()}
+    stages = list(dict.fromkeys(stage for lines in found.values() for stage, _ in lines)) or ["raw"]
+    methods = list(dict.fromkeys(method for lines in found.values() for _, method in lines))
     across = 2 * len(stages)  # columns of the legend below
-    height = 4.2 + 0.22 * -(-len(methods) // across)
+    height = 0.9 + 3.3 * len(groups) + 0.22 * -(-(len(methods) + 3) // across)
     figure = Figure(figsize=(1.5 + 4.5 * len(stages), height), layout="constrained")
-    panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(len(groups), len(stages), sharex=True, sharey=True, squeeze=False)
     drawn: dict[str, Any] = {}
-    for panel, stage in zip(panels, stages, strict=True):
-        has = rows.filter((pl.col("stage") == stage) & (pl.col("method") != DENSE))
-        dense = dense_value(rows.join(has.select("cell"), on="cell", how="semi") if len(has) else rows)
-        for (s, method), line in found.items():
-            if s != stage:
-                continue
-            ratios, values = line["ratio"].to_list(), line["value"].to_list()
-            if dense is not None and 0.0 not in ratios:
-                ratios, values = [0.0, *ratios], [dense, *values]
-            scaled = [metric.scale * value for value in values]
-            place = methods.index(method)
-            style = f"o{('-', '--', ':', '-.')[place // 10 % 4]}"  # ten colours come around
-            drawn[method] = panel.plot(ratios, scaled, style, color=f"C{place % 10}", label=method, markersize=4)[0]
-        if dense is not None:
-            dotted = panel.axhline(
-                metric.scale * dense, color="grey", linestyle=":", label=f"dense {metric.text(dense)}"
-            )
-            corner = "upper right" if metric.higher_is_better else "upper left"  # where no curve ends
-            panel.legend(handles=[dotted], frameon=False, loc=corner)
-        panel.set_title(TITLES.get(stage, stage), fontsize=10)
+    for row, (label, rows) in zip(panels, groups.items(), strict=True):
+        for panel, stage in zip(row, stages, strict=True):
+            lines = {method: line for (of, method), line in found[label].items() if of == stage}
+            if lines or not found[label]:
+                drawn |= draw_panel(panel, rows, stage, lines, methods)
+                panel.set_title(panel_title(label, stage, lines), fontsize=10)
+            else:  # a group without BatchNorm has nothing that is repaired
+                panel.set_axis_off()
+        row[0].set_ylabel(metric.heading)
+    masked = any(rows.select(pl.col("kind").eq_missing("mask").any()).item() for rows in groups.values())
+    for panel in panels[-1]:
         panel.set_xlabel("fraction of channels removed" + ", of weights by masks" * masked)
-        if metric.log:
-            panel.set_yscale("log")
-        elif metric.higher_is_better:
-            panel.set_ylim(0, metric.scale)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(metric.heading)
-    if drawn:
-        figure.legend(handles=list(drawn.values()), loc="outside lower center", ncols=across, frameon=False)
+    order = [name for name in (*methods, *LEVELS) if name in drawn]
+    if order:
+        figure.legend([drawn[name] for name in order], order, loc="outside lower center", ncols=across, frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
+
+
+def panel_title(label: str, stage: str, lines: Mapping[str, pl.DataFrame]) -> str:
+    """ "adam: raw (as compressed), n = 8"; how many networks a mean is over."""
+    counts = [n for line in lines.values() for n in line["n"]]
+    low, high = min(counts, default=0), max(counts, default=0)
+    told = f"n = {low}{f' to {high}' if high > low else ''}"
+    return f"{label}: " * bool(label) + f"{TITLES.get(stage, stage)}, {told}"
+
+
+def draw_panel(
+    panel: Any, rows: pl.DataFrame, stage: str, lines: Mapping[str, pl.DataFrame], methods: list[str]
+) -> dict[str, Any]:
+    """Draw the curves of a stage; gives {name in the legend: what was drawn}. lines: of `curves`, by method."""
+    from matplotlib.patches import Patch
+
+    metric, shaded = headline(rows), middle_halves(rows, stage)
+    has = rows.filter((pl.col("stage") == stage) & (pl.col("method") != DENSE))
+    dense = dense_value(rows.join(has.select("cell"), on="cell", how="semi") if len(has) else rows)
+    drawn: dict[str, Any] = {}
+    for method, line in lines.items():
+        ratios, values = line["ratio"].to_list(), line["value"].to_list()
+        if dense is not None and 0.0 not in ratios:
+            ratios, values = [0.0, *ratios], [dense, *values]
+        scaled, number = [metric.scale * value for value in values], methods.index(method)
+        color, style = f"C{number % 10}", f"o{('-', '--', ':', '-.')[number // 10 % 4]}"  # ten colours come around
+        drawn[method] = panel.plot(ratios, scaled, style, color=color, label=method, markersize=4)[0]
+        if method in shaded:
+            of = shaded[method]
+            ends = [metric.scale * of[end] for end in ("low", "high")]
+            panel.fill_between(of["ratio"], *ends, color=color, alpha=0.15, linewidth=0)
+            drawn[SPREAD] = Patch(color="grey", alpha=0.3)
+    if dense is not None:
+        told = metric.text(dense)
+        drawn["dense"] = level(panel, metric.scale * dense, f"dense {told}", ":")
+    if (by_chance := chance(rows, metric)) is not None:
+        told = f"chance {100 * by_chance:g}%"
+        drawn["chance"] = level(panel, metric.scale * by_chance, told, "--", left=True)
+    if metric.log:
+        panel.set_yscale("log")
+        in_numbers(panel.yaxis)
+    elif metric.higher_is_better:
+        panel.set_ylim(0, metric.scale)
+    panel.grid(alpha=0.3)
+    return drawn
+
+
+def level(panel: Any, height: float, text: str, style: str, left: bool = False) -> Any:
+    """A horizontal line with its text above it, at the right or the left end."""
+    line = panel.axhline(height, color="grey", linestyle=style, linewidth=1, label=text)
+    panel.annotate(
+        text,
+        (0.02 if left else 0.98, height),
+        xytext=(0, 3),
+        xycoords=panel.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="bottom",
+        fontsize=8,
+        color="dimgrey",
+    )
+    return line
+
+
+def middle_halves(rows: pl.DataFrame, stage: str) -> dict[str, pl.DataFrame]:
+    """{method: its ratio, low and high}: the quartiles over networks, where there are at least SHOWN."""
+    value = valued(rows)
+    found = measured(rows).filter(pl.col("stage") == stage).group_by("method", "ratio", maintain_order=True)
+    low, high = (value.quantile(at, "linear").alias(name) for name, at in (("low", 0.25), ("high", 0.75)))
+    found = found.agg(low, high, n=pl.len()).filter(pl.col("n") >= SHOWN).sort("ratio", maintain_order=True)
+    return {method: line for (method,), line in found.partition_by("method", as_dict=True, maintain_order=True).items()}
+
+
+def chance(rows: pl.DataFrame, metric: Metric) -> float | None:
+    """The accuracy of a network that always says one class; None where rows do not tell it (see CLASSES)."""
+    known = {CLASSES.get(name) for name in rows["data"].unique()}
+    if metric.name != "acc" or len(known) != 1 or None in known:
+        return None
+    return 1 / known.pop()
 
 
 def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None = None) -> None:
@@ -89,6 +172,7 @@ def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None
         scale_costs(place, points["cost"])
         if metric.log:
             place.set_yscale("log")
+            in_numbers(place.yaxis)
         place.set_xlabel(heading)
         place.grid(alpha=0.3, which="both")
     for place in places[len(panels) :]:
@@ -102,10 +186,18 @@ def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None
 
 def scale_costs(place: Any, costs: pl.Series) -> None:
     """The x-axis of a panel: logarithmic where costs differ much, with numbers that people read."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     if costs.max() > 5 * costs.min():
         place.set_xscale("log")
-        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        place.xaxis.set_minor_formatter(NullFormatter())
+        in_numbers(place.xaxis)
     place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def in_numbers(axis: Any) -> None:
+    """A logarithmic axis with 50, 100, 200 at it and no powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -7,7 +7,7 @@ import polars as pl
 from scipy.stats import spearmanr
 
 from pipeline.results import DENSE, headline, means, measured, side, valued
-from pipeline.study.intervals import half_interval
+from pipeline.study.intervals import shown_half
 
 HEADLINE_STAGES = ("repaired", "raw", "norm_tuned", "tuned")  # the first of them that a cell has is its headline
 HEADLINE_RATIO = 0.5
@@ -80,7 +80,7 @@ def gaps(rows: pl.DataFrame, recipes: pl.DataFrame | None = None) -> pl.DataFram
         found = found.group_by("recipe", "stage", "ratio", maintain_order=True).agg(gap.mean())
     found = found.group_by("stage", "ratio", maintain_order=True)
     found = found.agg(gap.mean(), n=pl.len(), std=gap.std(), wins=(gap > 0).mean())
-    margins = [half_interval(std, n) if n >= 3 else None for std, n in found["std", "n"].iter_rows()]
+    margins = [shown_half(std, n) for std, n in found["std", "n"].iter_rows()]
     return found.with_columns(margin=pl.Series(margins, dtype=pl.Float64)).drop("std")
 
 
@@ -162,9 +162,16 @@ def parameters_left(rows: pl.DataFrame) -> dict[float, float]:
 def speed_lines(speeds: pl.DataFrame) -> pl.DataFrame:
     """One line per (ratio, method, params, runtime, batch_size): medians over the cells of `read_speeds`.
 
-    median: seconds; speedup: over the uncompressed network, timed beside it; macs: of one sample; size, memory: bytes
+    median: seconds; speedup: over the uncompressed network, timed beside it, and beside: its seconds; macs: of one
+    sample; size, memory: bytes
     """
-    values = ["median", "speedup", "macs", "size", "memory"]
+    values = ["median", "speedup", "beside", "macs", "size", "memory"]
     keys = ["ratio", "method", "params", "runtime", "batch_size"]
-    lines = speeds.fill_nan(None).group_by(keys, maintain_order=True).agg(pl.col(values).median())
+    lines = with_pairs(speeds).fill_nan(None).group_by(keys, maintain_order=True).agg(pl.col(values).median())
     return lines.sort("ratio", maintain_order=True)
+
+
+def with_pairs(speeds: pl.DataFrame) -> pl.DataFrame:
+    """The speeds; those of older files, which lack `beside` and `doubt`, have null there."""
+    missing = [name for name in ("beside", "doubt") if name not in speeds.columns]
+    return speeds.with_columns(pl.lit(None, pl.Float64).alias(name) for name in missing)

@@ -1,5 +1,7 @@
 """Tables on the terminal."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -9,7 +11,9 @@ from rich.table import Table
 
 from pipeline.metrics import Metric
 from pipeline.results import DENSE, headline
-from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines
+from pipeline.study.compare import SIDES, Comparison, sentence
+from pipeline.study.summary import curves, gaps, headlines, parameters_left, speed_lines, with_pairs
+from pipeline.study.words import around, signed
 
 TITLES = {
     "raw": "raw (as compressed)",
@@ -17,6 +21,9 @@ TITLES = {
     "norm_tuned": "norms tuned",
     "tuned": "repaired, then tuned",
 }
+
+WIDE = 0.1  # fraction by which a speedup may be off and be told without a warning
+MOST_LEVELS = 4  # of a setting that are named one by one
 
 
 def result_table(rows: pl.DataFrame, duel: bool = False, recipes: pl.DataFrame | None = None) -> Table:
@@ -111,6 +118,69 @@ def verdict(rows: pl.DataFrame) -> str:
     return f"{place}, folding leaves {fold} and the best pruning {prune}: {difference} {lead} (one network)."
 
 
+def comparison_table(found: Comparison) -> Table:
+    """A, B, their difference in points and its interval, for every method, stage and ratio; n where pairs lack some."""
+    lines = found.table.filter(pl.col("method") != DENSE)
+    ratios = lines["ratio"].unique().sort().to_list()
+    shows = dict(COMPARED)
+    if lines["n"].n_unique() == 1:
+        shows.pop("[dim]pairs[/]")
+    table = Table()
+    table.add_column("ratio removed", no_wrap=True)
+    for ratio in ratios:
+        table.add_column(f"{ratio:g}", justify="right")
+    for (stage,), of_stage in lines.group_by("stage", maintain_order=True):
+        table.add_section()
+        table.add_row(f"[dim]{escape(TITLES.get(stage, stage))}[/]")
+        for (method,), of in of_stage.group_by("method", maintain_order=True):
+            at = {line["ratio"]: line for line in of.iter_rows(named=True)}
+            for name, show in shows.items():
+                texts = (show(at[r], found.metric) if r in at else "-" for r in ratios)
+                table.add_row(f"  {name.format(escape(method))}", *texts)
+    return table
+
+
+def in_units(value: float, metric: Metric) -> str:
+    """A value that is in points (see lines.in_points) as the metric is read."""
+    return metric.number(math.exp(value / 100)) if metric.log else f"{value:.{metric.digits}f}"
+
+
+COMPARED = {
+    "{}, A": lambda at, metric: in_units(at["a"], metric),
+    "{}, B": lambda at, metric: in_units(at["b"], metric),
+    "[bold]B less A[/]": lambda at, metric: signed(at["difference"], None, metric, bare=True),
+    "[dim]95% interval[/]": lambda at, metric: (
+        "-" if at["half"] is None else around(at["difference"], at["half"], metric)
+    ),
+    "[dim]pairs[/]": lambda at, metric: f"{at['n']}",
+}
+
+
+def print_comparison(found: Comparison, names: Sequence[str]) -> None:
+    """Which two are compared and by what they differ, the table, and whether the one leaves more than the other."""
+    console = terminal()
+    for side, name, cells, alone in zip(SIDES, names, found.cells, found.alone, strict=True):
+        left = f", {alone} without a partner" if alone else ""
+        console.print(f"{side}  {name}: {cells} network{'s' * (cells != 1)}{left}", markup=False, soft_wrap=True)
+    for name, levels in found.differing.items():
+        told = " and ".join(f"{several(of)} in {side}" for side, of in zip(SIDES, levels, strict=True))
+        console.print(f"   {name}: {told}", markup=False, soft_wrap=True)
+    title = f"{found.metric.heading} over pairs of {found.unit}s"
+    if (n := found.table["n"].unique()).len() == 1:
+        title = f"{found.metric.heading} over {n[0]} pair{'s' * (n[0] != 1)} of {found.unit}s"
+    for line in found.table.filter(pl.col("method") == DENSE).iter_rows(named=True):
+        a, b = (in_units(line[side.lower()], found.metric) for side in SIDES)
+        title += f"; uncompressed {a} in A, {b} in B"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(comparison_table(found))
+    console.print(sentence(found), markup=False)
+
+
+def several(levels: Sequence[str]) -> str:
+    """ "0.01 or 0.1"; a count where there are more than anybody reads."""
+    return " or ".join(levels) if len(levels) <= MOST_LEVELS else f"{len(levels)} values"
+
+
 def speed_table(speeds: pl.DataFrame) -> Table:
     """Ratios x sizes and times: the networks of one model, timed on one kind of device."""
     lines = speed_lines(speeds)
@@ -142,12 +212,18 @@ def speed_table(speeds: pl.DataFrame) -> Table:
 
 
 def timed(line: dict[str, Any] | None) -> str:
-    """5.31 ms (2.4x), 1,234 ms (2.4x)"""
+    """ "5.31 of 12.7 ms (2.4x)": the time of a pass, and that of the uncompressed network in the same turns."""
     if line is None or line["median"] is None:
         return "-"
     faster = "" if line["speedup"] is None else f" ({line['speedup']:.1f}x)"
-    milliseconds = 1000 * line["median"]
-    return f"{milliseconds:,.0f} ms{faster}" if milliseconds >= 100 else f"{milliseconds:.3g} ms{faster}"
+    beside = "" if line.get("beside") is None else f" of {milliseconds(line['beside'])}"
+    return f"{milliseconds(line['median'])}{beside} ms{faster}"
+
+
+def milliseconds(seconds: float) -> str:
+    """ "5.31", "1,234" """
+    value = 1000 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_speeds(speeds: pl.DataFrame) -> None:
@@ -163,6 +239,20 @@ def print_speeds(speeds: pl.DataFrame) -> None:
         title = f"Size and speed of {model} on {data} ({place}{cells}); in brackets how many times as fast as dense"
         console.print(title, style="bold", markup=False, soft_wrap=True)
         console.print(speed_table(of))
-        failed = of.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
-        for runtime, reason, count in failed.iter_rows():
-            console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
+        print_doubts(of)
+
+
+def print_doubts(times: pl.DataFrame) -> None:
+    """A line for each reason why times are missing, and one where times beside each other scatter too much."""
+    console = terminal()
+    failed = times.filter(pl.col("reason") != "").group_by("runtime", "reason", maintain_order=True).len()
+    for runtime, reason, count in failed.iter_rows():
+        console.print(f"{count} times of {runtime} are missing: {reason}", markup=False, soft_wrap=True)
+    paired = with_pairs(times).fill_nan(None).drop_nulls("doubt")
+    if (wide := paired.filter(pl.col("doubt") > WIDE)).is_empty():
+        return
+    worst = wide.row(wide["doubt"].arg_max(), named=True)
+    text = f"warning: {len(wide)} of {len(paired)} speedups may be off by more than {WIDE:.0%} (the worst, "
+    text += f"{worst['runtime']} at batch {worst['batch_size']}: {worst['speedup']:.1f}x, by {worst['doubt']:.0%})"
+    fix = "time them on an idle machine, or longer with profile.seconds="
+    console.print(f"{text}: passes that followed each other differ; {fix}", markup=False, soft_wrap=True)

@@ -75,6 +75,15 @@ def signed(effect: float, half: float | None, metric: Metric, bare: bool = False
     return text if bare else f"{text}{unit(metric)}"
 
 
+def around(effect: float, half: float | None, metric: Metric) -> str:
+    """The interval of an effect alone: "±1.1"; "+3.1% to +5.5%" on a log axis, where it is not symmetric; "-": none."""
+    if half is None:
+        return "-"
+    if not metric.log:
+        return f"±{half:.{digits(half, metric)}f}"
+    return " to ".join(_per_cent(end, None) for end in (effect - half, effect + half))
+
+
 def amount(value: float, half: float | None, metric: Metric) -> str:
     """A difference without a sign: "4.2 ± 1.1 points"; "4.3% (3.1% to 5.5%)" on a log axis."""
     return signed(value, half, metric).lstrip("+") if not metric.log else _per_cent(value, half, absolute=True)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import polars as pl
 import pytest
@@ -206,17 +207,48 @@ def test_chains_of_all_cells_are_shown_as_means_and_drawn(tmp_path, report):
     assert pl.read_csv(folder / "chains.csv")["network"].unique().sort().to_list() == ["other on dots", "tiny on dots"]
 
 
-def test_by_splits_the_means_and_the_pictures(runs, report, tmp_path):
+def test_compare_shows_two_sweeps_beside_each_other(tmp_path, report):
+    for i in range(8):
+        add(tmp_path / "plain", f"p-{i}", fold=0.4 + i / 50, lr=0.1 * (i + 1))
+        add(tmp_path / "sam", f"s-{i}", fold=0.5 + i / 50 + (i % 2) / 50, lr=0.1 * (i + 1), sam={"rho": 0.05})
+    lines = report("--compare", tmp_path / "plain", tmp_path / "sam", page=True)
+    assert lines[:4] == [
+        f"A {tmp_path}/plain: 8 networks",
+        f"B {tmp_path}/sam: 8 networks",
+        "rho: 0 in A and 0.05 in B",
+        "Accuracy (%) over 8 pairs of recipes; uncompressed 90.0 in A, 90.0 in B",
+    ]
+    at = lines.index("raw (as compressed)")
+    assert lines[at + 1 : at + 5] == [
+        "fold, A 47.0 37.0",
+        "fold, B 58.0 48.0",
+        "B less A +11.0 +11.0",
+        "95% interval ±0.9 ±0.9",
+    ]
+    assert "B in place of A raises the accuracy that fold leaves at half of the channels, repaired, by 11.0 ± 0.9" in (
+        " ".join(lines)
+    )
+    one = report("--compare", tmp_path / "plain" / "p-0", tmp_path / "sam" / "s-0" / "rows.parquet")
+    assert one[0] == f"A {tmp_path}/plain/p-0: 1 network"
+    assert "n too small for a word on the accuracy that fold leaves" in " ".join(one)
+    kept = report("--compare", tmp_path / "plain", tmp_path / "sam", "--where", "lr=0.1")
+    assert "Accuracy (%) over 1 pair of networks; uncompressed 90.0 in A, 90.0 in B" in kept
+
+
+def test_by_splits_the_means_and_gives_each_a_row_of_one_picture(runs, report, tmp_path, monkeypatch):
+    drawn = Mock(side_effect=lambda groups, path, title: path.touch())
+    monkeypatch.setattr("scripts.report.plot_groups", drawn)
     lines = report(runs, "--by", "optim.name", "--by", "rho", "--plot", tmp_path / "plot.png")
     titles = [line.split(";")[0] for line in lines if line.startswith("Mean")]
     assert titles == [
         "Mean accuracy (%) over 1 done cell with optim=adam, rho=-, test samples",
         "Mean accuracy (%) over 2 done cells with optim=sgd, rho=0, test samples",
     ]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        "plot-optim=adam_rho=-.png",
-        "plot-optim=sgd_rho=0.png",
-    ]
+    assert f"wrote {tmp_path}/plot.png" in lines
+    ((groups, title),) = [(call.args[0], call.kwargs["title"]) for call in drawn.call_args_list]
+    assert list(groups) == ["optim=adam, rho=-", "optim=sgd, rho=0"]
+    assert [rows["cell"].unique().sort().to_list() for rows in groups.values()] == [["c-3"], ["a-1", "b-2"]]
+    assert title == "Mean accuracy (%)"
 
 
 @pytest.mark.parametrize(("suffix", "read"), [("csv", pl.read_csv), ("parquet", pl.read_parquet)])
@@ -265,6 +297,14 @@ def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
         (["runs", "--out", "table.xlsx"], "unknown kind of --out '.xlsx'.*choose from: .csv, .parquet"),
         (["runs", "--out", "no/such/folder.csv"], "folder.csv cannot be written"),
         (["runs", "--plot", "picture.nothing"], "picture.nothing cannot be written"),
+        ([], "no runs are named; give the folder that paths.runs named, or two with --compare A B"),
+        (["--compare", "runs", "nowhere"], "nowhere is not a folder of runs"),
+        (["--compare", "runs/f-6", "runs"], "no cell of runs/f-6 that is done has rows yet"),
+        (
+            ["--compare", "runs", "runs", "--by", "lr"],
+            "takes A, B and --where, and not --by; leave that away",
+        ),
+        (["runs", "--compare", "runs", "runs"], "--compare takes A, B and --where, and not runs; leave that away"),
         (["runs", "--page", "runs/a-1/cell.json"], "cell.json cannot be written .*; give another --page, or --no-page"),
     ],
 )
@@ -313,6 +353,29 @@ def test_sizes_and_speeds_are_medians_over_the_cells_of_a_model(tmp_path, report
         "0.5 2.50 M 100 M 10.0 MB 20 ms (4.0x) 2,560 ms 3 MB",
     ]
     assert "3 times of eager are missing: out of memory" in lines
+
+
+def test_the_dense_time_stands_beside_a_paired_one_and_a_wide_spread_is_told(tmp_path, report):
+    folder = add(tmp_path, "a-1")
+    time_networks(folder)
+    path = folder / "speed.parquet"
+    timed = pl.read_parquet(path).filter(pl.col("batch_size") == 1)
+    alone = pl.col("method") == "dense"
+
+    def lines(doubt):
+        beside = {"beside": 0.09, "doubt": doubt}
+        pairs = {name: pl.when(alone).then(float("nan")).otherwise(value) for name, value in beside.items()}
+        timed.with_columns(**pairs).write_parquet(path)
+        return report(tmp_path)
+
+    told = lines(0.05)
+    assert any(line.endswith("20 of 90 ms (4.0x) 3 MB") for line in told)
+    assert not any("warning" in line for line in told)
+    (warning,) = [line for line in lines(0.25) if "warning" in line]
+    assert warning == (
+        "warning: 1 of 1 speedups may be off by more than 10% (the worst, eager at batch 1: 4.0x, by 25%): passes that "
+        "followed each other differ; time them on an idle machine, or longer with profile.seconds="
+    )
 
 
 def test_a_damaged_file_of_speeds_is_named(tmp_path, monkeypatch, capsys):

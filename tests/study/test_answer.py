@@ -45,6 +45,20 @@ def test_folding_that_does_not_lead_is_not_said_to():
     assert "neither leads nor trails the best pruning by" in answer(lines_of(cells, tuple(LEVELS)))[1]
 
 
+def test_fewer_than_three_recipes_have_neither_an_interval_nor_a_share():
+    def left(recipes):
+        cells = [{"lr": i, "fold": 60.0 + i, "base": 90.0 + i, "prune": 50.0} for i in range(recipes)]
+        return answer(lines_of(cells, ("lr",)))[1]
+
+    two = left(2)
+    assert two == (
+        "Folding at half of the channels, repaired, leaves 60.5% (uncompressed 90.5%), and +10.5 points against the "
+        "best pruning (over 2 recipes, too few for an interval)."
+    )
+    assert "±" in left(3)
+    assert "(ahead in 100%)" in left(3)
+
+
 def test_the_headline_is_the_repaired_stage_unless_most_networks_lack_it():
     found = lines_of(grid(LEVELS, values), tuple(LEVELS))
     assert headline_place(found) == ("repaired", 0.5)

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from pipeline import results
+from pipeline.data import DATASETS
 from pipeline.results import DENSE, Row, with_facts
-from pipeline.study.pictures import plot_curves
+from pipeline.study.pictures import CLASSES, SPREAD, chance, middle_halves, plot_curves, plot_groups
 from pipeline.study.summary import dense_value, duels, foretold, gaps, headlines, last_measurement, parameters_left
 from pipeline.study.terminal import print_table, result_table
 from pipeline.tables import UserError
@@ -211,9 +212,78 @@ def test_a_panel_starts_from_the_networks_that_have_its_stage(tmp_path, monkeypa
     both = [row("a", DENSE, 0.0, 0.9), row("b", DENSE, 0.0, 0.5), row("a"), row("b"), row("a", stage="repaired")]
     plot_curves(table(both), tmp_path / "curves.png", "title")
     starts = [panel.lines[0].get_ydata()[0] for panel in drawn[0].axes]
-    dotted = [panel.lines[-1].get_label() for panel in drawn[0].axes]
     assert starts == pytest.approx([70, 90])
-    assert dotted == ["dense 70.0%", "dense 90.0%"]
+    assert [panel.texts[0].get_text() for panel in drawn[0].axes] == ["dense 70.0%", "dense 90.0%"]
+    assert [panel.get_title() for panel in drawn[0].axes] == [
+        "raw (as compressed), n = 2",
+        "repaired (statistics re-estimated), n = 1",
+    ]
+
+
+def panels_of(monkeypatch, groups, tmp_path):
+    """The figure of some groups, by the titles of its panels."""
+    drawn, real = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: (drawn.append(figure), real(figure, *args, **options))
+    )
+    plot_groups(groups, tmp_path / "groups.png", "title")
+    return drawn[0], {panel.get_title(): panel for panel in drawn[0].axes}
+
+
+def test_several_groups_are_rows_of_one_picture_with_one_legend(tmp_path, monkeypatch):
+    groups = {
+        "adam": table([row("a", DENSE, 0.0, 0.9), *cell("a", 0.7, 0.5, 0.6), row("a", stage="repaired")]),
+        "sgd": table([row("b", DENSE, 0.0, 0.8), *cell("b", 0.4, 0.3, None), row("b", "mix", acc=0.2)]),
+    }
+    figure, panels = panels_of(monkeypatch, groups, tmp_path)
+    assert list(panels) == [
+        "adam: raw (as compressed), n = 1",
+        "adam: repaired (statistics re-estimated), n = 1",
+        "sgd: raw (as compressed), n = 1",
+        "",  # the networks of sgd have nothing that is repaired
+    ]
+    assert not panels[""].axison
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fold", "l1", "l2", "mix", "dense"]
+    colors = [
+        {line.get_label(): line.get_color() for line in panels[f"{name}: raw (as compressed), n = 1"].lines}
+        for name in groups
+    ]
+    assert all(colors[0][name] == colors[1][name] for name in ("fold", "l1"))
+
+
+def test_the_spread_is_the_middle_half_of_three_networks_or_more(tmp_path, monkeypatch):
+    rows = [row(name, ratio=ratio, acc=acc + ratio / 10) for ratio in (0.2, 0.5)
+            for name, acc in (("a", 0.1), ("b", 0.3), ("c", 0.4), ("d", 0.6))]  # fmt: skip
+    rows += [row(name, "l1", acc=0.2) for name in ("a", "b")]
+    shaded = middle_halves(table(rows), "raw")
+    assert list(shaded) == ["fold"]
+    assert shaded["fold"].select("low", "high").rows() == [
+        (pytest.approx(0.27), pytest.approx(0.47)),
+        (pytest.approx(0.3), pytest.approx(0.5)),
+    ]
+    figure, panels = panels_of(monkeypatch, {"": table(rows)}, tmp_path)
+    assert list(panels) == ["raw (as compressed), n = 2 to 4"]
+    assert len(panels["raw (as compressed), n = 2 to 4"].collections) == 1
+    assert SPREAD in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_chance_is_told_where_the_classes_are_known(tmp_path, monkeypatch):
+    known = table([row(method=DENSE, ratio=0.0, acc=0.9, data="digits"), row(data="digits")])
+    accuracy = results.headline(known)
+    assert chance(known, accuracy) == 0.1
+    assert chance(table([row(data="flowers")]), accuracy) is None
+    assert chance(table([row(data="digits"), row(data="flowers")]), accuracy) is None
+    assert chance(known, results.METRICS["loss"]) is None
+    _, panels = panels_of(monkeypatch, {"": known}, tmp_path)
+    assert [text.get_text() for text in next(iter(panels.values())).texts] == ["dense 90.0%", "chance 10%"]
+
+
+def test_the_classes_are_those_of_the_data_sets():
+    """Every data set whose root does not say which pictures it holds has a row."""
+    fixed = {name for name, source in DATASETS.items() if source.kind == "pictures" and not source.root_names_data}
+    assert set(CLASSES) == fixed
+    assert len(DATASETS["digits"].load().classes) == CLASSES["digits"]
 
 
 def test_masks_are_shown_and_not_compared():
