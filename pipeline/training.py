@@ -97,6 +97,7 @@ class Training(LightningModule):
         self.decay, self.compile_net = decay, compile
         self.compiled: tuple[nn.Module, nn.Module] | None = None  # a tuple, so that it is no part of the state_dict
         self.ascent = call("optim.sam", self.build_ascent, **(sam or {}))
+        self.regressors = nn.ModuleDict()  # of the features of a teacher: trained, and no part of the network
         self.train_loss = Sums(2, mean)
         self.sums = nn.ModuleDict(
             {
@@ -199,7 +200,11 @@ class Training(LightningModule):
             self.log(f"{split}/{name}", sums, prog_bar=shown, on_step=False, on_epoch=True)
 
     def build_optimizer(self) -> Optimizer:
-        return build_optimizer(decayed(self.net, self.decay), **self.optim)
+        groups = decayed(self.net, self.decay)
+        if self.regressors:
+            groups = [*(groups if isinstance(groups[0], dict) else [{"params": groups}])]
+            groups.append({"params": list(self.regressors.parameters())})
+        return build_optimizer(groups, **self.optim)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.build_optimizer()

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -97,6 +97,9 @@ WHERE = (
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps chain chains teachers"
 ).split()
 
+# Parts of a training that are off unless their switch is set.
+SWITCHES = {"shrink": "method", "distil": "teacher"}
+
 
 def recipe_of(config: Config) -> str:
     """Name that the cells of one recipe share: of a config without its seed."""
@@ -114,8 +117,12 @@ def cell_of(config: Config) -> str:
         what["data.root"] = Path(config["data"]["root"]).name
     if config["checkpoint"] is not None:
         what["checkpoint"] = file_hash(config["checkpoint"])
-    if config.get("shrink", {}).get("method") is None:  # settings of a part that is off change nothing
-        what = {key: value for key, value in what.items() if not under(key, ["shrink"])}
+    for part, switch in SWITCHES.items():
+        chosen = config.get(part, {}).get(switch)
+        if chosen is None:  # settings of a part that is off change nothing
+            what = {key: value for key, value in what.items() if not under(key, [part])}
+        elif switch == "teacher":
+            what[f"{part}.{switch}"] = teacher_hash(chosen, config)
     architecture = Path(str(config["model"].get("architecture", "")))
     if architecture.name and architecture.is_dir():  # a folder of Hugging Face is the same wherever it lies
         what["model.architecture"] = architecture.name
@@ -134,6 +141,21 @@ def file_hash(path: str) -> str:
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def teacher_hash(name: str, config: Config) -> str:
+    """What a teacher is: one of `teachers`, or the file of this name. UserError for a file that is not there."""
+    told = teacher_told(name, config)
+    path = told.get("checkpoint")
+    return ("" if path is None else file_hash(path)) + json.dumps(told.get("model"), sort_keys=True)
+
+
+def teacher_told(name: str, config: Config) -> Config:
+    """{"checkpoint", "model"} of a teacher, each where it is said."""
+    told = (config["teachers"] or {}).get(name, {"checkpoint": name})
+    if not isinstance(told, Mapping) or not set(told) <= {"checkpoint", "model"}:
+        raise UserError(f"teachers.{name} must be {{checkpoint: FILE, model: {{name: ...}}}}, got {told!r}")
+    return dict(told)
 
 
 @lru_cache(16)  # one cell needs it several times, and hashing a large file takes a second

@@ -108,7 +108,7 @@ def test_hooks_are_gone_afterwards_also_where_the_layers_do_not_fit():
     [
         (["layer9"], "the network has no layer 'layer9'"),
         (["0:bn"], "the teacher has no layer 'bn'"),
-        ([], r"is no smaller copy of its teacher; name layers of both, such as layers=\[layer1,layer2\]"),
+        ([], r"has not the layers of its teacher; name some of both, such as layers=\[layer1,layer2\]"),
     ],
 )
 def test_layers_that_are_not_there_get_one_line(layers, message):
@@ -171,7 +171,7 @@ def test_features_that_cannot_be_matched_are_refused_before_the_work(tmp_path):
     for text, message in {
         "fold@0.5 > distil(features=1,layers=[nose])": "no layer 'nose'",
         "fold@0.5 > distil(features=1,layers=[0:3])": "differ in channels alone",
-        "fold@0.5 > distil(features=1,teacher=other)": "no smaller copy of its teacher",
+        "fold@0.5 > distil(features=1,teacher=other)": "has not the layers of its teacher",
     }.items():
         on = ground(tmp_path, teachers={"other": lambda: nn.Sequential(net(PICTURES)).eval()})
         with pytest.raises(UserError, match=message):

@@ -84,51 +84,52 @@ def hints_of(
     student: nn.Module,
     teacher: nn.Module,
     example: Example,
-    layers: Sequence[str] = (),
-    groups: Callable[[], ChannelGroups] | None = None,
+    layers: Sequence[str],
+    groups: Callable[[], ChannelGroups],
 ) -> Hints:
     """The hints of a teacher. The regressors of layers that no compression tells about are drawn at random.
 
-    layers: paths of layers whose outputs are matched; "mine:theirs" where the teacher calls its layer otherwise. None:
-        the inputs of layers that read the channels of `groups`, for a network that came from the teacher.
+    layers: paths of layers whose outputs are matched; "mine:theirs" where the teacher calls its layer otherwise. none:
+        the inputs of the layers that read the channels of `groups`, where both networks have the same layers.
     example: the arguments of both networks. groups: gives the channel groups of the teacher.
 
-    Raises UserError for a layer that is not there, for features of other shapes, and without layers for a network that
-    did not come from the teacher.
+    Raises UserError for a layer that is not there, for features of other shapes, and without layers for a network whose
+    layers are not those of the teacher.
     """
     maps = cluster_maps(student, teacher)
     if layers:
         places = [place_of(said, student, teacher) for said in layers]
     else:
-        places = [] if maps is None or groups is None else of_groups(student, teacher, groups())
+        places = of_groups(teacher, groups()) if layer_kinds(student) == layer_kinds(teacher) else []
         if not places:
             raise UserError(
-                "features: the network that learns is no smaller copy of its teacher; name layers of both, such as "
+                "features: the network that learns has not the layers of its teacher; name some of both, such as "
                 "layers=[layer1,layer2], or layers=[mine:theirs]"
             )
-    said, taught = ({}, {})
+    said: dict[int, Tensor] = {}
+    taught: dict[int, Tensor] = {}
     handles = [*tap(student, {i: (p.student, p.output) for i, p in enumerate(places)}, said)]
     handles += tap(teacher, {i: (p.teacher, p.output) for i, p in enumerate(places)}, taught)
     found = Hints(places, nn.ModuleDict(), said, taught, handles)
     try:
         for net in (student, teacher):
             output_on(net, example)
-        found.regressors.update(regressors(found, list((maps or {}).values())))
+        found.regressors.update(regressors(found, list(maps.values())))
     except BaseException:
         found.remove()
         raise
     return found
 
 
-def cluster_maps(student: nn.Module, teacher: nn.Module) -> dict[str, Tensor] | None:
+def cluster_maps(student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
     """{group: (C,) int64, the student's channel that each of the teacher's C became, -1 = dropped}.
 
     From the steps that the student went through and the teacher did not. Groups that keep all channels are left out.
-    None where the student did not begin as the teacher, or has other layers.
+    {} where the student did not go through what the teacher did.
     """
     steps, before = history(student), history(teacher)
-    if steps[: len(before)] != before or dict(layer_kinds(student)) != dict(layer_kinds(teacher)):
-        return None
+    if steps[: len(before)] != before:
+        return {}
     found: dict[str, Tensor] = {}
     for step in steps[len(before) :]:
         for name, group in step.about.get("groups", {}).items():
@@ -139,11 +140,12 @@ def cluster_maps(student: nn.Module, teacher: nn.Module) -> dict[str, Tensor] | 
     return found
 
 
-def layer_kinds(model: nn.Module) -> Iterator[tuple[str, str]]:
-    return ((name, type(module).__name__) for name, module in model.named_modules() if name)
+def layer_kinds(model: nn.Module) -> dict[str, str]:
+    """{path: class} of all layers."""
+    return {name: type(module).__name__ for name, module in model.named_modules() if name}
 
 
-def of_groups(student: nn.Module, teacher: nn.Module, groups: ChannelGroups) -> list[Place]:
+def of_groups(teacher: nn.Module, groups: ChannelGroups) -> list[Place]:
     """The place of each group: the input of the last layer that reads these channels, one for one, and no others."""
     found = []
     for group in groups:
