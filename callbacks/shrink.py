@@ -30,6 +30,7 @@ from callbacks.pacing import Pacing
 from pipeline.compression import ChannelGroup, Projection
 from pipeline.compression.certify import Certificate
 from pipeline.compression.checkpoint import save_compressed
+from pipeline.compression.choose.layers import check_own, layer_weights, own_ratios
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
@@ -134,6 +135,18 @@ class Shrink(NetworkCallback):
             self.pacing.check(int(trainer.estimated_stepping_batches))
         self._hold(self._net(pl_module))
         self.settle(trainer, pl_module, "val")
+        if self.pacing.layers:
+            self._check_layers(self._net(pl_module), self.pacing.layers)
+
+    def _check_layers(self, net: nn.Module, layers: Mapping[str, float]) -> None:
+        (recipe,) = self.chains.recipes.values()
+        check_own(layers, recipe.sizes.allocate)
+        if recipe.kind == "mask":
+            names = list(layer_weights(net))
+        else:
+            _, example, _ = self.settled("val")
+            names = [group.name for group in self.traces.of(net, example, recipe.scope.parts)]
+        own_ratios(names, self.pacing.ratio, layers)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pacing.unit == "epochs":
@@ -167,6 +180,8 @@ class Shrink(NetworkCallback):
         self._put(trainer, pl_module, smaller)
         self._hold(smaller)
         if self.rewind_to is not None:
+            if not self._early:
+                raise UserError("shrink: the checkpoint holds no weights to go back to; start anew, or drop rewind_to")
             self._early = rewound_(smaller, self._early, report.plan, self._masked)
             for optimizer in trainer.optimizers:
                 forget_(optimizer, smaller)

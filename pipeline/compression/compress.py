@@ -18,7 +18,7 @@ from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
 from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
-from pipeline.compression.choose.layers import other_units, own_ratios
+from pipeline.compression.choose.layers import check_own, other_units, own_ratios
 from pipeline.compression.choose.masks import masks_of
 from pipeline.compression.choose.methods import METHODS, GroupWeights
 from pipeline.compression.copies import bare_copy
@@ -183,8 +183,7 @@ def compressions(
     done = wanted(method, pictures is not None, options)
     check_ratios(ratios, done.sizes.round_to)
     own = own or {}
-    if own and done.sizes.allocate != "uniform":
-        raise UserError(f"a budget ({done.sizes.allocate}) decides the sizes of all groups; leave ratios of some out")
+    check_own(own, done.sizes.allocate)
     # Hooks and masks of the live model stay out of the smaller ones.
     bare = bare_copy(model, share=True)
     check_finite({name: t.detach() for name, t in named_tensors(bare).items()})

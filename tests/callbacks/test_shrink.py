@@ -436,9 +436,14 @@ def test_steps_that_make_no_sense_get_one_line(options, message):
     [
         ({"after": 12, "every_n_batches": 1}, {}, "the last of 1 steps comes after 12 batches, and training has 12"),
         ({"every_n_batches": 1}, {"accumulate_grad_batches": 2}, "would lose gradients that are accumulated"),
-        ({"layers": {"nose": 0.1}}, {}, "no name begins with 'nose', which has a ratio; there are "),
+        ({"layers": {"nose": 0.1}, "after": 1}, {}, "no name begins with 'nose', which has a ratio; there are "),
+        ({"layers": {"nose": 0.1}, "after": 1, "method": "lamp"}, {}, "there are 0.weight, 3.weight, 8.weight"),
         ({"layers": {"0": 1.0}}, {}, r"ratio 1\.0 of '0' is out of range"),
-        ({"layers": {"0": 0.1}, "method": "l1+params"}, {}, r"a budget \(params\) decides the sizes of all groups"),
+        (
+            {"layers": {"0": 0.1}, "after": 1, "method": "l1+params"},
+            {},
+            r"a budget \(params\) decides the sizes of all groups",
+        ),
     ],
 )
 def test_steps_that_the_training_cannot_have_are_refused_at_the_start(tmp_path, options, trainer, message):

@@ -53,6 +53,12 @@ def own_ratios(names: Sequence[str], ratio: float, own: Mapping[str, float]) -> 
     return {name: own[max(found, key=len)] if found else ratio for name, found in fitting.items()}
 
 
+def check_own(own: Mapping[str, float], allocate: str) -> None:
+    """UserError for ratios of some groups beside a budget, which decides the sizes of all of them."""
+    if own and allocate != "uniform":
+        raise UserError(f"a budget ({allocate}) decides the sizes of all groups; leave ratios of layers out")
+
+
 def _weight(module: nn.Module, name: str) -> LayerWeight | None:
     if isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight"):
         return LayerWeight("neurons", inputs=1)
