@@ -55,7 +55,8 @@ def test_a_mask_holds_where_a_file_is_trained_on(tmp_path: Path):
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(PICTURES, LABELS), 16))
+    data = DataLoader(TensorDataset(PICTURES, LABELS), 16)
+    trainer.fit(module, data, data)
     for name, zero in zeros(masked).items():
         weight = module.net.get_parameter(name)
         assert not weight[zero].any(), name

@@ -339,14 +339,17 @@ def test_a_run_that_is_cut_off_within_an_epoch_is_bit_identical(tmp_path, method
             if trainer.global_step == 8:
                 trainer.save_checkpoint(tmp_path / "cut.ckpt")
 
-    def trained(*callbacks: Callback, **options) -> Training:
+    def trained(*callbacks: Callback, place: dict | None = None, **options) -> Training:
         module, shrink = task("adam"), Shrink(method, 0.6, after=4, steps=2, every_n_batches=4, rewind_to=1)
         loader = ResumableLoader(TRAIN, 16, sampler=Shuffle(TRAIN, num_replicas=1, rank=0))
+        if place:
+            loader.load_state_dict({**loader.state_dict(), **place})
         trainer_for(tmp_path, [shrink, *callbacks], 3).fit(module, loader, DataLoader(VAL, 32), **options)
         return module
 
     whole = trained(Keep())
-    resumed = trained(ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+    there = {"epoch": 1, "windows": 2 * 16}
+    resumed = trained(place=there, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
     assert history(resumed.net) == history(whole.net)
     assert len(history(whole.net)) == 4
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
