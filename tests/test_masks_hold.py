@@ -24,10 +24,12 @@ def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1}
 
 
-@pytest.mark.parametrize("mask", ["magnitude@0.5", "n_m@0.5"])
-def test_a_mask_holds_through_every_later_stage_and_reload(tmp_path, mask):
-    chain = parse_chain(f"{mask} > {BEHIND}")
-    rows = rows_of([f"{mask} > {BEHIND}"], ground(tmp_path))
+@pytest.mark.parametrize(
+    "text", [f"magnitude@0.5 > {BEHIND}", "n_m@0.5 > tune(lr=0.01) > quantize(bits=4,rounding=gptq) > repair"]
+)
+def test_a_mask_holds_through_every_later_stage_and_reload(tmp_path, text):
+    chain = parse_chain(text)
+    rows = rows_of([text], ground(tmp_path))
     assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]
     fresh = ground(tmp_path)  # knows nothing but the files
     made = {beginning: network_of(beginning, fresh) for beginning in nodes([chain])}
