@@ -45,7 +45,7 @@ def test_a_mask_holds_through_every_later_stage_and_reload(tmp_path, text):
 def test_a_mask_holds_where_a_file_is_trained_on(tmp_path: Path):
     masked, _ = compress(net(), PICTURES[:1], "magnitude", 0.5)
     save_compressed(masked, tmp_path / "masked.safetensors")
-    loaded, _ = load_compressed(tmp_path / "masked.safetensors", net())
+    loaded, _ = load_compressed(tmp_path / "masked.safetensors", net().train())
     before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
     module = Training(
         loaded,
