@@ -2,11 +2,14 @@
 
     Trainer(callbacks=[Shrink("mix", ratio=0.5, after=10)])                            # one shot, then fine-tuning
     Trainer(callbacks=[Shrink("l1", ratio=0.7, after=10, steps=5, every_n_epochs=2)])  # compress, tune, repeat
+    Trainer(callbacks=[Shrink("magnitude", 0.9, after=500, steps=50, every_n_batches=100, pace="cubic")])
+    Trainer(callbacks=[Shrink("magnitude", 0.8, after=9, steps=4, every_n_epochs=9, rewind_to=1)])  # a lottery ticket
     Trainer(callbacks=[Shrink("random", ratio=0.5)])           # a network of that size from scratch: a control
 
 The optimizer, its schedule, its accumulated state and SAM go on with the parameters that are left.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +26,12 @@ from torch.optim import Optimizer
 
 from callbacks.loaders import Data
 from callbacks.network import NetworkCallback
+from callbacks.pacing import Pacing
+from callbacks.rewind import check_rewind, forget_, rewound_
 from pipeline.compression import ChannelGroup, Projection
 from pipeline.compression.certify import Certificate
 from pipeline.compression.checkpoint import save_compressed
+from pipeline.compression.choose.layers import check_own, layer_weights, own_ratios
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
@@ -34,6 +40,7 @@ from pipeline.compression.plan import Step, history, numbers, steps_of, told, we
 from pipeline.compression.report import GroupReport, LayerReport, Report, step_of
 from pipeline.entries import chains
 from pipeline.stages import State, compressed
+from pipeline.stages.tune import masks
 from pipeline.tables import UserError
 from pipeline.tasks import Task
 
@@ -42,26 +49,33 @@ TUNED = "tuned"  # stage, in a saved file, of a network that was trained on afte
 REPORTS = {"groups": GroupReport, "layers": LayerReport}  # parts of the report that older checkpoints hold
 
 
+NO_ACCUMULATION = (
+    "shrink: a step between batches would lose gradients that are accumulated; say every_n_epochs, or "
+    "accumulate_grad_batches=1"
+)
 NO_AVERAGES = "shrink: averaged weights (EMA) keep their old shapes; train without optim.ema"
 
 
 class Shrink(NetworkCallback):
-    """Compress the network itself at the start of some epochs; what follows trains the smaller one.
+    """Compress the network itself at some epochs or batches; what follows trains the smaller one.
 
     method: the spelling of a recipe, as those of CompressionCallback; the weights of a mask then stay zero
     ratio: fraction of every group's channels (or of the weights) that is gone in the end, 0 < r < 1
     after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
         control of the same size from scratch (methods "l1", "random")
-    steps: after step i of n, the fraction (1 - ratio)^(i/n) of the channels is left, so every step removes the same
-        fraction of the channels that it finds; 1: one shot
-    every_n_epochs: epochs of tuning between two steps
+    steps, every_n_epochs, every_n_batches, pace, layers: see `Pacing`; by default one shot
+    rewind_to: after every step, weights go back to those that they were after so many epochs (batches, where steps are
+        by batch), with the same channels merged or dropped, or the same weights masked, and the optimizer begins anew;
+        0: to those of the start (arXiv:1803.03635), later ones are better for large networks (arXiv:1912.05671);
+        None: weights stay as they are. The schedule of the learning rate is that of the module
     round_to, parts, network, task, eval_data, repair_data, repair_size, batch_size, seed: as in CompressionCallback
     save_to: file for the final network (see `pipeline.compressed.load`), None: it is in the checkpoints alone;
         architecture: what builds it at full size, as in CompressionCallback
 
     Kept channels keep their optimizer state (momentum, ...); the state of merged channels is merged as their weights
-    are. Logs `shrink/ratio`, `shrink/params` and `shrink/macs` at each step. A run that is resumed has the sizes of its
-    checkpoint (see `pipeline.training.Training.on_load_checkpoint`, which a module of your own needs, too).
+    are. Logs `shrink/ratio`, `shrink/params` and `shrink/macs` at each step, and `shrink/sparsity/WEIGHT` of masks. A
+    run that is resumed has the sizes of its checkpoint (see `pipeline.training.Training.on_load_checkpoint`, which a
+    module of your own needs, too).
 
     Raises UserError for steps that training does not reach, under strategies that fork or spawn processes, for a
     network of torch.compile, and beside WeightAveraging (EMA), whose average has the old shapes.
@@ -74,6 +88,10 @@ class Shrink(NetworkCallback):
         after: int = 0,
         steps: int = 1,
         every_n_epochs: int = 1,
+        every_n_batches: int | None = None,
+        pace: str = "geometric",
+        layers: Mapping[str, float] | None = None,
+        rewind_to: int | None = None,
         round_to: int = 1,
         parts: Sequence[str] = DEFAULT_PARTS,
         network: str = "net",
@@ -88,7 +106,10 @@ class Shrink(NetworkCallback):
     ) -> None:
         tree = chains([method], [ratio], ["raw"], round_to, seed, parts)
         super().__init__(tree, task, network, eval_data, repair_data, repair_size, batch_size)
-        self.ratios = ratios_of_steps(ratio, after, steps, every_n_epochs)
+        self.pacing = Pacing(ratio, after, steps, every_n_epochs, every_n_batches, pace, layers)
+        self.rewind_to = rewind_to
+        check_rewind(rewind_to, self.pacing)
+        self._early: dict[str, Tensor] = {}  # tensors to go back to, in the sizes that the network has now
         self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
         self._resumed = False
         self._began = 0  # how many stages the network had been through before training
@@ -98,8 +119,10 @@ class Shrink(NetworkCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            check_steps(self.ratios, trainer.max_epochs)
+        if self.pacing.unit == "epochs" and trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            self.pacing.check(trainer.max_epochs)
+        if self.pacing.unit == "batches" and trainer.accumulate_grad_batches > 1:
+            raise UserError(NO_ACCUMULATION)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise UserError("shrink: forked or spawned processes cannot give back a network of another size; use 'ddp'")
         if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
@@ -108,21 +131,48 @@ class Shrink(NetworkCallback):
             raise UserError("shrink: a network of torch.compile was compiled for its old shapes; train it as it is")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse at the start any setting that would fail at the epoch of a step."""
+        """Refuse at the start any setting that would fail at a step."""
+        if self.pacing.unit == "batches" and 0 <= trainer.estimated_stepping_batches < math.inf:
+            self.pacing.check(int(trainer.estimated_stepping_batches))
         self._hold(self._net(pl_module))
         self.settle(trainer, pl_module, "val")
+        if self.pacing.layers:
+            self._check_layers(self._net(pl_module), self.pacing.layers)
+
+    def _check_layers(self, net: nn.Module, layers: Mapping[str, float]) -> None:
+        (recipe,) = self.chains.recipes.values()
+        check_own(layers, recipe.sizes.allocate)
+        if recipe.kind == "mask":
+            names = list(layer_weights(net))
+        else:
+            _, example, _ = self.settled("val")
+            names = [group.name for group in self.traces.of(net, example, recipe.scope.parts)]
+        own_ratios(names, self.pacing.ratio, layers)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ratio = self.ratios.get(trainer.current_epoch)
-        if ratio is None:
-            return
-        net = self._net(pl_module)
-        self._remember_tuning_(net, trainer.current_epoch)
+        if self.pacing.unit == "epochs":
+            self._at(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.pacing.unit == "batches":
+            self._at(trainer, pl_module, self._place(trainer))
+
+    def _at(self, trainer: Trainer, pl_module: LightningModule, place: int) -> None:
+        """What is to be done before the epoch, or the batch, of this number."""
+        if place == self.rewind_to:
+            self._early = {name: t.detach().clone() for name, t in named_tensors(self._net(pl_module)).items()}
+        if place in self.pacing.ratios:
+            self._step_(trainer, pl_module, place)
+
+    def _step_(self, trainer: Trainer, pl_module: LightningModule, place: int) -> None:
+        net, ratio = self._net(pl_module), self.pacing.ratios[place]
+        self._remember_tuning_(net, place)
         (recipe,) = self.chains.recipes.values()
         with isolate_rng(), torch.no_grad():
             still = bare_copy(net, share=True).eval()
             supplies = self.supplies(trainer, pl_module, still, "val")
-            state = next(compressed(State(still), recipe, [ratio], supplies, full_sizes(self._steps(net))))
+            full, own = full_sizes(self._steps(net)), self.pacing.of_layers(place)
+            state = next(compressed(State(still), recipe, [ratio], supplies, full, own))
         smaller, report = state.model, state.report
         for ours, theirs in zip(smaller.modules(), net.modules(), strict=True):
             ours.training = theirs.training
@@ -130,7 +180,14 @@ class Shrink(NetworkCallback):
             follow_(optimizer, net, smaller, report.plan.groups, report.plan.projections)
         self._put(trainer, pl_module, smaller)
         self._hold(smaller)
+        if self.rewind_to is not None:
+            if not self._early:
+                raise UserError("shrink: the checkpoint holds no weights to go back to; start anew, or drop rewind_to")
+            self._early = rewound_(smaller, self._early, report.plan, self._masked)
+            for optimizer in trainer.optimizers:
+                forget_(optimizer, smaller)
         sizes = {"ratio": ratio, "params": report.params_after, "macs": report.macs_after}
+        sizes |= {f"sparsity/{layer.name}": layer.sparsity for layer in report.layers}
         pl_module.log_dict({f"shrink/{name}": float(value) for name, value in sizes.items()})
 
     @torch.no_grad()
@@ -138,7 +195,7 @@ class Shrink(NetworkCallback):
         for weight, mask in self._masked:
             weight.mul_(mask)
         # At every batch, so that it is known whichever callback measures or saves the network, and when.
-        self._remember_tuning_(self._net(pl_module), trainer.current_epoch + 1)
+        self._remember_tuning_(self._net(pl_module), self._place(trainer, 1))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._resumed:
@@ -146,7 +203,7 @@ class Shrink(NetworkCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = self._net(pl_module)
-        self._remember_tuning_(net, trainer.current_epoch)
+        self._remember_tuning_(net, self._place(trainer))
         if self.save_to is None or not self._steps(net) or not trainer.is_global_zero:
             return
         with self.once.instead(f"{self.save_to} cannot be written"):
@@ -157,14 +214,20 @@ class Shrink(NetworkCallback):
         """The steps that the network went through in this training."""
         return history(net)[self._began :]
 
-    def _remember_tuning_(self, net: nn.Module, epoch: int) -> None:
-        """Add the epochs since the last step to the network's history, as one step, also where training was resumed."""
-        steps = [before for before in self.ratios if before < epoch]
+    def _place(self, trainer: Trainer, running: int = 0) -> int:
+        """How many epochs, or batches, of the training are over. running: epochs that are under way and count"""
+        if self.pacing.unit == "epochs":
+            return trainer.current_epoch + running
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _remember_tuning_(self, net: nn.Module, place: int) -> None:
+        """Add what was trained since the last step to the network's history, as one step, also in a resumed run."""
+        steps = [before for before in self.pacing.ratios if before < place]
         if not self._steps(net) or not steps:
             return
         chain = history(net)
         known = chain[:-1] if chain and chain[-1].stage == TUNE else chain
-        went_through_(net, (*known, Step(TUNE, {"epochs": epoch - max(steps)})))
+        went_through_(net, (*known, Step(TUNE, {self.pacing.unit: place - max(steps)})))
 
     # --- resuming
 
@@ -182,18 +245,17 @@ class Shrink(NetworkCallback):
             went_through_(self._net(pl_module), [step_of_report(report)])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"began": self._began}
+        return {"began": self._began} | ({"early": self._early} if self._early else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._began, self._resumed = state_dict.get("began", 0), True
+        self._early = dict(state_dict.get("early", {}))
 
     # --- the network
 
     def _hold(self, net: nn.Module) -> None:
-        """Remember which weights a mask has set to zero, so that training keeps them zero."""
-        tensors = named_tensors(net)
-        names = {name for step in self._steps(net) for name in step.about.get("layers", ())}
-        self._masked = [(tensors[name].data, tensors[name].detach() != 0) for name in sorted(names)]
+        """Remember which weights a mask has set to zero, in this training or before, so that training keeps them so."""
+        self._masked = masks(net)
 
     def _put(self, trainer: Trainer, pl_module: LightningModule, net: nn.Module) -> None:
         owner, _, name = self.network.rpartition(".")
@@ -201,25 +263,6 @@ class Shrink(NetworkCallback):
         if isinstance(trainer.strategy, DDPStrategy):  # DDP's gradient buckets hold the old parameters
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
-
-
-def ratios_of_steps(ratio: float, after: int, steps: int, every_n_epochs: int) -> dict[int, float]:
-    """{epochs before the step: fraction of the channels that is gone after it}"""
-    for name, value, least in (("after", after, 0), ("steps", steps, 1), ("every_n_epochs", every_n_epochs, 1)):
-        if value != int(value) or value < least:
-            raise UserError(f"{name} {value} must be a whole number of at least {least}")
-    if not 0 < ratio < 1:
-        raise UserError(f"ratio {ratio} is out of range: the fraction of channels to remove is 0 < ratio < 1")
-    return {after + i * every_n_epochs: 1 - (1 - ratio) ** ((i + 1) / steps) for i in range(steps)}
-
-
-def check_steps(ratios: Mapping[int, float], epochs: int) -> None:
-    """UserError where the last of the steps, as `ratios_of_steps` gives them, comes when training is over."""
-    if epochs <= (last := max(ratios)):
-        raise UserError(
-            f"shrink: the last of {len(ratios)} steps comes after {last} epochs, and training has {epochs}; "
-            "train for more epochs, or lower steps, after or every_n_epochs"
-        )
 
 
 def follow_(

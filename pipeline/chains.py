@@ -37,6 +37,7 @@ from pipeline.onnx_network import OnnxNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
 from pipeline.stages import TAILS, Chain, Compress, Stage, State, Supplies, parse_tail, spell_chain
 from pipeline.stages.chain import advanced
+from pipeline.stages.distil import Distil
 from pipeline.stages.stage import is_number
 from pipeline.stages.tune import check_source
 from pipeline.tables import UserError, one_line
@@ -139,6 +140,10 @@ def ready(chains: Sequence[Chain], ground: Ground) -> None:
             check_alike(*answers)
         except UserError as error:
             raise UserError(f"teacher {name!r}: {error}") from error
+    for chain in chains:
+        for stage in chain:
+            if isinstance(stage, Distil):
+                stage.check(supplies)
 
 
 @torch.no_grad()

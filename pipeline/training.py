@@ -17,6 +17,7 @@ from pipeline.compression.plan import steps_of, went_through_
 from pipeline.compression.trace.graph import call_arguments
 from pipeline.optim import build_optimizer, build_schedule, decayed
 from pipeline.optim.sam import Ascent, frozen_statistics
+from pipeline.stages.tune import masks
 from pipeline.tables import UserError, call, pick
 from pipeline.tasks import Task
 
@@ -56,7 +57,8 @@ def mean(totals: Tensor) -> float:
 class Training(LightningModule):
     """Trains `net` by the loss of a task. Logs {train,val,test}/{metric} for every metric of it.
 
-    train/loss is the loss that is trained on, smoothed labels included, before penalties.
+    Weights that a mask removed before stay zero. train/loss is the loss that is trained on, smoothed labels included,
+    before penalties.
 
     task: one whose metrics are known, such as Classification("multiclass"). It is not settled on the first batch,
         because labels may be mixed in training alone
@@ -97,6 +99,8 @@ class Training(LightningModule):
         self.decay, self.compile_net = decay, compile
         self.compiled: tuple[nn.Module, nn.Module] | None = None  # a tuple, so that it is no part of the state_dict
         self.ascent = call("optim.sam", self.build_ascent, **(sam or {}))
+        self.masked: list[tuple[Tensor, Tensor]] = []
+        self.regressors = nn.ModuleDict()  # of the features of a teacher: trained, and no part of the network
         self.train_loss = Sums(2, mean)
         self.sums = nn.ModuleDict(
             {
@@ -135,6 +139,14 @@ class Training(LightningModule):
             raise UserError(
                 f"SAM's step is lost in weights of precision {self.trainer.precision!r}; use 'bf16-mixed' or '32-true'"
             )
+
+    def on_train_start(self) -> None:
+        self.masked = masks(self.net)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        for weight, kept in self.masked:
+            weight.mul_(kept)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.ascent is None:
@@ -199,7 +211,11 @@ class Training(LightningModule):
             self.log(f"{split}/{name}", sums, prog_bar=shown, on_step=False, on_epoch=True)
 
     def build_optimizer(self) -> Optimizer:
-        return build_optimizer(decayed(self.net, self.decay), **self.optim)
+        groups = decayed(self.net, self.decay)
+        if self.regressors:
+            groups = [*(groups if isinstance(groups[0], dict) else [{"params": groups}])]
+            groups.append({"params": list(self.regressors.parameters())})
+        return build_optimizer(groups, **self.optim)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.build_optimizer()

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks import CompressionCallback, EpochSeed, Shrink, Throughput
+from callbacks.pacing import Pacing
 from callbacks.progress import progress
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
-from callbacks.shrink import NO_AVERAGES, TUNED, check_steps, ratios_of_steps
+from callbacks.shrink import NO_ACCUMULATION, NO_AVERAGES, TUNED
 from pipeline.cells import flat
 from pipeline.compressed import load_as
 from pipeline.compression.checkpoint import is_compressed, source_of
@@ -88,6 +89,10 @@ AT_REST: dict[str, tuple[Any, ...]] = {
     "checkpoint_prefix": (None,),
     "compression.sharpness": (None, False),
     "compression.corruptions": (None,),
+    "shrink.every_n_batches": (None,),
+    "shrink.pace": ("geometric",),
+    "shrink.layers": (None,),
+    "shrink.rewind_to": (0,),
 }
 
 # Settings that say where a cell runs and what it shows, which leaves its results alone, so its name leaves them out.
@@ -96,6 +101,9 @@ WHERE = (
     "paths wandb device named save_every_n_steps data.root data.workers data.download data.cache trainer.accelerator "
     "trainer.enable_progress_bar trainer.enable_model_summary trainer.log_every_n_steps chain chains teachers"
 ).split()
+
+# Parts of a training that are off unless their switch is set.
+SWITCHES = {"shrink": "method", "distil": "teacher"}
 
 
 def recipe_of(config: Config) -> str:
@@ -114,8 +122,12 @@ def cell_of(config: Config) -> str:
         what["data.root"] = Path(config["data"]["root"]).name
     if config["checkpoint"] is not None:
         what["checkpoint"] = file_hash(config["checkpoint"])
-    if config.get("shrink", {}).get("method") is None:  # settings of a part that is off change nothing
-        what = {key: value for key, value in what.items() if not under(key, ["shrink"])}
+    for part, switch in SWITCHES.items():
+        chosen = config.get(part, {}).get(switch)
+        if chosen is None:  # settings of a part that is off change nothing
+            what = {key: value for key, value in what.items() if not under(key, [part])}
+        elif switch == "teacher":
+            what[f"{part}.{switch}"] = teacher_hash(chosen, config)
     architecture = Path(str(config["model"].get("architecture", "")))
     if architecture.name and architecture.is_dir():  # a folder of Hugging Face is the same wherever it lies
         what["model.architecture"] = architecture.name
@@ -134,6 +146,21 @@ def file_hash(path: str) -> str:
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def teacher_hash(name: str, config: Config) -> str:
+    """What a teacher is: one of `teachers`, or the file of this name. UserError for a file that is not there."""
+    told = teacher_told(name, config)
+    path = told.get("checkpoint")
+    return ("" if path is None else file_hash(path)) + json.dumps(told.get("model"), sort_keys=True)
+
+
+def teacher_told(name: str, config: Config) -> Config:
+    """{"checkpoint", "model"} of a teacher, each where it is said."""
+    told = (config["teachers"] or {}).get(name, {"checkpoint": name})
+    if not isinstance(told, Mapping) or not set(told) <= {"checkpoint", "model"}:
+        raise UserError(f"teachers.{name} must be {{checkpoint: FILE, model: {{name: ...}}}}, got {told!r}")
+    return dict(told)
 
 
 @lru_cache(16)  # one cell needs it several times, and hashing a large file takes a second
@@ -257,8 +284,9 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
     optim = config["optim"]
     loss = {key: optim[key] for key in ("l1", "l2", "sam", "decay")}
     loss |= {key: config[key] for key in ("label_smoothing", "compile")}
-    shrink, epochs = config["shrink"], config["trainer"]["max_epochs"]
-    restarts = [epoch / epochs for epoch in shrink_steps(config)] if shrink["rewind"] else []
+    pacing = shrink_pacing(config)
+    steps = list(pacing.ratios) if pacing and rewound(config) else []
+    restarts = [place / training_length(config, data) for place in steps]
     task = call(
         "optim",
         Training,
@@ -312,20 +340,48 @@ def check_validation(config: Config, data: LightningDataModule) -> None:
     )
 
 
-def shrink_steps(config: Config) -> dict[int, float]:
-    """{epochs before a step of `shrink`: ratio after it}; {} where shrink is off"""
+# What goes back after a step of `shrink`: nothing; the learning rate's schedule, which starts anew
+# (arXiv:2003.02389); or weights, too (arXiv:1803.03635).
+REWINDS: dict[str, str | None] = {"false": None, "true": "rate", "weights": "weights"}
+
+
+def rewound(config: Config) -> str | None:
+    """What goes back after a step, in the words of REWINDS."""
+    return pick("shrink.rewind", REWINDS, str(config["shrink"]["rewind"]).lower())
+
+
+def shrink_pacing(config: Config) -> Pacing | None:
+    """The steps of `shrink`; None where it is off"""
     options = config["shrink"]
     if options["method"] is None:
-        return {}
-    return call("shrink", ratios_of_steps, **without(options, "method", "rewind"))
+        return None
+    return call("shrink", Pacing, **without(options, "method", "rewind", "rewind_to"))
+
+
+def training_length(config: Config, data: LightningDataModule) -> int:
+    """The epochs, or the batches, of the training, in the unit of the steps of `shrink`."""
+    trainer, pacing = config["trainer"], shrink_pacing(config)
+    epochs = trainer["max_epochs"]
+    if pacing is None or pacing.unit == "epochs":
+        return epochs
+    batches, limit = len(data.train_dataloader()), trainer.get("limit_train_batches")
+    if isinstance(limit, float):
+        batches = int(batches * limit)
+    return epochs * (min(batches, limit) if isinstance(limit, int) else batches)
 
 
 def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> list[Callback]:
     if config["shrink"]["method"] is None:
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
-    options |= without(config["shrink"], "rewind")
-    check_steps(shrink_steps(config), config["trainer"]["max_epochs"])
+    options |= without(config["shrink"], "rewind", "rewind_to")
+    pacing = shrink_pacing(config)
+    assert pacing is not None
+    pacing.check(training_length(config, data))
+    if rewound(config) == "weights":
+        options["rewind_to"] = config["shrink"]["rewind_to"]
+    if pacing.unit == "batches" and config["trainer"]["accumulate_grad_batches"] > 1:
+        raise UserError(NO_ACCUMULATION)
     if config["optim"]["ema"]:
         raise UserError(NO_AVERAGES)
     file = Entry(options["method"], options["ratio"], TUNED).file

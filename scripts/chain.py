@@ -22,8 +22,7 @@ from torch import nn
 from pipeline.batches import Passes, sample
 from pipeline.chains import Ground, Node, ready
 from pipeline.chains import run as run_chains
-from pipeline.compressed import load
-from pipeline.compression.checkpoint import digest_of, is_compressed, stored_tensors
+from pipeline.compression.checkpoint import digest_of, stored_tensors
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.evaluate import settle
 from pipeline.export import need_onnx
@@ -41,13 +40,14 @@ from scripts.arguments import quoted
 from scripts.build import (
     Config,
     architecture_of,
-    build_net,
     file_hash,
     row_context,
     task_of,
+    teacher_hash,
     without,
     without_weights,
 )
+from scripts.teachers import teacher
 
 CHAINS = ("chain", "chains")  # settings
 BATCH_SIZES = {"pictures": [1, 128], "text": [1, 8]}  # to time networks with
@@ -147,24 +147,6 @@ def name_of(config: Config, net: nn.Module) -> str:
         "seed": config["seed"],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def teacher(name: str, config: Config, data: LightningDataModule, device: torch.device) -> nn.Module:
-    """A teacher: one of `teachers`, {name: {checkpoint: FILE, model: {...}}}, or a file of this model's weights."""
-    told = (config["teachers"] or {}).get(name, {"checkpoint": name})
-    if not isinstance(told, Mapping) or not set(told) <= {"checkpoint", "model"}:
-        raise UserError(f"teachers.{name} must be {{checkpoint: FILE, model: {{name: ...}}}}, got {told!r}")
-    path, model = told.get("checkpoint"), told.get("model", config["model"])
-    if path is not None and is_compressed(path) and "model" not in told:
-        return load(path)[0].to(device).eval()
-    net = build_net({"checkpoint": path, "model": model}, data)
-    return net.to(device).eval()
-
-
-def teacher_hash(name: str, config: Config) -> str:
-    told = (config["teachers"] or {}).get(name, {"checkpoint": name})
-    path = told.get("checkpoint") if isinstance(told, Mapping) else None
-    return "" if path is None else file_hash(path) + json.dumps(told.get("model"), sort_keys=True)
 
 
 def training_of(data: LightningDataModule, move: Callable[[Batch], Batch]) -> Training:

@@ -48,6 +48,7 @@ from pipeline.tables import UserError, call, one_line, pick
 from pipeline.tasks.task import Batch
 from scripts.arguments import checked, quoted, refuse
 from scripts.build import (
+    SWITCHES,
     WHERE,
     Config,
     architecture_of,
@@ -78,7 +79,8 @@ from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 from scripts.train import quiet
 
-TRAINING = "seed checkpoint optim label_smoothing data trainer shrink".split()  # settings that say how a run trained
+# Settings that say how a run trained.
+TRAINING = "seed checkpoint optim label_smoothing data trainer shrink distil".split()
 GRID = ("methods", "ratios", "stages", "parts", "save")  # settings of the grid that chains take the place of
 SHORT = GRID  # short for compression.methods, ...
 REPAIR_SIZE = "compression.repair_size"  # the one setting of compression that chains draw on
@@ -148,8 +150,9 @@ def settings_of_run(checkpoint: str) -> Config:
         warnings.warn(f"how {checkpoint} was trained is not known: {error}", RuntimeWarning, stacklevel=2)
         return {}
     told = record["config"] if record else {}
-    if (told.get("shrink") or {}).get("method") is None:  # settings of a part that is off change nothing
-        told = without(told, "shrink")
+    for part, switch in SWITCHES.items():  # settings of a part that is off change nothing
+        if (told.get(part) or {}).get(switch) is None:
+            told = without(told, part)
     if told.get("checkpoint"):
         told = {**told, "checkpoint": Path(told["checkpoint"]).name}
     return {key: value for key, value in flat(told).items() if under(key, TRAINING) and not under(key, WHERE)}

@@ -52,12 +52,13 @@ def name_of(experiment: str, overrides: Sequence[str], beside: Sequence[str]) ->
 
 
 def tags_of(config: dict[str, Any]) -> tuple[str, ...]:
-    """Model, data and optimizer, and each part of the recipe that is on: sam, l1, l2, ema, shrink, mixup, cutmix."""
+    """Model, data and optimizer, and each part of the recipe that is on: sam, l1, l2, ema, shrink, distil, ..."""
     optim, data = config["optim"], config["data"]
     on = {
         "sam": optim["sam"]["rho"],
         **{name: optim[name] for name in ("l1", "l2", "ema")},
         "shrink": config["shrink"]["method"],
+        "distil": config["distil"]["teacher"],
         **{name: data.get(name) for name in ("mixup", "cutmix")},
     }
     tags = [

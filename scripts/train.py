@@ -46,6 +46,7 @@ from scripts.chain import chains_in, chosen_device, prepared, quoted_chains, tim
 from scripts.chain import show as show_chains
 from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
+from scripts.teachers import learning
 
 CHECKPOINT = "last.ckpt"
 
@@ -94,7 +95,7 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     """Build everything; returns the training."""
     lightning.seed_everything(config["seed"], verbose=False)
     data = build_data(config)
-    task = build_task(config, data)
+    task = learning(build_task(config, data), config, data)
     check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
     if config["compression"]["round_to"] > 1:  # at the start of the training it would be refused too late

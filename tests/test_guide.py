@@ -54,6 +54,9 @@ RUN: dict[str, dict[str, str]] = {
         "data.root": "cifar10.npz", "model.width": "4", "trainer.max_epochs": "2", "shrink.after": "0",
         "shrink.steps": "2", "shrink.every_n_epochs": "1",
     },
+    "shrink.steps=20": {
+        "data.root": "cifar10.npz", "model.width": "4", "shrink.steps": "2", "shrink.every_n_batches": "1",
+    },
     "experiment=cifar10_resnet18 shrink": {"data.root": "cifar10.npz", "model.width": "4", "shrink.after": "0"},
     "experiment=cifar10_resnet18": {"data.root": "cifar10.npz", "model.width": "4"},
     "data=folder": {"data.batch_size": "2", "data.val_fraction": "0.5", "paths.runs": "runs"},

@@ -18,7 +18,7 @@ from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
 from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
-from pipeline.compression.choose.layers import other_units
+from pipeline.compression.choose.layers import check_own, other_units, own_ratios
 from pipeline.compression.choose.masks import masks_of
 from pipeline.compression.choose.methods import METHODS, GroupWeights
 from pipeline.compression.copies import bare_copy
@@ -66,6 +66,7 @@ class Network:
     counted: a cache of MACs for this architecture.
     target: what readers are solved for on the pictures, a row of TARGETS.
     certify: whether reports hold certificates (see certify.py).
+    own: ratios that some groups, or masked weights, have in place of the given one (see layers.own_ratios).
     """
 
     model: nn.Module
@@ -78,6 +79,7 @@ class Network:
     counted: Counted = field(default_factory=Counted)
     target: str = "mend"
     certify: bool = True
+    own: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -153,6 +155,7 @@ def compressions(
     full: Mapping[str, int] | None = None,
     seed: int = 0,
     certify: bool = True,
+    own: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Iterator[Compressed]:
     """`compress` for several ratios, one at a time: an iterator, so that only one smaller model need be in memory.
@@ -170,6 +173,8 @@ def compressions(
     seed: for methods that draw at random.
     certify: state the least errors of any pruning and any projection beside the method's (see certify.py); False saves
         the eigenvalues of every group's Gram matrix, 2 s for 3,072 channels.
+    own: {beginning of the name of a group, or of a masked weight: its own ratio, in place of the given one; 0 leaves it
+        whole}; not with a budget, which decides the sizes itself.
     options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
         approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method itself.
 
@@ -177,12 +182,15 @@ def compressions(
     """
     done = wanted(method, pictures is not None, options)
     check_ratios(ratios, done.sizes.round_to)
+    own = own or {}
+    check_own(own, done.sizes.allocate)
     # Hooks and masks of the live model stay out of the smaller ones.
     bare = bare_copy(model, share=True)
     check_finite({name: t.detach() for name, t in named_tensors(bare).items()})
     counted = Counted() if counted is None else counted
     if done.kind == "mask":
-        return masked_copies(Network(bare, example, ChannelGroups(()), seed=seed, counted=counted), done, ratios)
+        whole = Network(bare, example, ChannelGroups(()), seed=seed, counted=counted, own=own)
+        return masked_copies(whole, done, ratios)
     if done.kind == AUTO:
         bare.eval()
     groups = channel_groups(bare, example, done.scope.parts) if groups is None else groups
@@ -191,7 +199,7 @@ def compressions(
         pictures = made_pictures(bare, example, done.calibration, seed, answers)
     batches = None if pictures is None else batches_of(pictures)
     target = done.calibration.target or ("mend" if batches is None else usual_target(batches))
-    net = Network(bare, example, groups, batches, answers, seed, full, counted, target, certify)
+    net = Network(bare, example, groups, batches, answers, seed, full, counted, target, certify, own)
     if done.kind == AUTO:
         return judged_copies(net, done, ratios, judge_on)
     return smaller_copies(net, done, ratios)
@@ -256,7 +264,7 @@ def masked_copies(net: Network, recipe: Recipe, ratios: Sequence[float]) -> Iter
     """A copy for every ratio, of the same shapes, in which `ratio` of the weights are zero (see masks.py)."""
     params, count = net.cost
     for ratio in ratios:
-        masks = masks_of(net.model, recipe.method, ratio, net.seed, **recipe.option)
+        masks = masks_of(net.model, recipe.method, ratio, net.seed, net.own, **recipe.option)
         masked = {name: net.tensors[name].masked_fill(~mask, 0) for name, mask in masks.items()}
         layers = tuple(layer_report(name, net.tensors[name], masked[name], mask) for name, mask in masks.items())
         report = Report(
@@ -318,7 +326,13 @@ def sizes_left(net: Network, recipe: Recipe, ratios: Sequence[float]) -> dict[fl
     def left(group: ChannelGroup, ratio: float) -> int:
         return min(group.size, channels_left(full.get(group.name, group.size), ratio, round_to))
 
-    sizes = {ratio: [g.size if g in whole else left(g, ratio) for g in groups] for ratio in ratios}
+    sizes = {}
+    for ratio in ratios:
+        own = own_ratios([g.name for g in groups], ratio, net.own)
+        sizes[ratio] = [g.size if g in whole else left(g, own[g.name]) for g in groups]
+        for tie in groups.ties if net.own else ():
+            if len({sizes[ratio][i] for i in tie}) > 1:
+                raise UserError(f"{groups[tie[0]].tie} has groups that keep equal sizes; give all of them one ratio")
     return sizes if recipe.sizes.allocate == "uniform" else sizes_under_budget(net, recipe, sizes)
 
 

@@ -42,6 +42,11 @@ class LayerReport:
     after: int
     error: float
 
+    @property
+    def sparsity(self) -> float:
+        """The fraction of its entries that are zero by the mask."""
+        return 1 - self.after / self.before
+
 
 @dataclass(frozen=True)
 class Report:
@@ -90,6 +95,7 @@ class Report:
             *(
                 f"{name:<{width}}  {of[0].before:>4} -> {of[0].after:<4}  {sum(g.error for g in of) / len(of):.4f}"
                 + (f"  (mean of {len(of)} groups)" if len(of) > 1 else "")
+                + (f"  {of[0].sparsity:.1%} zero" if isinstance(of[0], LayerReport) else "")
                 for name, of in layers.items()
             ),
         ]

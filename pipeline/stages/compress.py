@@ -1,7 +1,8 @@
 """Compression as a stage: a recipe at a ratio."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -65,19 +66,25 @@ def needs(recipe: Recipe) -> frozenset[str]:
 
 
 def compressed(
-    state: State, recipe: Recipe, ratios: Sequence[float], supplies: Supplies, full: dict[str, int] | None = None
+    state: State,
+    recipe: Recipe,
+    ratios: Sequence[float],
+    supplies: Supplies,
+    full: Mapping[str, int] | None = None,
+    own: Mapping[str, float] | None = None,
 ) -> Iterator[State]:
     """The network at every ratio, one at a time; work that ratios share is done once.
 
     full: {group name: channels} that ratios count from; None: the network's own channels.
+    own: {beginning of a group's or a masked weight's name: its own ratio}.
     """
     given = {"pictures": supplies.pictures(recipe.calibration)}
     if recipe.kind != "mask":
         given |= {"groups": supplies.traces.of(state.model, supplies.example, recipe.scope.parts), "full": full}
     if recipe.method == AUTO and given["pictures"] is None:
         given["judge_on"] = supplies.pictures(Calibration("synthetic"))
-    shared = {"counted": supplies.traces.counted, "seed": supplies.seed, "answers": supplies.task.answers}
-    shared["certify"] = supplies.certify
+    shared: dict[str, Any] = {"counted": supplies.traces.counted, "seed": supplies.seed, "own": own}
+    shared |= {"answers": supplies.task.answers, "certify": supplies.certify}
     made = compressions(state.model, supplies.example, recipe, ratios, **shared, **given)
     # No generator, whose names would keep a network alive until the next one is made.
     return map(lambda smaller: State(smaller.model, smaller.report, state.model, plan=smaller.report.plan), made)

@@ -1,8 +1,9 @@
 """Distillation as a stage: the network learns to answer as a teacher does, by default without a label."""
 
+import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,73 @@ from torch import nn
 
 from pipeline.compression.calibrate.batches import samples
 from pipeline.compression.calibrate.repair import kept_modes
+from pipeline.compression.group import DEFAULT_PARTS, ChannelGroups
+from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import evaluating, outputs
 from pipeline.optim import build_optimizer, build_schedule
+from pipeline.stages.features import Hints, hinted, hints_of
 from pipeline.stages.stage import Seen, State, Supplies, Terms, Training, spelled
 from pipeline.stages.tune import SOURCES, check_positive, check_whole, samples_on, train_epoch_, trainable
 from pipeline.tables import UserError, pick
 from pipeline.tasks.distilled import DKD, LOSSES, Distilled
-from pipeline.tasks.task import Batch
+from pipeline.tasks.task import Batch, Task
 
 DENSE = "dense"  # the teacher: the network where the chain began
 PROGRESS = "progress.pt"
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a network learns from a teacher: its answers, and the features of some layers.
+
+    labels: the share of the loss on hard labels, 0 <= labels < 1. loss, temperature, beta: see tasks.Distilled.
+    features: weight of the error of hidden layers; 0: answers alone. layers: whose outputs are matched; none: where the
+        channels are read that a compression changed; see stages.features.
+    """
+
+    labels: float = 0.0
+    temperature: float = 4.0
+    loss: str = "kl"
+    beta: float = 8.0
+    features: float = 0.0
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        pick("loss", dict.fromkeys(LOSSES), self.loss)
+        check_positive("distil", temperature=self.temperature, beta=self.beta)
+        if isinstance(self.labels, str) or not 0 <= self.labels < 1:
+            raise UserError(f"distil: labels {self.labels} must be in 0 <= labels < 1; tune trains on labels alone")
+        if self.loss != DKD and self.beta != Lesson.beta:
+            raise UserError(f"distil: beta {self.beta} is of loss=dkd, and the loss is {self.loss}; leave it out")
+        if isinstance(self.features, str) or not 0 <= self.features < math.inf:
+            raise UserError(f"distil: features {self.features} must be a weight of at least 0, and finite")
+        if isinstance(self.layers, str):
+            raise UserError(f"distil: layers must be a list, such as [{self.layers}], got {self.layers!r}")
+        if self.layers and not self.features:
+            raise UserError("distil: layers are matched with a weight; give one, such as features=1")
+
+    @property
+    def sees_labels(self) -> bool:
+        return bool(self.labels) or self.loss == DKD
+
+    def hints(
+        self, student: nn.Module, teacher: nn.Module, example: Example, groups: Callable[[], ChannelGroups]
+    ) -> Hints | None:
+        """The features to match; None without. groups: gives those of the teacher. UserError as for `hints_of`."""
+        return hints_of(student, teacher, example, self.layers, groups) if self.features else None
+
+    def task(self, inner: Task, teacher: Callable[[Batch], Any], hints: Hints | None) -> Distilled:
+        """The task to train on. teacher: batch -> its output, in eval mode"""
+        told = None if hints is None else hints.loss
+        parts = (self.loss, self.temperature, self.labels, self.beta)
+        return Distilled(inner, teacher, *parts, features=self.features, hints=told)
+
+
+@dataclass(frozen=True)
 class Distil:
     """Train all weights on the answers of a teacher; Adam with a cosine from lr to 0 over `epochs` passes.
 
-    labels: the share of the loss on hard labels, 0 <= labels < 1. loss, temperature, beta: see tasks.Distilled.
+    labels, temperature, loss, beta, features, layers: see Lesson.
     teacher: "dense", the network where the chain began; or the name of one of the `teachers`, or a file.
     on: a row of SOURCES: "data" is the training data, shuffled and augmented where the host has it so, else the samples
         that repair sees.
@@ -49,29 +100,27 @@ class Distil:
     loss: str = "kl"
     beta: float = 8.0
     on: str = "data"
+    features: float = 0.0
+    layers: tuple[str, ...] = ()
 
     facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
     terms = Terms()
 
     def __post_init__(self) -> None:
         pick("on", SOURCES, self.on)
-        pick("loss", dict.fromkeys(LOSSES), self.loss)
-        check_positive("distil", epochs=self.epochs, lr=self.lr, temperature=self.temperature, beta=self.beta)
+        _ = self.lesson
+        check_positive("distil", epochs=self.epochs, lr=self.lr)
         check_whole("distil", epochs=self.epochs)
-        if isinstance(self.labels, str) or not 0 <= self.labels < 1:
-            raise UserError(f"distil: labels {self.labels} must be in 0 <= labels < 1; tune trains on labels alone")
-        if self.loss != DKD and self.beta != Distil.beta:
-            raise UserError(f"distil: beta {self.beta} is of loss=dkd, and the loss is {self.loss}; leave it out")
 
     @property
-    def sees_labels(self) -> bool:
-        return bool(self.labels) or self.loss == DKD
+    def lesson(self) -> Lesson:
+        return Lesson(self.labels, self.temperature, self.loss, self.beta, self.features, self.layers)
 
     @property
     def needs(self) -> frozenset[str]:
         if self.on != "data":
             return SOURCES[self.on]
-        return frozenset({"labels"} if self.sees_labels else {"calibration"})
+        return frozenset({"labels"} if self.lesson.sees_labels else {"calibration"})
 
     def __str__(self) -> str:
         return spelled("distil", self)
@@ -83,33 +132,40 @@ class Distil:
         if self.on != "data":
             return Seen()
         count = self.epochs * (supplies.training.samples if supplies.training else supplies.samples)
-        return Seen(labelled=count) if self.sees_labels else Seen(count)
+        return Seen(labelled=count) if self.lesson.sees_labels else Seen(count)
 
     def run(self, state: State, supplies: Supplies) -> State:
         teacher, inner = self.teacher_of(supplies), supplies.task
-        task = Distilled(
-            inner,
-            lambda batch: outputs(teacher, inner, batch),
-            self.loss,
-            self.temperature,
-            self.labels,
-            self.beta,
-        )
-        with evaluating(teacher), kept_modes(state.model):
+        with evaluating(teacher), kept_modes(state.model), hinted(self.hints(state.model, teacher, supplies)) as hints:
+            task = self.lesson.task(inner, lambda batch: outputs(teacher, inner, batch), hints)
             state.model.train()
-            self.learn_(state.model, task, supplies)
+            self.learn_(state.model, task, supplies, nn.ModuleDict() if hints is None else hints.regressors)
         return state
+
+    def hints(self, student: nn.Module, teacher: nn.Module, supplies: Supplies) -> Hints | None:
+        """The features to match; regressors that are drawn at random follow from the seed."""
+        example = supplies.example
+        with seeded(supplies.seed):
+            return self.lesson.hints(
+                student, teacher, example, lambda: supplies.traces.of(teacher, example, DEFAULT_PARTS)
+            )
+
+    def check(self, supplies: Supplies) -> None:
+        """UserError for features that the network where the chain begins could not be held to."""
+        if self.features:
+            with hinted(self.hints(supplies.dense, self.teacher_of(supplies), supplies)):
+                pass
 
     def teacher_of(self, supplies: Supplies) -> nn.Module:
         if self.teacher == DENSE:
             return supplies.dense
         return pick("teacher", supplies.teachers, self.teacher)()
 
-    def learn_(self, model: nn.Module, task: Distilled, supplies: Supplies) -> None:
+    def learn_(self, model: nn.Module, task: Distilled, supplies: Supplies, regressors: nn.ModuleDict) -> None:
         given = training_on(self.on, supplies)
-        optimizer = build_optimizer(list(model.parameters()), "adam", self.lr)
+        optimizer = build_optimizer([*model.parameters(), *regressors.parameters()], "adam", self.lr)
         schedule = build_schedule(optimizer, self.epochs * given.steps, {"name": "cosine"})
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "regressors": regressors}
         place = None if supplies.folder is None else supplies.folder / PROGRESS
         with trainable(model, set(model.parameters())):
             for epoch in range(resumed_(parts, place), self.epochs):

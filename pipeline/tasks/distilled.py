@@ -82,9 +82,12 @@ LOSSES = (*RESPONSES, DKD)
 class Distilled(Task):
     """Trains on (1 - labels) * what the teacher says + labels * the inner task's loss; arXiv:1503.02531, section 2.
 
+    Hidden layers are a lesson of their own: features * hints() is added (see stages.features).
+
     task: settled; measures as before. teacher: batch -> its output, in eval mode and without gradients.
     loss: of LOSSES: "kl"; "standardized"; "dkd" (arXiv:2203.08679), T² (target + beta * others), which sees labels.
     labels: the share of the loss on hard labels, 0 <= labels < 1; at 0 no label is looked at, unless by dkd.
+    hints: () loss of the features of the last forward passes of network and teacher; features: its weight.
     """
 
     task: Task
@@ -93,6 +96,8 @@ class Distilled(Task):
     temperature: float = 4.0
     labels: float = 0.0
     beta: float = 8.0
+    features: float = 0.0
+    hints: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         pick("loss", dict.fromkeys(LOSSES), self.response)
@@ -121,10 +126,10 @@ class Distilled(Task):
         self.both(output, batch)
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        taught = self.taught(output, batch).mean()
-        if not self.labels:
-            return taught
-        return (1 - self.labels) * taught + self.labels * self.task.loss(output, batch, label_smoothing)
+        loss = self.taught(output, batch).mean()
+        if self.labels:
+            loss = (1 - self.labels) * loss + self.labels * self.task.loss(output, batch, label_smoothing)
+        return loss if self.hints is None else loss + self.features * self.hints()
 
     def totals(self, output: Any, batch: Any) -> Tensor:
         return self.task.totals(output, batch)

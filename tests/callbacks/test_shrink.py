@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from callbacks import CompressionCallback, Shrink
-from callbacks.shrink import ratios_of_steps
+from callbacks.pacing import Pacing
 from pipeline.compression import Projection, channel_groups, compress
 from pipeline.compression.checkpoint import load_compressed
-from pipeline.compression.merge.modules import named_tensors
+from pipeline.compression.merge.modules import named_tensors, resized
 from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import history
+from pipeline.data.text.order import ResumableLoader, Shuffle
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 from pipeline.training import Training
@@ -149,7 +150,7 @@ def test_steps_end_at_the_size_of_one_shot(tmp_path):
     assert shapes(nets[1]) == shapes(nets[3])
     assert nets[3][0].out_channels == 2
     assert nets[3][3].out_channels == 4
-    assert ratios_of_steps(0.7, 2, 3, 4) == {2: 1 - 0.3 ** (1 / 3), 6: 1 - 0.3 ** (2 / 3), 10: pytest.approx(0.7)}
+    assert Pacing(0.7, 2, 3, 4).ratios == {2: 1 - 0.3 ** (1 / 3), 6: 1 - 0.3 ** (2 / 3), 10: pytest.approx(0.7)}
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -299,3 +300,155 @@ def test_on_two_processes_both_have_the_same_smaller_network(tmp_path):
     script = Path(__file__).parent / "shrink_on_two_processes.py"
     result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
     assert "same on both" in result.stdout, result.stdout + result.stderr
+
+
+# --- paces, steps by batch, ratios of layers, rewinding
+
+
+def test_a_cubic_pace_takes_much_at_first():
+    """Equation 1 of arXiv:1710.01878 with s_i = 0, at the ends of its n parts."""
+    cubic, geometric = (Pacing(0.9, 10, 4, every_n_batches=25, pace=pace).ratios for pace in ("cubic", "geometric"))
+    assert list(cubic) == list(geometric) == [10, 35, 60, 85]
+    for ratio, i in zip(cubic.values(), (1, 2, 3, 4), strict=True):
+        assert ratio == pytest.approx(0.9 + (0 - 0.9) * (1 - i / 4) ** 3)
+    assert cubic[10] > geometric[10]
+    assert cubic[85] == pytest.approx(geometric[85])
+
+
+def test_steps_come_between_batches(tmp_path):
+    """Six batches are an epoch."""
+
+    class Widths(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(pl_module.net[0].out_channels)
+
+    seen: list[int] = []
+    module = task("adam")
+    shrink = Shrink("l1", 0.75, after=2, steps=3, every_n_batches=4, pace="cubic")
+    run(tmp_path, module, [shrink, Widths()], epochs=2)
+    assert seen == [8] * 2 + [3] * 4 + [2] * 6, "0.53, 0.72 and 0.75 of eight channels are gone"
+    assert [step.about.get("batches") for step in history(module.net)] == [None, 4, None, 4, None, 2]
+
+
+@pytest.mark.parametrize("method", ["fold", "lamp"])
+def test_a_run_that_is_cut_off_within_an_epoch_is_bit_identical(tmp_path, method):
+    """The run is cut off at a step, after eight batches, and goes on with it."""
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def trained(*callbacks: Callback, place: dict | None = None, **options) -> Training:
+        module, shrink = task("adam"), Shrink(method, 0.6, after=4, steps=2, every_n_batches=4, rewind_to=1)
+        loader = ResumableLoader(TRAIN, 16, sampler=Shuffle(TRAIN, num_replicas=1, rank=0))
+        if place:
+            loader.load_state_dict({**loader.state_dict(), **place})
+        trainer_for(tmp_path, [shrink, *callbacks], 3).fit(module, loader, DataLoader(VAL, 32), **options)
+        return module
+
+    whole = trained(Keep())
+    there = {"epoch": 1, "windows": 2 * 16}
+    resumed = trained(place=there, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+    assert history(resumed.net) == history(whole.net)
+    assert len(history(whole.net)) == 4
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("method", ["magnitude", "l1", "fold"])
+@pytest.mark.parametrize("rewind_to", [0, 1])
+def test_weights_go_back_and_the_optimizer_begins_anew(tmp_path, method, rewind_to):
+    class Spy(Shrink):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == rewind_to:
+                early.update({name: t.detach().clone() for name, t in named_tensors(pl_module.net).items()})
+            super().on_train_epoch_start(trainer, pl_module)
+            if trainer.current_epoch in (2, 3):
+                found.append({name: t.detach().clone() for name, t in named_tensors(pl_module.net).items()})
+                states.append(dict(trainer.optimizers[0].state))
+
+    early: dict[str, torch.Tensor] = {}
+    found: list[dict[str, torch.Tensor]] = []
+    states: list[dict] = []
+    module = task("adam")
+    run(tmp_path, module, [Spy(method, 0.75, after=2, steps=2, rewind_to=rewind_to)], epochs=4)
+    assert states == [{}, {}]
+    expected = dict(early)
+    groups = channel_groups(network().eval(), VAL[0][0][None]) if method != "magnitude" else ()
+    for tensors, step in zip(found, [s for s in history(module.net) if "ratio" in s.about], strict=True):
+        if method == "magnitude":
+            for name in step.about["layers"]:
+                assert (tensors[name] != 0).sum() == step.about["layers"][name]["after"]
+                expected[name] = early[name] * (tensors[name] != 0)
+        else:
+            projections = [Projection(torch.tensor(step.about["groups"][g.name]["labels"])) for g in groups]
+            expected = {**expected, **compressed_tensors(expected, groups, projections)}
+            groups = channel_groups(small_like(expected), VAL[0][0][None])
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def small_like(tensors: dict[str, torch.Tensor]) -> nn.Module:
+    return resized(network().eval(), tensors)
+
+
+def test_layers_have_ratios_of_their_own_and_the_log_says_how_sparse_each_is(tmp_path):
+    module = task()
+    trainer = run(tmp_path, module, [Shrink("magnitude", 0.8, steps=2, layers={"0": 0.5, "8": 0})], epochs=2)
+    first, last = (step.about["layers"] for step in history(module.net) if "ratio" in step.about)
+    assert first["8.weight"]["after"] == first["8.weight"]["before"] == 48
+    assert first["0.weight"]["after"] == pytest.approx(72 * 0.5**0.5, abs=1)
+    assert last["0.weight"]["after"] == 36
+    assert last["3.weight"]["after"] == pytest.approx(0.2 * 1152, abs=1)
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items() if "sparsity" in key}
+    assert logged == {
+        f"shrink/sparsity/{name}": pytest.approx(float((module.net.get_parameter(name) == 0).float().mean()))
+        for name in ("0.weight", "3.weight", "8.weight")
+    }
+    folded = task()
+    run(tmp_path, folded, [Shrink("fold", 0.5, layers={"0": 0})], epochs=1)
+    assert [folded.net[0].out_channels, folded.net[3].out_channels] == [8, 8]
+
+
+def test_a_mask_of_before_stays_when_the_network_is_masked_again(tmp_path):
+    module = task("adam")
+    module.net, _ = compress(module.net, VAL[0][0][None], "random_mask", 0.5)
+    zeros = {name: p == 0 for name, p in module.net.named_parameters() if p.dim() > 1}
+    run(tmp_path, module, [Shrink("layer_magnitude", 0.6, after=1)], epochs=2)
+    for name, zero in zeros.items():
+        assert not module.net.get_parameter(name)[zero].any(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_batches": 3, "every_n_epochs": 2}, "say the same twice; choose one"),
+        ({"every_n_batches": 0}, "every_n_batches 0 must be a whole number of at least 1"),
+        ({"pace": "cubik"}, r"unknown pace 'cubik' \(did you mean 'cubic'\?\)"),
+        ({"rewind_to": 1}, r"rewind_to 1 must be a whole number of epochs in 0\.\.0, before the first step"),
+    ],
+)
+def test_steps_that_make_no_sense_get_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        Shrink(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "message"),
+    [
+        ({"after": 12, "every_n_batches": 1}, {}, "the last of 1 steps comes after 12 batches, and training has 12"),
+        ({"every_n_batches": 1}, {"accumulate_grad_batches": 2}, "would lose gradients that are accumulated"),
+        ({"layers": {"nose": 0.1}, "after": 1}, {}, "no name begins with 'nose', which has a ratio; there are "),
+        ({"layers": {"nose": 0.1}, "after": 1, "method": "lamp"}, {}, "there are 0.weight, 3.weight, 8.weight"),
+        ({"layers": {"0": 1.0}}, {}, r"ratio 1\.0 of '0' is out of range"),
+        (
+            {"layers": {"0": 0.1}, "after": 1, "method": "l1+params"},
+            {},
+            r"a budget \(params\) decides the sizes of all groups",
+        ),
+    ],
+)
+def test_steps_that_the_training_cannot_have_are_refused_at_the_start(tmp_path, options, trainer, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, task(), [Shrink(**options)], epochs=2, **trainer)

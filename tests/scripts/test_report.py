@@ -281,7 +281,7 @@ def test_a_sweep_that_has_only_begun_is_no_error(tmp_path, report):
     ]
     assert "no cell that is done has rows yet" in lines
     assert "cell state epoch dense fold prune gap" in lines
-    assert "No cell of this sweep that is done has rows yet." in (tmp_path / "report" / "index.html").read_text()
+    assert "No cell of this sweep that is done has rows yet." in (tmp_path / "report" / "summary.md").read_text()
 
 
 @pytest.mark.parametrize(

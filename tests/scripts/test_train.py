@@ -119,6 +119,32 @@ def test_a_network_is_made_smaller_and_tuned_from_a_checkpoint(tmp_path, capsys)
     assert cell_of(shrunk(other, {})) == first.name, "what is off is no part of a cell"
 
 
+def test_steps_by_batch_go_back_to_earlier_weights(tmp_path):
+    epochs = [o for o in TINY if "max_epochs" not in o and "limit_train" not in o]
+    epochs += ["trainer.max_epochs=2", "data.batch_size=256", "compression.every_n_epochs=0", f"paths.runs={tmp_path}"]
+    steps = ["shrink.method=magnitude", "shrink.steps=3", "shrink.every_n_batches=3", "shrink.pace=cubic"]
+    config = composed("experiment=quickstart", *epochs, *steps, "shrink.rewind=weights", "shrink.layers={linear:0}")
+    config["model"]["width"] = 4
+    data = build_data(config)
+    batches = len(data.train_dataloader())
+    assert build_task(config, data).restarts == (0.0, 3 / (2 * batches), 6 / (2 * batches))
+    folder = run(config)
+    _, manifest = load(folder / "compressed/magnitude-r0.5-tuned.safetensors")
+    assert [step.get("batches") for step in manifest["chain"]] == [None, 3, None, 3, None, 2 * batches - 6]
+    last = manifest["chain"][-2]["layers"]
+    assert last["linear.weight"]["after"] == last["linear.weight"]["before"]
+    assert last["conv1.weight"]["after"] < last["conv1.weight"]["before"]
+
+
+def test_settings_of_shrink_that_are_younger_than_a_cell_leave_its_name_alone():
+    config = composed("experiment=quickstart", "shrink.method=l1", "shrink.rewind=true")
+    younger = ("every_n_batches", "pace", "layers", "rewind_to")
+    old = {**config, "shrink": {key: value for key, value in config["shrink"].items() if key not in younger}}
+    assert cell_of(config) == cell_of(old)
+    for changed in ({"pace": "cubic"}, {"every_n_batches": 5}, {"layers": {"conv1": 0.1}}, {"rewind": "weights"}):
+        assert cell_of({**config, "shrink": {**config["shrink"], **changed}}) != cell_of(config), changed
+
+
 def test_a_compressed_file_is_trained_on_and_made_smaller_again(tmp_path, capsys):
     keep = ["compression.save=true", "compression.every_n_epochs=0", f"paths.runs={tmp_path}"]
     first = run(shrunk(composed("experiment=quickstart", *TINY, *keep), {}))
@@ -203,6 +229,12 @@ def wandb_read(path: Path, *flags: str) -> str:
         (["shrink.method=l1", "shrink.ratio=1"], "ratio 1 is out of range"),
         (["shrink.method=l1", "shrink.after=1"], "the last of 1 steps comes after 1 epochs, and training has 1"),
         (["shrink.method=l1", "optim.ema=0.9"], "averaged weights"),
+        (
+            ["shrink.method=l1", "shrink.rewind=wheel"],
+            "'wheel'.*choose from: false, true, weights",
+        ),
+        (["shrink.method=l1", "shrink.rewind=weights", "shrink.rewind_to=1"], "rewind_to 1 must be a whole number of"),
+        (["shrink.method=l1", "shrink.every_n_batches=1", "shrink.after=99"], "after 99 batches, and training has 1"),
         (["checkpoint=/nowhere.pt"], "no checkpoint /nowhere.pt"),
         (["model.width=wide"], "model 'resnet18': width must be a number, got 'wide'"),
         (["data=folder"], r"data\.root is not set; give it on the command line"),

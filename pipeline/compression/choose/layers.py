@@ -1,5 +1,6 @@
 """Which weights are those of linear layers and convolutions, and which channels are filters or neurons."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -35,6 +36,26 @@ def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
             if weight is not None and module._parameters[name] is not None:
                 found[f"{path}.{name}".removeprefix(".")] = weight
     return found
+
+
+def own_ratios(names: Sequence[str], ratio: float, own: Mapping[str, float]) -> dict[str, float]:
+    """{name: its ratio}: that of the longest beginning of the name in `own`, else `ratio`.
+
+    own: {beginning of a name: ratio in 0 <= r < 1; 0 leaves it whole}. UserError for a beginning that no name has.
+    """
+    for beginning, value in own.items():
+        if isinstance(value, str) or not 0 <= value < 1:
+            raise UserError(f"ratio {value} of {beginning!r} is out of range: the fraction to remove is 0 <= ratio < 1")
+        if not any(name.startswith(beginning) for name in names):
+            raise UserError(f"no name begins with {beginning!r}, which has a ratio; there are {', '.join(names)}")
+    fitting = {name: [beginning for beginning in own if name.startswith(beginning)] for name in names}
+    return {name: own[max(found, key=len)] if found else ratio for name, found in fitting.items()}
+
+
+def check_own(own: Mapping[str, float], allocate: str) -> None:
+    """UserError for ratios of some groups beside a budget, which decides the sizes of all of them."""
+    if own and allocate != "uniform":
+        raise UserError(f"a budget ({allocate}) decides the sizes of all groups; leave ratios of layers out")
 
 
 def _weight(module: nn.Module, name: str) -> LayerWeight | None:

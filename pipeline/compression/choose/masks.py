@@ -8,14 +8,14 @@ that goes, where METHODS count channels. Biases, norms and embeddings are left a
 embedding holds too. Adding a mask is one function here and one row in MASKS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pipeline.compression.choose.layers import LayerWeight, layer_weights
+from pipeline.compression.choose.layers import LayerWeight, layer_weights, own_ratios
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.tables import UserError, call, pick
 
@@ -120,20 +120,25 @@ MASKS: dict[str, Mask] = {
 
 
 @torch.no_grad()
-def masks_of(model: nn.Module, method: str, ratio: float, seed: int = 0, **options) -> dict[str, Tensor]:
+def masks_of(
+    model: nn.Module, method: str, ratio: float, seed: int = 0, own: Mapping[str, float] | None = None, **options
+) -> dict[str, Tensor]:
     """{weight: bool of its shape, False where it is to be zero}, tied weights under the first of their names.
 
+    own: ratios of some weights alone (see `own_ratios`); weights of one ratio are compared with one another.
     Raises UserError for an unknown mask, an option that the mask does not have, and a network with nothing to mask.
     """
     layers = _maskable(model)
-    call(
-        f"{method!r}, a mask of single weights,",
-        pick("mask", MASKS, method),
-        list(layers.values()),
-        float(ratio),
-        seed,
-        **options,
-    )
+    ratios = own_ratios(list(layers), ratio, own or {})
+    for of in sorted(set(ratios.values())):
+        call(
+            f"{method!r}, a mask of single weights,",
+            pick("mask", MASKS, method),
+            [layer for name, layer in layers.items() if ratios[name] == of],
+            float(of),
+            seed,
+            **options,
+        )
     return {name: layer.get_buffer("weight_mask").bool() for name, layer in layers.items()}
 
 

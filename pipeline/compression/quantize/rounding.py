@@ -25,11 +25,13 @@ def gptq(grid: Grid, matrix: Tensor, moments: Tensor) -> Tensor:
     upper = _factor(moments[order][:, order])
     scale, zero = (t.double().expand(-1, columns)[:, order] for t in spread(grid, columns))
     left, codes = matrix.double()[:, order], torch.empty_like(matrix, dtype=torch.uint8)
+    gone = left == 0  # weights that a mask removed make up for no error (SparseGPT, arXiv:2301.00774, section 3.5)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.zeros(len(left), stop - start, dtype=left.dtype, device=left.device)
         for i in range(start, stop):
             code = ((left[:, i] / scale[:, i]).round() + zero[:, i]).clamp(0, 2**grid.bits - 1)
+            code = torch.where(gone[:, i], zero[:, i], code)
             errors[:, i - start] = (left[:, i] - (code - zero[:, i]) * scale[:, i]) / upper[i, i]
             left[:, i + 1 : stop] -= errors[:, i - start, None] * upper[i, i + 1 : stop]
             codes[:, order[i]] = code.to(torch.uint8)
