@@ -14,10 +14,10 @@ from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, lines
 from pipeline.study.page.foretold import foretold
-from pipeline.study.page.numbers import of_networks
+from pipeline.study.page.numbers import MEASURED, of_networks
 from pipeline.study.prediction import Prediction
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
-from pipeline.study.sweep import Sweep
+from pipeline.study.sweep import COLUMNS, Sweep
 from pipeline.tables import UserError
 
 FAMILY = ("model", "data")  # columns of a row that no mean is over
@@ -47,7 +47,7 @@ class Family:
     def found(self) -> Lines | None:
         """What statistics read; None where no cell that is done has rows yet."""
         try:
-            return lines(self.sweep)
+            return lines(Sweep(self.sweep.cells, self.rows))
         except UserError:
             return None
 
@@ -92,10 +92,14 @@ class Family:
 
 
 def families(sweep: Sweep) -> list[Family]:
-    """The families of a sweep, the largest first. Cells without rows are with the first of their headline."""
+    """The families of a sweep, the largest first. Cells without rows are with the first of their headline.
+
+    Their rows have the columns that statistics and pages read, because each family is a copy of its rows.
+    """
     parts = {}
-    for metric, part in sweep.by_metric().items():
-        rows = part.rows.partition_by(*FAMILY, as_dict=True, maintain_order=True)
+    read = [name for name in (*COLUMNS, *MEASURED) if name in sweep.rows.columns]
+    for metric, part in Sweep(sweep.cells, sweep.rows.select(read)).by_metric().items():
+        rows = apart(part.rows)
         measured = part.rows["cell"].unique().to_list()
         bare = ~part.cells["cell"].is_in(measured)
         for names, own in rows.items():
@@ -107,6 +111,13 @@ def families(sweep: Sweep) -> list[Family]:
     ordered = sorted(parts, key=lambda key: -len(parts[key].cells))
     differs = [len({key[place] for key in parts}) > 1 for place in range(3)]
     return [Family(_title(*key), _label(key, differs), parts[key]) for key in ordered]
+
+
+def apart(rows: pl.DataFrame) -> dict[tuple[str, ...], pl.DataFrame]:
+    """{values of FAMILY: their rows}; where there is one family alone, the rows themselves."""
+    if rows.select(FAMILY).n_unique() == 1:
+        return {rows.select(FAMILY).row(0): rows}
+    return rows.partition_by(*FAMILY, as_dict=True, maintain_order=True)
 
 
 def stages(names: list[str]) -> list[str]:
