@@ -239,6 +239,8 @@ def state_of(chain: Chain, ground: Ground) -> State:
             state = State(net)
         elif stage.terms.before == "keeps":
             state = replace(state_of(chain[:-1], ground), model=net)
+        elif stage.terms.before == "begins":
+            state = replace(state_of(chain[:-1], ground).begun(), model=net)
         else:
             state = replace(advanced(stage, state_of(chain[:-1], ground), ground.supplies), model=net)
         ground.states[chain] = state
