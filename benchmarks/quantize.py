@@ -57,7 +57,7 @@ CHAINS = (
     "mix+data@0.3 > repair > ptq",
     *(
         f"mix+data@{ratio} > repair > {GPTQ.format(bits)} > repair"
-        for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2), (0.2, 2))
+        for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2), (0.2, 2), (0.1, 2))
     ),
 )
 CHOICES = (
