@@ -76,9 +76,12 @@ def save_compressed(
     source: what was compressed (see `source_of`).
 
     The chain is what the network remembers (see `plan.history`): it may have been compressed several times, and tuned
-    since. Raises UserError for a network whose state_dict holds more than tensors, and for what JSON cannot write.
+    since. Raises UserError for a network that is a finished file (`saved_by` says what to do), for one whose state_dict
+    holds more than tensors, and for what JSON cannot write.
     """
     model, report = compressed if isinstance(compressed, Compressed) else (compressed, None)
+    if other_way := getattr(model, "saved_by", ""):
+        raise UserError(f"{type(model).__name__} is a finished file and has no weights to save: {other_way}")
     tensors, tied = stored_tensors(model)
     stored, facts = with_codes(model, tensors)
     text = _json(

@@ -52,6 +52,7 @@ FINISHED = {
         "the grid with qat"
     ),
     "file": "the network is a finished file, which only measuring may follow; put it before",
+    "program": "the network is a program for torch.compile, which only measuring may follow; put it before",
 }
 # A tail is the chain behind a compression; these are the names that `stages=` has for some. A stage that a network has
 # nothing for (repair without BatchNorm) is left out of a named tail; where it is the last one, the tail has no rows.

@@ -28,8 +28,8 @@ CALIBRATION = 512  # unlabelled samples that compensation looks at where a recip
 # A stage can need calibration (unlabelled samples) and labels (those samples with their labels).
 NEEDS = ("calibration", "labels")
 # The forms that a network's weights have along a chain: numbers of any value; numbers on the grid of a quantizer; a
-# finished file that another runtime executes.
-FORMS = ("float", "grid", "file")
+# finished ONNX file; a finished program for torch.compile.
+FORMS = ("float", "grid", "file", "program")
 
 
 @dataclass(frozen=True, eq=False)
