@@ -5,13 +5,15 @@
 
 The checkpoints are resnet20-12fca82f.th and resnet32-d509ac18.th of akamaster/pytorch_resnet_cifar10. Repair sees 1,024
 training pictures without labels, GPTQ and int8 files 512 of them or 128 synthetic ones. Chains are measured on the test
-pictures; the part `choices`, behind the defaults of the stage, on 2,000 other training pictures. Bytes are those of the
-file: safetensors, or ONNX. The part `latency` times int8 files beside the same network as floats, by ONNX Runtime and
-by torch, in turns.
+pictures; the part `choices`, behind the defaults of the stage, on 2,000 other training pictures. The part `qat` trains
+on 10,000 training pictures, without labels and as they are. Bytes are those of the file: safetensors, or ONNX. The part
+`latency` times int8 networks beside the same network as floats, in the same runtime and eagerly, in turns; its rows are
+kept by their number of threads.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,11 +33,11 @@ from pipeline.data.cifar10 import load_npz
 from pipeline.data.picture_set import Portion
 from pipeline.evaluate import metrics_of
 from pipeline.export import batch_of
-from pipeline.latency import eager, onnx, race
+from pipeline.finished import FinishedNetwork
+from pipeline.latency import RUNTIMES, eager, race
 from pipeline.models import build_model
 from pipeline.models.checkpoint import load_into, read_state
-from pipeline.onnx_network import OnnxNetwork
-from pipeline.stages import Followed, State, Supplies, parse_chain
+from pipeline.stages import Followed, State, Supplies, Training, parse_chain
 from pipeline.tasks import Classification
 
 FILES = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
@@ -57,7 +59,7 @@ CHAINS = (
     "mix+data@0.3 > repair > ptq",
     *(
         f"mix+data@{ratio} > repair > {GPTQ.format(bits)} > repair"
-        for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2), (0.2, 2))
+        for ratio, bits in ((0.3, 3), (0.4, 3), (0.3, 2), (0.2, 2), (0.1, 2))
     ),
 )
 CHOICES = (
@@ -67,7 +69,12 @@ CHOICES = (
     *("quantize(bits=2) > repair", "quantize(bits=2,ends=2) > repair"),
     *("ptq", *(f"ptq(range={name})" for name in ("average", "percentile", "entropy"))),
 )
-REPAIR, CHOOSE = 1024, slice(10_000, 12_000)  # training pictures
+QAT = (
+    *("quantize(bits=2) > repair", "quantize(bits=2,rounding=gptq) > repair", "qat(bits=2)", "qat(bits=2) > repair"),
+    *("qat(bits=3) > repair", "quantize(bits=2,rounding=gptq) > qat(bits=2) > repair"),
+    *(f"mix+data@0.3 > repair > {stage} > repair" for stage in (GPTQ.format(2), "qat(bits=2)")),
+)
+REPAIR, CHOOSE, LEARN = 1024, slice(10_000, 12_000), slice(10_000, 20_000)  # training pictures
 # (points of accuracy that may be lost at most, or None; accuracy that is left at least; times smaller at least)
 TARGETS: dict[str, tuple[float | None, float, float]] = {
     "ptq": (0.3, 0, 0),
@@ -77,6 +84,11 @@ TARGETS: dict[str, tuple[float | None, float, float]] = {
     **{chain: (None, 85.0, 14.0) for chain in CHAINS if chain.startswith("mix") and "bits" in chain},
 }
 BATCH_SIZES = (1, 32)
+TIMED = ("ptq", "l2@0.5 > ptq", "ptq(backend=pt2e)")  # pruned: dropped at once, and time does not depend on which
+TITLES = {
+    "choices": "Choices behind the defaults, ResNet-20",
+    "qat": "Training on the grid, ResNet-20: an epoch of 10,000 training pictures without labels",
+}
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -96,7 +108,7 @@ def network(name: str, folder: Path) -> nn.Module:
 
 def size_of(net: nn.Module) -> int:
     """Bytes of the file that a network is kept in."""
-    if isinstance(net, OnnxNetwork):
+    if isinstance(net, FinishedNetwork):
         return len(net.content)
     if not history(net):
         return len(safetensors.torch.save(net.state_dict()))
@@ -105,10 +117,14 @@ def size_of(net: nn.Module) -> int:
         return path.stat().st_size
 
 
-def measured(net: nn.Module, chains: Sequence[str], seen: Batches, shown: Batches) -> list[dict[str, Any]]:
-    """A row for the network and one for each chain."""
+def measured(
+    net: nn.Module, chains: Sequence[str], seen: Batches, shown: Batches, learnt: Batches = ()
+) -> list[dict[str, Any]]:
+    """A row for the network and one for each chain. learnt: what stages train on; without it, `seen`."""
     task = Classification("multiclass", "logits", classes=10)
-    followed = Followed(State(net), Supplies(net, seen[0][0][:1], task, seen))
+    training = Training(partial(shuffled, learnt), sum(len(labels) for _, labels in learnt), len(learnt))
+    supplies = Supplies(net, seen[0][0][:1], task, seen, training=training if learnt else None)
+    followed = Followed(State(net), supplies)
     rows: list[dict[str, Any]] = []
     for text in ("", *chains):
         with torch.no_grad():
@@ -120,26 +136,33 @@ def measured(net: nn.Module, chains: Sequence[str], seen: Batches, shown: Batche
     return rows
 
 
+def shuffled(found: Batches, epoch: int) -> Batches:
+    return [found[i] for i in torch.randperm(len(found)).tolist()]
+
+
 def timed(name: str, seconds: float) -> list[dict[str, Any]]:
-    """The int8 file of a network of random weights, folded or not, beside the whole network as floats."""
+    """A network of random weights in int8, whole or pruned, beside the whole network as floats."""
     torch.manual_seed(0)
     net = build_model(name, 10, 3).eval().to(memory_format=torch.channels_last)
     pictures = torch.randn(64, 3, 32, 32)
     task = Classification("multiclass", "logits", classes=10)
     followed = Followed(State(net), Supplies(net, pictures[:1], task, [(pictures, torch.zeros(64, dtype=torch.long))]))
     rows = []
-    for chain in ("ptq", "l2@0.5 > ptq"):  # pruned: channels are dropped at once, and time does not depend on which
+    for chain in TIMED:
         with torch.no_grad():
             small = followed.state(parse_chain(chain)).model
+        there = RUNTIMES[small.runtime]
         for size in BATCH_SIZES:
             given = batch_of(pictures[:1].contiguous(memory_format=torch.channels_last), size)
-            runs = [bind(net_, pictures[:1])(given) for net_, bind in ((net, eager), (net, onnx), (small, onnx))]
-            plain, onnx_floats, int8 = race(runs, torch.device("cpu"), seconds)
+            runs = [bind(net_, pictures[:1])(given) for net_, bind in ((net, eager), (net, there), (small, there))]
+            plain, floats, int8 = race(runs, torch.device("cpu"), seconds)
             faster = {
-                "than torch": statistics.median(a / b for a, b in zip(plain, int8, strict=True)),
-                "than ONNX floats": statistics.median(a / b for a, b in zip(onnx_floats, int8, strict=True)),
+                "than eager": statistics.median(a / b for a, b in zip(plain, int8, strict=True)),
+                "than floats there": statistics.median(a / b for a, b in zip(floats, int8, strict=True)),
             }
-            rows.append({"network": name, "chain": chain, "batch": size, "ms": 1e3 * statistics.median(int8), **faster})
+            what = {"network": name, "chain": chain, "batch": size, "threads": torch.get_num_threads()}
+            load = {"ms": 1e3 * statistics.median(int8), "load": os.getloadavg()[0]}
+            rows.append({**what, "runtime": small.runtime, **load, **faster})
             print(rows[-1], flush=True)
     return rows
 
@@ -162,27 +185,29 @@ def page(found: Mapping[str, Any]) -> str:
         f"`python -m benchmarks.quantize`, {described(found['machine'], 'onnxruntime')}.",
         "",
     ]
-    for name in [*FILES, "choices"]:
+    for name in [*FILES, *TITLES]:
         rows = found.get(name)
         if not rows:
             continue
         pictures = "training" if name == "choices" else "test"
-        title = "Choices behind the defaults, ResNet-20" if name == "choices" else name
+        title = TITLES.get(name, name)
         lines += [f"## {title}: {rows[0]['n']:,} {pictures} pictures, one network", ""]
         lines += ["| chain | accuracy, % | lost | kB | times smaller | target |", "|---|---|---|---|---|---|"]
         for row in rows:
             cells = [f"{row['accuracy']:.2f}", f"{rows[0]['accuracy'] - row['accuracy']:.2f}"]
-            cells += [f"{row['bytes'] / 1e3:.1f}", f"{rows[0]['bytes'] / row['bytes']:.1f}", missed(row, rows[0])]
+            cells += [f"{row['bytes'] / 1e3:.1f}", f"{rows[0]['bytes'] / row['bytes']:.1f}"]
+            cells.append(missed(row, rows[0]) if pictures == "test" else "")
             lines.append(f"| {' | '.join([row['chain'] or 'floats', *cells])} |")
         lines.append("")
     if found.get("latency"):
-        lines += ["## Times faster, int8 by ONNX Runtime against the whole network as floats", ""]
-        lines += ["| network | chain | batch | ms | than torch | than ONNX floats | |", "|---|---|---|---|---|---|---|"]
+        lines += ["## Times faster, int8 against the whole network as floats, random weights", ""]
+        lines += ["| network | chain | runtime | threads | load | batch | ms | than eager | than floats there | |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         for row in found["latency"]:
-            slower = [name for name in ("than torch", "than ONNX floats") if row[name] < 1]
+            slower = [name for name in ("than eager", "than floats there") if row[name] < 1]
             note = f"int8 is slower {' and '.join(slower)} here" if slower else ""
-            cells = [row["chain"], str(row["batch"]), f"{row['ms']:.2f}"]
-            cells += [f"{row['than torch']:.2f}", f"{row['than ONNX floats']:.2f}", note]
+            cells = [row["chain"], row["runtime"], str(row["threads"]), f"{row['load']:.1f}", str(row["batch"])]
+            cells += [f"{row['ms']:.2f}", f"{row['than eager']:.2f}", f"{row['than floats there']:.2f}", note]
             lines.append(f"| {' | '.join([row['network'], *cells])} |")
     return "\n".join(lines).rstrip()
 
@@ -191,21 +216,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="cifar10.npz")
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the .th files")
-    parser.add_argument("--parts", nargs="*", default=[*FILES, "choices", "latency"])
+    parser.add_argument("--parts", nargs="*", default=[*FILES, *TITLES, "latency"])
     parser.add_argument("--chains", nargs=2, type=int, default=[0, None], help="from which to before which")
     parser.add_argument("--test-size", type=int, default=10_000, help="of the test pictures, the first ones")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each race")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--timed", nargs="*", default=["resnet20", "resnet18"], help="networks of the part latency")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantize"))
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     data = load_npz(options.data)
     assert data.train is not None
     seen, chosen = batches(data.train, slice(REPAIR), 128), batches(data.train, CHOOSE)
+    learnt = batches(data.train, LEARN, 128)
     test = batches(data.test, slice(options.test_size))
     chains = CHAINS[slice(*options.chains)]
     work = {
         **{name: partial(measured, network(name, options.checkpoints), chains, seen, test) for name in FILES},
         "choices": partial(measured, network("resnet20", options.checkpoints), CHOICES, seen, chosen),
-        "latency": lambda: [row for name in ("resnet20", "resnet18") for row in timed(name, options.seconds)],
+        "qat": partial(measured, network("resnet20", options.checkpoints), QAT, seen, test, learnt),
+        "latency": lambda: [row for name in options.timed for row in timed(name, options.seconds)],
     }
     kept = options.out.with_suffix(".json")
     found = json.loads(kept.read_text()) if kept.exists() else {}
@@ -214,6 +244,9 @@ def main() -> None:
         if name in FILES:  # chains that were measured before are kept
             named = {row["chain"]: row for row in (*found.get(name, ()), *rows)}
             rows = [named[chain] for chain in ("", *CHAINS) if chain in named]
+        if name == "latency":
+            now = {(row["network"], row["threads"]) for row in rows}
+            rows = [row for row in found.get(name, ()) if (row["network"], row["threads"]) not in now] + rows
         found |= {name: rows, "machine": machine("onnxruntime")}
         write(options.out, found, page(found))
 

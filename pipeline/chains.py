@@ -31,6 +31,7 @@ from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.entries import check_recipe
 from pipeline.evaluate import output_on
+from pipeline.finished import FinishedNetwork
 from pipeline.measure import Host, Inputs, metrics_of
 from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
@@ -42,10 +43,14 @@ from pipeline.stages.stage import is_number
 from pipeline.stages.tune import check_source
 from pipeline.tables import UserError, one_line
 from pipeline.tasks.distilled import check_alike
+from pipeline.torchao_network import TorchaoNetwork
 
 RECORD = "stage.json"
 NETWORK = "network.safetensors"
-ONNX = "network.onnx"  # in its place behind a stage that makes a file
+# In its place behind a stage that finishes a network.
+ONNX = "network.onnx"
+TORCHAO = "network.int8.safetensors"
+FILES: dict[type[nn.Module], str] = {OnnxNetwork: ONNX, TorchaoNetwork: TORCHAO}
 # Values of a row that stand in the record of a stage, for all stages up to it.
 RECORDED = ("error", "params", "macs", "bytes", "seconds", "unlabelled", "labelled")
 WHOLE = "none"  # method of a row whose chain compresses no channels
@@ -193,8 +198,8 @@ def made(chain: Chain, ground: Ground) -> Node:
 
 def write(chain: Chain, state: State, work: Path, ground: Ground) -> None:
     """Network and record, and nothing else, into the folder."""
-    if isinstance(state.model, OnnxNetwork):
-        file = work / ONNX
+    if isinstance(state.model, FinishedNetwork):
+        file = work / FILES[type(state.model)]
         state.model.write(file)
     else:
         file = work / NETWORK
@@ -245,6 +250,8 @@ def state_of(chain: Chain, ground: Ground) -> State:
             state = State(net)
         elif stage.terms.before == "keeps":
             state = replace(state_of(chain[:-1], ground), model=net)
+        elif stage.terms.before == "begins":
+            state = replace(state_of(chain[:-1], ground).begun(), model=net)
         else:
             state = replace(advanced(stage, state_of(chain[:-1], ground), ground.supplies), model=net)
         ground.states[chain] = state
@@ -252,8 +259,13 @@ def state_of(chain: Chain, ground: Ground) -> State:
 
 
 def network_of(chain: Chain, ground: Ground) -> nn.Module:
-    """The network in the folder of a stage that is done, on the device."""
+    """The network in the folder of a stage that is done, on the device.
+
+    What torchao made is made again from the network before, because its programs are pickles (see TorchaoNetwork).
+    """
     file = ground.folder(chain) / ONNX
+    if file.with_name(TORCHAO).exists():
+        return advanced(chain[-1], state_of(chain[:-1], ground), ground.supplies).model
     if not file.exists():
         net = load_compressed(file.with_name(NETWORK), ground.full)[0]
         return net.to(next(ground.supplies.dense.parameters()).device).eval()

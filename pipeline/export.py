@@ -41,7 +41,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> float:
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
     def write(file: Path) -> None:
-        program = _program(network, example)
+        program = program_of(network, example)
         torch.onnx.export(program, f=str(file), dynamo=True, verbose=False, external_data=size > ONE_FILE)
 
     def read(file: Path) -> Callable[..., Sequence[Tensor]]:
@@ -67,7 +67,7 @@ def export_program(model: nn.Module, example: Example, path: str | Path) -> floa
         example,
         Path(path),
         "a program",
-        lambda file: torch.export.save(_program(network, example), file),
+        lambda file: torch.export.save(program_of(network, example), file),
         read,
     )
 
@@ -138,7 +138,7 @@ def _is_batched(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
 
 
-def _program(network: nn.Module, example: Example) -> torch.export.ExportedProgram:
+def program_of(network: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """The network traced on a small batch of its own memory: a slice would bring its whole tensor into the file."""
     args, kwargs = call_arguments(batch_of(tree_map(_on_cpu, example), TRACED))
     batch, shapes = torch.export.Dim("batch", min=1), torch.export.ShapesCollection()

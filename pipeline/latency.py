@@ -20,8 +20,10 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
+from pipeline.finished import FinishedNetwork, check_runtime
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.tables import UserError, one_line, pick
+from pipeline.torchao_network import TorchaoNetwork
 
 Run = Callable[[], Any]  # one forward pass on one batch
 LEAST, MOST = 5, 1000  # timed passes
@@ -58,8 +60,11 @@ class Profile:
 
 
 def eager(network: nn.Module, example: Example) -> Callable[[Example], Run]:
-    need_module(network)
+    check_runtime(network, "eager")
+    return called(network)
 
+
+def called(network: Callable[..., Any]) -> Callable[[Example], Run]:
     def bind(inputs: Example) -> Run:
         args, kwargs = call_arguments(inputs)
         return lambda: network(*args, **kwargs)
@@ -67,21 +72,18 @@ def eager(network: nn.Module, example: Example) -> Callable[[Example], Run]:
     return bind
 
 
-def need_module(network: nn.Module) -> None:
-    """Raise UserError for a network that torch does not compute."""
-    if isinstance(network, OnnxNetwork):
-        raise UserError("the network is an ONNX file; choose the runtime onnx")
-
-
 def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
     """torch.compile, for each batch size anew; all that it compiled before in this process is forgotten.
 
     Otherwise torch counts the networks of one class as recompilations of one forward, and after some of them it gives
-    up and runs the next one eagerly.
+    up and runs the next one eagerly. Weights in int8 are constants of what is compiled (freezing), without which they
+    would be made floats again in every pass.
     """
-    need_module(network)
+    check_runtime(network, "compiled")
     torch.compiler.reset()
-    return eager(torch.compile(network, dynamic=False), example)
+    if isinstance(network, TorchaoNetwork):
+        return called(torch.compile(network.program, dynamic=False, options={"freezing": True}))
+    return called(torch.compile(network, dynamic=False))
 
 
 def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
@@ -89,6 +91,7 @@ def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
     device = device_of(network)
     if device.type != "cpu":
         raise UserError(f"ONNX Runtime is measured on the CPU, and the network is on {device}; move it to compare")
+    check_runtime(network, "onnx")
     session = network.session if isinstance(network, OnnxNetwork) else exported(network, example)
 
     def bind(inputs: Example) -> Run:
@@ -139,8 +142,8 @@ def profile(
     networks = [bare_copy(each).eval() for each in (model, beside) if each is not None]
     network = networks[0]
     sizes = {
-        "params": network.params if isinstance(network, OnnxNetwork) else parameters(network),
-        "macs": network.macs if isinstance(network, OnnxNetwork) else macs(network, batch_of(example, 1)),
+        "params": network.params if isinstance(network, FinishedNetwork) else parameters(network),
+        "macs": network.macs if isinstance(network, FinishedNetwork) else macs(network, batch_of(example, 1)),
         "size": stored_size(network),
     }
     found = []

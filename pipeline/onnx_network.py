@@ -1,6 +1,5 @@
 """An ONNX file as a module: ONNX Runtime computes its forward on the CPU, so that it is measured as any network is."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,22 +8,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.export import onnx_feed, onnx_session
+from pipeline.finished import FinishedNetwork
 
 
-class OnnxNetwork(nn.Module):
-    """A network that ONNX Runtime executes. content: (bytes,) uint8, the file, its only tensor.
+class OnnxNetwork(FinishedNetwork):
+    """A network that ONNX Runtime executes. Outputs are where the first input is, without gradients."""
 
-    params, macs: of the network that the file was made of, macs for one sample. It has no weights to be trained,
-    compressed or repaired, and its copies share nothing. Outputs are where the first input is, without gradients.
-    """
-
-    content: Tensor
+    runtime, saved_as = "onnx", "an ONNX file"
 
     def __init__(self, content: bytes, like: nn.Module, example: Example, params: int, macs: int) -> None:
         """like: the network that the file was made of, in eval mode, whose outputs' structure the file's are given."""
-        super().__init__()
-        self.register_buffer("content", torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        self.params, self.macs = params, macs
+        super().__init__(content, params, macs)
         args, kwargs = call_arguments(example)
         with torch.no_grad():
             leaves, self._structure = tree_flatten(like(*args, **kwargs))
@@ -42,13 +36,6 @@ class OnnxNetwork(nn.Module):
         if self._session is None:
             self._session = onnx_session(self.content.cpu().numpy().tobytes())
         return self._session
-
-    def write(self, path: str | Path) -> None:
-        """Write the ONNX file."""
-        Path(path).write_bytes(self.content.cpu().numpy().tobytes())
-
-    def extra_repr(self) -> str:
-        return f"{len(self.content):,} bytes"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}  # sessions cannot be copied; a copy makes its own

@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
 def certify(args: argparse.Namespace) -> int:
     """Print a table for every compression in the file's chain, then the verdict; returns the exit code."""
     tensors, manifest = read_whole(args.file)
-    tensors, _ = with_weights(tensors, manifest["grids"])
+    tensors, _ = with_weights(tensors, manifest)
     checks = {i: Checked(step["stage"], stated(step)) for i, step in enumerate(manifest["chain"]) if step.get("groups")}
     if not checks:
         raise UserError(f"{args.file} holds masked weights and no channel groups: there is nothing to certify")

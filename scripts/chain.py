@@ -32,6 +32,7 @@ from pipeline.models import build_model
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, RowStore, code_version, read
 from pipeline.stages import Chain, Supplies, Traces, Training, parse_chain, parse_chains
 from pipeline.stages.distil import DENSE, Distil
+from pipeline.stages.qat import Qat
 from pipeline.study.chains import print_chains
 from pipeline.study.pictures import plot_pareto
 from pipeline.tables import UserError, one_line, pick
@@ -104,7 +105,7 @@ def ground_of(
         drawn = sample(len(data.repair_data), config["compression"]["repair_size"], config["seed"])
         batches = list(map(move, data.eval_dataloader(data.repair_data.subset(drawn))))
     task = settle(net, task_of(config, data), move(next(iter(data.test_dataloader()))))
-    names = {stage.teacher for chain in chains for stage in chain if isinstance(stage, Distil)} - {DENSE}
+    names = {stage.teacher for chain in chains for stage in chain if isinstance(stage, Distil | Qat)} - {DENSE}
     traces, example = Traces(), data.example.to(device)
     supplies = Supplies(
         dense=net,

@@ -1,7 +1,8 @@
 """Compressed networks on disk: safetensors with a JSON manifest in the header, no pickle.
 
 The tensors in the file are those of the network's state_dict under their own names, so any tool that reads safetensors
-reads them too; only weights on the grid of a quantizer are packed. Everything else is in the manifest:
+reads them too, but for a network with weights on the grid of a quantizer, whose weights and vectors are packed.
+Everything else is in the manifest:
 
     format          of this file, FORMAT
     architecture    {"name": ..., arguments} that build the network at full size, or {}; given by whoever saved it
@@ -17,18 +18,23 @@ reads them too; only weights on the grid of a quantizer are packed. Everything e
     tied            {name: the name under which its tensor is stored}
     grids           {weight: its grid} of quantized weights, whose codes, scales and zeros are the bytes of the tensor
                     packed_weights (see `quantize.stored`)
+    vectors         {tensor: its shape and number format} of the vectors behind them in those bytes
     channels_last   names of the weights in that memory format, which safetensors does not keep
     source          {"file", "sha256"} of the checkpoint that was compressed, or {} (see `source_of`)
     versions        of the libraries that wrote it
     about           other JSON values, given by whoever saved it
 
-Files of format 2 hold one compression, which becomes their chain, and those of format 3 no grids. A checksum over
-manifest and tensors stands beside the manifest, so that a flipped bit is found in a weight, too.
+Of a network with packed weights, the manifest is deflated, since its text would be a fifth of the file of a small one.
+Files of format 2 hold one compression, which becomes their chain, those of format 3 no grids, those of format 4 every
+vector as a tensor and the manifest as it is. A checksum over manifest and tensors stands beside the manifest, so that a
+flipped bit is found in a weight, too.
 """
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -49,7 +55,7 @@ from pipeline.compression.report import Report, step_of
 from pipeline.compression.sizes.count import parameters
 from pipeline.tables import UserError, first_line
 
-FORMAT = 4
+FORMAT = 5
 OLDEST = 2  # the oldest format that can be read
 # Keys of a compression in the chain; files of format 2 have them for their only compression.
 OF_A_STEP = ("ratio", "params", "params_before", "macs", "macs_before", "numbers", "groups")
@@ -70,24 +76,28 @@ def save_compressed(
     source: what was compressed (see `source_of`).
 
     The chain is what the network remembers (see `plan.history`): it may have been compressed several times, and tuned
-    since. Raises UserError for a network whose state_dict holds more than tensors, and for what JSON cannot write.
+    since. Raises UserError for a network that is a finished file (`saved_by` says what to do), for one whose state_dict
+    holds more than tensors, and for what JSON cannot write.
     """
     model, report = compressed if isinstance(compressed, Compressed) else (compressed, None)
+    if other_way := getattr(model, "saved_by", ""):
+        raise UserError(f"{type(model).__name__} is a finished file and has no weights to save: {other_way}")
     tensors, tied = stored_tensors(model)
-    stored, grids = with_codes(model, tensors)
+    stored, facts = with_codes(model, tensors)
     text = _json(
         {
             "format": FORMAT,
             "architecture": dict(architecture or {}),
             **_done(model, report),
             "tied": tied,
-            "grids": grids,
+            **facts,
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
             "source": dict(source or {}),
             "versions": {name: _version(name) for name in ("foldability", "torch", "safetensors")},
             "about": dict(about or {}),
         }
     )
+    text = _deflated(text) if facts["grids"] else text
     # Clones, as safetensors refuses tensors that share memory: two views of one tensor are stored as two.
     seen: set[int] = set()
     plain = {}
@@ -115,7 +125,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> tuple[nn.Module, dict
     Raises UserError for a file that is missing, damaged, of another format, or not of this architecture.
     """
     tensors, manifest = read_whole(path)
-    tensors, grids = with_weights(tensors, manifest["grids"])
+    tensors, grids = with_weights(tensors, manifest)
     wrong = next(_misfits(manifest, tensors, model), None)
     if wrong:
         raise UserError(f"{path} {wrong}; load it into {_described(manifest)}")
@@ -234,7 +244,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("foldability", "{}")
-            manifest = json.loads(text)
+            manifest = json.loads(_inflated(text))
             if not isinstance(manifest, dict) or "format" not in manifest:
                 raise UserError(f"{path} does not say how it was compressed: it is no file of save_compressed")
             if manifest["format"] not in range(OLDEST, FORMAT + 1):
@@ -243,7 +253,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
                 raise UserError(
                     f"{path} has format {manifest['format']!r}, this version reads {OLDEST} to {FORMAT}; {fix}"
                 )
-            yield file, {"chain": _only_step(manifest), "grids": {}, **manifest}, text
+            yield file, {"chain": _only_step(manifest), "grids": {}, "vectors": {}, **manifest}, text
     except FileNotFoundError as error:
         raise UserError(f"no compressed network {path}") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
@@ -293,6 +303,21 @@ def _json(manifest: Mapping[str, Any]) -> str:
             except (TypeError, ValueError) as error:
                 raise UserError(f"{key} of a compressed network must be plain JSON values: {error}") from error
         raise
+
+
+def _deflated(text: str) -> str:
+    """zlib's bytes in base85: five letters for four bytes, none of which JSON escapes."""
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _inflated(text: str) -> str:
+    """A manifest's JSON, which begins with a brace, from itself or from `_deflated`, where zlib's head makes a c."""
+    if text.startswith("{"):
+        return text
+    try:
+        return zlib.decompress(base64.b85decode(text)).decode()
+    except (ValueError, zlib.error) as error:
+        raise OSError("its manifest cannot be inflated") from error
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -24,6 +24,7 @@ from pipeline.stages.compress import Compress
 from pipeline.stages.distil import Distil
 from pipeline.stages.export import Export
 from pipeline.stages.ptq import Ptq
+from pipeline.stages.qat import Qat
 from pipeline.stages.quantize import Quantize
 from pipeline.stages.repair import Repair
 from pipeline.stages.stage import Stage, State, Supplies, timed
@@ -39,6 +40,7 @@ STAGES: dict[str, type] = {
     "tune": Tune,
     "distil": Distil,
     "quantize": Quantize,
+    "qat": Qat,
     "ptq": Ptq,
     "export": Export,
 }
@@ -46,8 +48,12 @@ STAGES: dict[str, type] = {
 FAMILIES = {"fold": ("fold", "mix", "auto"), "prune": ("prune",), "mask": ("mask",)}
 # Why a stage that changes weights cannot follow, by the form in which a stage left them.
 FINISHED = {
-    "grid": "the weights lie on the grid of a quantizer, which it would leave; put it before the quantization",
+    "grid": (
+        "the weights lie on the grid of a quantizer, which it would leave; put it before the quantization, or train on "
+        "the grid with qat"
+    ),
     "file": "the network is a finished file, which only measuring may follow; put it before",
+    "program": "the network is a program for torch.compile, which only measuring may follow; put it before",
 }
 
 
@@ -113,7 +119,7 @@ def checked(chain: Chain) -> Chain:
             raise UserError(f"{spell_chain(chain)}: {stage} cannot follow {by}: {FINISHED[form]}")
         if isinstance(stage, Repair) and repaired:
             raise UserError(f"{spell_chain(chain)}: the second repair finds nothing to repair; compress in between")
-        repaired = {"clears": True, "sets": False}.get(terms.before, repaired)
+        repaired = {"clears": True, "sets": False, "begins": False}.get(terms.before, repaired)
         form, by = (terms.leaves, str(stage)) if terms.leaves else (form, by)
     return chain
 

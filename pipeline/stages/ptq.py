@@ -1,11 +1,11 @@
-"""Post-training quantization of weights and activations: an int8 file for ONNX Runtime, which nothing may change."""
+"""Post-training quantization of weights and activations: an int8 network, which nothing but measuring may follow."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,10 +16,12 @@ from pipeline.compression.recipe import Calibration
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.compression.trace.graph import Example
 from pipeline.export import ONE_FILE, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
+from pipeline.finished import FinishedNetwork
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.stages.quantize import CALIBRATIONS
 from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, spelled
 from pipeline.tables import UserError, one_line, pick
+from pipeline.torchao_network import ACTIVATIONS, TorchaoNetwork, by_pt2e, by_tensors, need_torchao
 
 # How the range of an activation follows from its values on the calibration pictures: ONNX Runtime's calibrator, and its
 # options. minmax: least and greatest; average: a moving average of those of each batch; percentile: without the
@@ -35,35 +37,54 @@ BATCH = 32  # samples in a calibration batch: every activation of a batch is in 
 
 @dataclass(frozen=True)
 class Ptq:
-    """An ONNX file with 8-bit weights, a scale for each output, and 8-bit activations (QDQ: scales between operations).
+    """An int8 network: 8-bit weights with a scale for each output, and 8-bit activations. backend: a row of BACKENDS.
+
+    onnx: a file for ONNX Runtime (QDQ: scales between operations)
+    pt2e: a program of torchao for torch.compile, of convolutions and linear layers
+    torchao: linear layers alone, also for torch.compile; activations are rounded anew for each row of each batch, or
+        stay numbers (activations=float)
 
     calibrate: the pictures on which activations show their ranges: data (512) or synthetic (128, from the checkpoint).
-    range: a row of RANGES.
+    range: a row of RANGES, of onnx alone.
     """
 
     calibrate: str = "data"
     range: str = "minmax"
-
-    terms = Terms(frozenset({"float", "grid"}), leaves="file")
+    backend: str = "onnx"
+    activations: str = "int8"
 
     def __post_init__(self) -> None:
         pick("calibrate", CALIBRATIONS, self.calibrate)
         pick("range", RANGES, self.range)
+        pick("activations", dict.fromkeys(ACTIVATIONS), self.activations)
+        known = pick("backend", BACKENDS, self.backend).options
+        for option in ("calibrate", "range", "activations"):
+            value = getattr(self, option)
+            if option not in known and value != getattr(Ptq, option):
+                raise UserError(f"ptq: {option}={value} is no option of backend={self.backend}; leave it out")
 
     def __str__(self) -> str:
         return spelled("ptq", self)
 
     @property
+    def terms(self) -> Terms:
+        return Terms(frozenset({"float", "grid"}), leaves=BACKENDS[self.backend].leaves)
+
+    @property
+    def calibrates(self) -> bool:
+        return "calibrate" in BACKENDS[self.backend].options
+
+    @property
     def needs(self) -> frozenset[str]:
-        return CALIBRATIONS[self.calibrate]
+        return CALIBRATIONS[self.calibrate] if self.calibrates else frozenset()
 
     @property
     def facts(self) -> MappingProxyType[str, str]:
-        return MappingProxyType({"calibration": self.calibrate})
+        return MappingProxyType({"calibration": self.calibrate} if self.calibrates else {})
 
     def reason_against(self, model: nn.Module) -> str:
         try:
-            need_onnx()
+            BACKENDS[self.backend].need()
         except UserError as missing:
             return str(missing)
         return ""
@@ -72,13 +93,44 @@ class Ptq:
         return Seen(min(CALIBRATION, supplies.samples) if self.needs else 0)
 
     def run(self, state: State, supplies: Supplies) -> State:
-        pictures = supplies.pictures(Calibration(self.calibrate))
-        content = int8_file(state.model, supplies.example, pictures, self.range)
-        like = bare_copy(state.model).eval()
-        sizes = parameters(like), macs(like, supplies.example, supplies.traces.counted)
-        made = OnnxNetwork(content, like, supplies.example, *sizes)
-        went_through_(made, history(state.model))
+        model, example = state.model, supplies.example
+        pictures = supplies.pictures(Calibration(self.calibrate)) if self.calibrates else None
+        sizes = parameters(model), macs(model, example, supplies.traces.counted)
+        made = BACKENDS[self.backend].make(self, model, example, pictures, sizes)
+        went_through_(made, history(model))
         return replace(state, model=made.eval())
+
+
+def _onnx(stage: Ptq, model: nn.Module, example: Example, pictures: Any, sizes: tuple[int, int]) -> OnnxNetwork:
+    content = int8_file(model, example, pictures, stage.range)
+    return OnnxNetwork(content, bare_copy(model).eval(), example, *sizes)
+
+
+def _pt2e(stage: Ptq, model: nn.Module, example: Example, pictures: Any, sizes: tuple[int, int]) -> TorchaoNetwork:
+    return TorchaoNetwork(*by_pt2e(model, example, batches_of(pictures)), *sizes)
+
+
+def _torchao(stage: Ptq, model: nn.Module, example: Example, pictures: Any, sizes: tuple[int, int]) -> TorchaoNetwork:
+    return TorchaoNetwork(*by_tensors(model, stage.activations), *sizes)
+
+
+class Backend(NamedTuple):
+    """Who quantizes. make: (stage, network, example, pictures or None, (parameters, MACs)) -> the int8 network.
+
+    options: of Ptq, those that it takes. leaves: of stage.FORMS. need: raises UserError where a library is missing.
+    """
+
+    make: Callable[[Ptq, nn.Module, Example, Any, tuple[int, int]], FinishedNetwork]
+    options: frozenset[str]
+    leaves: str
+    need: Callable[[], None]
+
+
+BACKENDS = {
+    "onnx": Backend(_onnx, frozenset({"calibrate", "range"}), "file", need_onnx),
+    "pt2e": Backend(_pt2e, frozenset({"calibrate"}), "program", need_torchao),
+    "torchao": Backend(_torchao, frozenset({"activations"}), "program", need_torchao),
+}
 
 
 def int8_file(model: nn.Module, example: Example, pictures: Example | Iterable[Example], ranges: str) -> bytes:

@@ -2,14 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from pipeline.compression.calibrate.batches import batches_of
-from pipeline.compression.copies import bare_copy
 from pipeline.compression.quantize.grids import Scheme
 from pipeline.compression.quantize.network import in_order, quantize_, sites
 from pipeline.compression.recipe import Calibration
@@ -45,7 +44,7 @@ class Quantize:
     calibrate: str = "data"
     ends: int = 8
 
-    terms = Terms(leaves="grid", before="sets")
+    terms = Terms(leaves="grid", before="begins")
 
     def __post_init__(self) -> None:
         pick("rounding", ROUNDINGS, self.rounding)
@@ -77,13 +76,12 @@ class Quantize:
 
     def run(self, state: State, supplies: Supplies) -> State:
         model = state.model
-        # A repair goes by the statistics before: those of this network, unless an unrepaired stage has its own.
-        before = bare_copy(model) if state.before is None else state.before
+        begun = state.begun()
         pictures: Any = supplies.pictures(Calibration(self.calibrate)) if ROUNDINGS[self.rounding] else None
         _, rest = quantize_(model, self.schemes(model, supplies), None if pictures is None else batches_of(pictures))
         if pictures is not None and rest:
             warnings.warn(_told(rest), RuntimeWarning, stacklevel=2)
-        return replace(state, before=before)
+        return begun
 
     def schemes(self, model: nn.Module, supplies: Supplies) -> dict[str, Scheme]:
         """{weight: its scheme}"""

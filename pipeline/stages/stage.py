@@ -28,8 +28,8 @@ CALIBRATION = 512  # unlabelled samples that compensation looks at where a recip
 # A stage can need calibration (unlabelled samples) and labels (those samples with their labels).
 NEEDS = ("calibration", "labels")
 # The forms that a network's weights have along a chain: numbers of any value; numbers on the grid of a quantizer; a
-# finished file that another runtime executes.
-FORMS = ("float", "grid", "file")
+# finished ONNX file; a finished program for torch.compile.
+FORMS = ("float", "grid", "file", "program")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,13 @@ class State:
     seconds: float = 0.0
     plan: Plan | None = None
 
+    def begun(self) -> "State":
+        """The state in which a stage begins to change weights that a later repair goes by.
+
+        That repair goes by this network, unless a stage before has not been repaired, which has a network of its own.
+        """
+        return self if self.before is not None else replace(self, before=bare_copy(self.model), plan=None)
+
     def copied(self) -> "State":
         """The same state with its own copy of the network."""
         return replace(self, model=bare_copy(self.model))
@@ -59,8 +66,9 @@ class Terms:
     """What a stage asks of a network's weights, and what it leaves.
 
     takes: the FORMS that it can work on. leaves: the form behind it; "": that which it found.
-    before: what becomes of `State.before`: "keeps" it, "sets" it (weights change, statistics of BatchNorm do not), or
-        "clears" it (the statistics are right again, so that a repair would find nothing).
+    before: what becomes of `State.before`: "keeps" it, "sets" it (weights change, statistics of BatchNorm do not),
+        "begins" it (as `State.begun`), or "clears" it (the statistics are right again, so that a repair would find
+        nothing).
     """
 
     takes: frozenset[str] = frozenset({"float"})

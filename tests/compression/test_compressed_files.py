@@ -286,9 +286,9 @@ def rewritten(path, folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "fix"),
     [
-        ({"format": 5}, "has format 5, this version reads 2 to 4; update foldability"),
-        ({"format": 1}, "has format 1, this version reads 2 to 4; compress and save the checkpoint again"),
-        ({"format": None}, "has format None, this version reads 2 to 4; compress and save the checkpoint again"),
+        ({"format": 6}, "has format 6, this version reads 2 to 5; update foldability"),
+        ({"format": 1}, "has format 1, this version reads 2 to 5; compress and save the checkpoint again"),
+        ({"format": None}, "has format None, this version reads 2 to 5; compress and save the checkpoint again"),
         ({"ratio": 0.9}, "is damaged: its contents are not those of its checksum; copy it again"),
     ],
 )

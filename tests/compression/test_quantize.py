@@ -1,16 +1,19 @@
 """Grids of few bits: all that is said of them follows from a definition of thirty lines."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.compressed import load
 from pipeline.compression import compress
 from pipeline.compression.calibrate.batches import Batches
 from pipeline.compression.calibrate.compensate import input_moments
-from pipeline.compression.checkpoint import load_compressed, save_compressed, stored_size
+from pipeline.compression.checkpoint import digest_of, load_compressed, read_whole, save_compressed, stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import Step, remember_
 from pipeline.compression.quantize.grids import (
@@ -26,6 +29,7 @@ from pipeline.compression.quantize.grids import (
 from pipeline.compression.quantize.network import grids_of, on_grids, quantize_, sites
 from pipeline.compression.quantize.packing import packed, packed_size, unpacked
 from pipeline.compression.quantize.rounding import gptq
+from pipeline.compression.quantize.stored import PACKED
 from pipeline.models import build_model
 from pipeline.tables import UserError
 
@@ -308,14 +312,38 @@ def test_a_file_holds_the_bits_and_gives_the_weights_back_bit_for_bit(bits, tmp_
     others = sum(t.numel() * t.element_size() for t in net.state_dict().values()) - 4 * weights
     channels = sum(len(site.weight) for site in sites(net).values())
     least = weights * bits / 8 + others + 5 * channels  # a scale of four bytes, and a zero of one
-    assert least < size < least + 640 * 4 + 26_000, "the last layer is floats, and the manifest takes some kB"
+    assert least < size < least + 640 * 4 + 2_500, "the last layer is floats, and the manifest is deflated"
     loaded, manifest = load_compressed(tmp_path / "net.safetensors", build_model("resnet20", 10, 3).eval())
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
         assert tensor.stride() == loaded.state_dict()[name].stride(), name
     assert set(manifest["grids"]) == set(on_grids(net)) == set(on_grids(loaded)) == {*sites(net)} - {"linear.weight"}
-    assert 0 <= size - stored_size(net) < 26_000
+    assert 0 <= size - stored_size(net) < 2_500
     assert stored_size(loaded) == stored_size(net)
+
+
+def test_a_file_of_format_4_is_read_where_every_vector_is_a_tensor_of_its_own(tmp_path):
+    net = quantized_resnet(4)
+    save_compressed(net, path := tmp_path / "net.safetensors", architecture=RESNET)
+    stored, manifest = read_whole(path)
+    vectors = {name: net.state_dict()[name] for name in manifest.pop("vectors")}
+    assert len(vectors) == 19 * 5 + 1  # five of each norm, and the shift of the last layer
+    bytes_of_vectors = sum(t.numel() * t.element_size() for t in vectors.values())
+    stored = {**stored, PACKED: stored[PACKED][:-bytes_of_vectors].clone(), **vectors}
+    text = json.dumps({**manifest, "format": 4})
+    save_file(stored, path, {"foldability": text, "sha256": digest_of(text, stored)})
+    loaded, _ = load(path)
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in net.state_dict().items())
+
+
+def test_a_damaged_manifest_that_is_deflated_is_one_line(tmp_path):
+    save_compressed(quantized_resnet(4), path := tmp_path / "net.safetensors", architecture=RESNET)
+    with safe_open(path, "pt") as file:
+        said, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for broken in (said["foldability"][:-9], "c~ \n"):
+        save_file(stored, path, {**said, "foldability": broken})
+        with pytest.raises(UserError, match=r"its manifest cannot be inflated.*copy it again"):
+            load(path)
 
 
 def test_four_bits_are_an_eighth_of_the_floats():

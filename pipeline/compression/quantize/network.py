@@ -101,13 +101,14 @@ def on_grids(model: nn.Module) -> dict[str, tuple[Grid, Tensor]]:
     found = {}
     for name, grid in grids_of(model).items():
         weight = tensors.get(name)
-        codes = None if weight is None else codes_on(_moved(grid, weight.device), weight)
+        codes = None if weight is None else codes_on(moved(grid, weight.device), weight)
         if codes is not None:
             found[name] = grid, codes
     return found
 
 
-def _moved(grid: Grid, device: torch.device) -> Grid:
+def moved(grid: Grid, device: torch.device) -> Grid:
+    """The grid on another device."""
     return Grid(grid.bits, grid.scale.to(device), grid.zero.to(device), grid.group, grid.dim)
 
 
