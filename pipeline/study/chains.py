@@ -101,7 +101,10 @@ def costs(lines: pl.DataFrame, times: pl.DataFrame | None) -> dict[str, pl.DataF
     """{heading of an axis: lines of `over_cells` that have it, with `cost`}: kB, and each runtime's milliseconds."""
     found = {"file, kB": lines.with_columns(cost=pl.col("bytes") / 1000)}
     for (runtime, size), part in ({} if times is None else by_runtime(times)).items():
-        taken = part.drop_nulls("median").select("chain", cost=pl.col("median") * 1000)
+        # Times of different minutes do not compare on a busy machine, while a speedup was measured in turns.
+        whole = part.filter(pl.col("speedup").is_null())["median"].drop_nulls().first()
+        beside = pl.lit(whole, pl.Float64) / pl.col("speedup")
+        taken = part.drop_nulls("median").select("chain", cost=pl.coalesce(beside, "median") * 1000)
         if len(joined := lines.join(taken, on="chain", maintain_order="left")):
             found[f"{runtime}, batch {size}, ms"] = joined
     return found
@@ -114,27 +117,34 @@ def by_runtime(times: pl.DataFrame) -> dict[tuple[str, int], pl.DataFrame]:
     return medians.partition_by("runtime", "batch_size", as_dict=True, maintain_order=True)
 
 
-def chain_table(rows: pl.DataFrame) -> Table:
-    """Stages x sizes; a stage stands below the one that it follows. An asterisk: on the front over bytes."""
+def chain_lines(rows: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """(headings, a line of texts for each chain): a stage stands below the one that it follows, see `tree`.
+
+    An asterisk: on the front over bytes.
+    """
     metric, found = headline(rows), over_cells(rows)
     best = {found["chain"][i] for i in front(found["bytes"], found["value"], metric.higher_is_better)}
-    table = Table()
-    table.add_column("stage", no_wrap=True)
-    for name in (metric.heading, "file, kB", "parameters", "MACs", "seconds", "samples seen"):
-        table.add_column(name, justify="right")
     by_chain = {row["chain"]: row for row in found.iter_rows(named=True)}
+    lines = []
     for chain, label in tree(list(by_chain)):
         row = by_chain[chain]
         spread = "" if row["sd"] is None else f" ± {metric.scale * row['sd']:.{metric.digits}f}"
-        table.add_row(
-            escape(label) + " *" * (chain in best),
-            metric.short(row["value"]).strip() + spread,
-            f"{row['bytes'] / 1000:,.1f}",
-            f"{row['params']:,.0f}",
-            f"{row['macs'] / 1e6:,.2f} M",
-            f"{row['seconds']:,.1f}",
-            f"{row['unlabelled']:,.0f}" + (f" + {row['labelled']:,.0f} with labels" if row["labelled"] else ""),
-        )
+        texts = [label + " *" * (chain in best), metric.short(row["value"]).strip() + spread]
+        texts += [f"{row['bytes'] / 1000:,.1f}", f"{row['params']:,.0f}", f"{row['macs'] / 1e6:,.2f} M"]
+        seen = f"{row['unlabelled']:,.0f}" + (f" + {row['labelled']:,.0f} with labels" if row["labelled"] else "")
+        lines.append([*texts, f"{row['seconds']:,.1f}", seen])
+    return ["stage", metric.heading, "file, kB", "parameters", "MACs", "seconds", "samples seen"], lines
+
+
+def chain_table(rows: pl.DataFrame) -> Table:
+    """`chain_lines` for the terminal."""
+    names, lines = chain_lines(rows)
+    table = Table()
+    table.add_column(names[0], no_wrap=True)
+    for name in names[1:]:
+        table.add_column(name, justify="right")
+    for label, *texts in lines:
+        table.add_row(escape(label), *texts)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
 
@@ -143,7 +143,7 @@ def chance(rows: pl.DataFrame, metric: Metric) -> float | None:
     return 1 / known.pop()
 
 
-def plot_pareto(rows: pl.DataFrame, path: str | Path, times: pl.DataFrame | None = None) -> None:
+def plot_pareto(rows: pl.DataFrame, path: str | Path | BinaryIO, times: pl.DataFrame | None = None) -> None:
     """The headline over the bytes of the file, and over the time of each runtime and batch size: a panel each.
 
     A chain is a line from the uncompressed network on, a stage a point; rings and the dashed steps mark the front, the

@@ -203,6 +203,7 @@ def test_chains_of_all_cells_are_shown_as_means_and_drawn(tmp_path, report):
     assert "bits=8" not in said
     assert "> fold@0.5 * 80.0 ± 0.0 200.0" in said
     folder = tmp_path / "report"
+    assert (folder / "index.html").read_text().count("<h3>") == 2, "a table and a picture each"
     assert {path.name for path in (folder / "png").iterdir()} == {"pareto-tiny-on-dots.png", "pareto-other-on-dots.png"}
     assert pl.read_csv(folder / "chains.csv")["network"].unique().sort().to_list() == ["other on dots", "tiny on dots"]
 

@@ -73,6 +73,12 @@ def test_the_table_marks_the_front_and_says_what_was_seen():
     assert "50.0" in shown
 
 
+def test_a_time_is_the_whole_network_s_by_the_speedup_that_was_measured_beside_it():
+    slow = times().with_columns(speedup=pl.when(pl.col("chain") != "").then(2.0))
+    at = costs(over_cells(rows()), slow)["eager, batch 1, ms"]
+    assert at["cost"].to_list() == [4.0, 2.0, 2.0, 2.0, 2.0]
+
+
 def test_the_picture_has_a_panel_for_each_cost_and_a_line_for_each_chain(tmp_path, monkeypatch):
     kept = []
     real = Figure.savefig

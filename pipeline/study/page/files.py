@@ -36,7 +36,7 @@ def write_report(
         joining(whole).sink_parquet(folder / "cells.parquet")  # whole in memory, it would take the most of all
         write_pictures(folder / "png", parts)
         write_chains(folder, chains)
-        (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds))
+        (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds, chains))
     except OSError as error:
         what = f"{folder} cannot be written ({first_line(error)})"
         raise UserError(f"{what}; give another --page, or --no-page") from error

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from string import Template
@@ -16,6 +17,7 @@ import polars as pl
 
 from pipeline.cells import ADDRESS
 from pipeline.results import code_version
+from pipeline.study.chains import ChainRows, chain_lines
 from pipeline.study.claims import noise_sentence
 from pipeline.study.noise import noise
 from pipeline.study.page.colors import styles
@@ -26,8 +28,15 @@ from pipeline.study.terminal import TITLES
 from pipeline.tables import optional
 
 
-def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, speeds: pl.DataFrame) -> str:
-    """The text of index.html. speeds: lines of `read_speeds`, which may be none."""
+def page(
+    title: str,
+    whole: Sweep,
+    parts: Sequence[Family],
+    places: Places,
+    speeds: pl.DataFrame,
+    chains: Sequence[ChainRows] = (),
+) -> str:
+    """The text of index.html. speeds: lines of `read_speeds`, which may be none; chains: those that cells ran."""
     plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
     found = [part.found.methods["method"].unique(maintain_order=True) for part in parts if part.found]
     said = [{"sentences": part.sentences, "noise": noises(part), **packed(part, places, speeds)} for part in parts]
@@ -38,9 +47,39 @@ def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, spee
         about=escape(about(whole)),
         css=(here / "page.css").read_text(),
         script=(here / "page.js").read_text(),
+        chains=chains_section(chains),
         plotly=packed_text(plotly),
         data=packed_text(json.dumps(data, separators=(",", ":"), allow_nan=False)),
     )
+
+
+def chains_section(chains: Sequence[ChainRows]) -> str:
+    """The section of chains, a table and the picture of the front for each network; "" where there are none."""
+    if not chains:
+        return ""
+    shown = "".join(f"<h3>{escape(part.title)}</h3>{picture_of(part)}{table_of(part.rows)}" for part in chains)
+    note = (
+        "Means over the cells that ran chains, ± their standard deviation. An asterisk, and a ring in the picture: "
+        "nothing smaller is as good. Seconds and samples are those of all stages up to this one."
+    )
+    return f'  <section id="chains"><h2>Chains</h2><p class="note">{note}</p>{shown}</section>\n'
+
+
+def picture_of(part: ChainRows) -> str:
+    from pipeline.study.pictures import plot_pareto  # brings matplotlib, which takes a second
+
+    plot_pareto(part.rows, drawn := BytesIO(), part.times)
+    data = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img alt="value over size and time, {escape(part.title)}" src="data:image/png;base64,{data}">'
+
+
+def table_of(rows: pl.DataFrame) -> str:
+    """`chain_lines` in HTML, a stage behind another one indented."""
+    names, lines = chain_lines(rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    indented = ([escape(text).replace("  ", "&emsp;") for text in line] for line in lines)
+    body = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in indented)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def noises(family: Family) -> list[str]:

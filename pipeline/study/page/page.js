@@ -821,6 +821,11 @@ async function start() {
   document.head.append(element("script", { textContent: plotly })); // runs at once
   DATA = JSON.parse(data);
   if (matchMedia("(max-width: 900px)").matches) $("#filters").open = false;
+  if (!DATA.parts.length) { // the cells ran chains alone, whose section needs no script
+    document.querySelectorAll("aside, main > :not(#chains)").forEach((one) => one.remove());
+    $("#page").style.display = "block"; // no column for the filters
+    return;
+  }
   begin(0);
   Object.keys(SECTIONS).forEach((section) => observer.observe(document.getElementById(section)));
 }
