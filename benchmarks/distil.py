@@ -7,7 +7,8 @@ ResNet-20 (resnet20-12fca82f.th of akamaster/pytorch_resnet_cifar10) is made sma
 pictures. Then it learns for one epoch of `--samples` training pictures that the seed draws, without augmentation: from
 their labels, from the answers of the whole network, or from its answers and its features. `tune` is tried at three
 learning rates, because its default is low for a network that lost this much; distil(labels=0.999) is training on labels
-with the optimizer, the shuffling and the schedule of distillation. Accuracy is that on the test pictures.
+with the optimizer, the shuffling and the schedule of distillation. Accuracy is that on the test pictures. Rates and
+weights are compared on these same pictures, so the best row of a table is a little too good.
 """
 
 import argparse
