@@ -40,8 +40,9 @@ def plot_groups(groups: Mapping[str, pl.DataFrame], path: str | Path, title: str
     found = {label: curves(rows) for label, rows in groups.items()}
     stages = list(dict.fromkeys(stage for lines in found.values() for stage, _ in lines)) or ["raw"]
     methods = list(dict.fromkeys(method for lines in found.values() for _, method in lines))
-    across = 2 * len(stages)  # columns of the legend below
-    height = 0.9 + 3.3 * len(groups) + 0.22 * -(-(len(methods) + 3) // across)
+    entries = len(methods) + len(LEVELS)
+    across = entries if entries <= 3 * len(stages) else 2 * len(stages)  # columns of the legend below
+    height = 0.9 + 3.3 * len(groups) + 0.22 * -(-entries // across)
     figure = Figure(figsize=(1.5 + 4.5 * len(stages), height), layout="constrained")
     panels = figure.subplots(len(groups), len(stages), sharex=True, sharey=True, squeeze=False)
     drawn: dict[str, Any] = {}
