@@ -373,12 +373,7 @@ def test_sharpness_corruption_and_features_are_axes(shown) -> None:
         (pl.col("method") == "fold") & (pl.col("stage") == "repaired") & (pl.col("ratio") == 0.5)
     ).select("cell", left=100 * pl.col("corrupted"))
     recipe = family.found.methods.select("cell", "recipe").unique()
-    want = (
-        dense.join(folded, on="cell")
-        .join(recipe, on="cell")
-        .group_by("recipe")
-        .agg(pl.col("sharpness_sam", "left").mean())
-    )
+    want = dense.join(folded, on="cell").join(recipe, on="cell").drop("cell").group_by("recipe").mean()
     assert points(got["x"], got["y"]) == close_to(points(want["sharpness_sam"], want["left"]))
     tab.get_by_label("adam", exact=True).uncheck()
     scrolled(tab, "size")

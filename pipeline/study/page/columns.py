@@ -181,7 +181,8 @@ def _prediction(family: Family, cells: pl.DataFrame) -> dict[str, Any]:
 
 def _rows(family: Family, axes: Axes, cells: pl.DataFrame) -> pl.DataFrame:
     named = pl.DataFrame({"name": axes.methods, "code": range(len(axes.methods))}, schema_overrides={"code": pl.UInt32})
-    points = _coded(family.found.methods, axes, cells).join(named, left_on="method", right_on="name")
+    read = family.found.methods.select("cell", "stage", "ratio", "method", "value", "params", "macs")
+    points = _coded(read, axes, cells).join(named, left_on="method", right_on="name")
     return points.drop("method").rename({"code": "method"}).sort("at", "method", "cell")
 
 

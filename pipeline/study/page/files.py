@@ -33,7 +33,8 @@ def write_report(
         (folder / "png").mkdir(parents=True, exist_ok=True)
         (folder / "summary.md").write_text(summary(title, whole, parts))
         effects_table(parts).write_csv(folder / "effects.csv")
-        joining(whole).sink_parquet(folder / "cells.parquet")  # whole in memory, it would take the most of all
+        # Whole in memory, or in large groups of rows, it would take the most of all.
+        joining(whole).sink_parquet(folder / "cells.parquet", row_group_size=20_000)
         write_pictures(folder / "png", parts)
         write_chains(folder, chains)
         (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds, chains))

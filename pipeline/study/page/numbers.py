@@ -21,8 +21,9 @@ def of_networks(sweep: Sweep, rows: pl.DataFrame) -> pl.DataFrame | None:
 
     rows: of the last measurement. None where there are none. Features are those of `Sweep.features`.
     """
-    found = dense_rows(rows).group_by("cell").agg(pl.col(MEASURED).mean())
-    found = found.select("cell", *(name for name in MEASURED if found[name].count()))
+    dense = dense_rows(rows)
+    names = [name for name in MEASURED if name in dense.columns and dense[name].count()]
+    found = dense.group_by("cell").agg(pl.col(names).mean())
     features = sweep.features
     if features is not None:
         taken = [name for name in features.columns if name != "cell" and name in found.columns]
@@ -32,6 +33,9 @@ def of_networks(sweep: Sweep, rows: pl.DataFrame) -> pl.DataFrame | None:
 
 def of_folded(rows: pl.DataFrame, higher_is_better: bool) -> pl.DataFrame:
     """One line per cell, stage and ratio: MEASURED of the best folding, those alone that any line has."""
+    names = [name for name in MEASURED if name in rows.columns and rows[name].count()]
+    if not names:
+        return rows.clear().select(PER_CELL)
     folded = measured(rows).with_columns(side=side(), of_side=valued(rows)).filter(pl.col("side") == "fold")
     best = folded.sort("of_side", descending=higher_is_better).unique(PER_CELL, keep="first", maintain_order=True)
-    return best.select(*PER_CELL, *(name for name in MEASURED if best[name].count()))
+    return best.select(*PER_CELL, *(name for name in names if best[name].count()))
