@@ -467,6 +467,7 @@ def check_ratios(ratios: Sequence[float], round_to: int = 1) -> None:
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Raise UserError naming the first tensor that holds NaN or Inf."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # A sum is finite only where all entries are; the entries of one that is not may be finite and large.
+        if tensor.is_floating_point() and not (tensor.sum().isfinite() or tensor.isfinite().all()):
             kind = "NaN" if tensor.isnan().any() else "Inf"
             raise UserError(f"{name} holds {kind}: training has diverged (lower the learning rate); not compressed")

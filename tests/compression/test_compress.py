@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from toy_nets import NETS, duplicated, mobile, picture, randomise_, relative_error, tied, vgg
 
 from pipeline.compression import ChannelGroups, channel_groups, compress
-from pipeline.compression.compress import channels_left
+from pipeline.compression.compress import channels_left, check_finite
 from pipeline.compression.sizes.count import macs
 from pipeline.models import build_model
 from pipeline.tables import UserError
@@ -134,6 +134,10 @@ def test_weights_that_are_not_finite(bad, kind):
         model[4].weight[0, 0, 0, 0] = bad
     with pytest.raises(UserError, match=rf"4\.weight holds {kind}"):
         compress(model, picture())
+
+
+def test_large_weights_whose_sum_overflows_are_finite():
+    check_finite({"weight": torch.full((4,), 3e38)})
 
 
 @pytest.mark.parametrize(

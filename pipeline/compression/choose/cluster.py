@@ -75,11 +75,14 @@ def kept_energy(gram: Array, labels: Array) -> float:
     order = kept[np.argsort(labels[kept], kind="stable")]
     counts = np.bincount(labels[kept])
     ends = counts.cumsum()
-    energy = np.diag(gram)[order[ends[counts == 1] - 1]].sum(dtype=np.float64)
-    for j in np.flatnonzero(counts > 1):
-        members = order[ends[j] - counts[j] : ends[j]]
-        energy += gram[members[:, None], members].sum(dtype=np.float64) / counts[j]
-    return float(energy)
+    energies = np.empty(len(counts))
+    for n in np.unique(counts[counts > 1]):  # clusters of one size at once, as there are many of two and three
+        of_size = np.flatnonzero(counts == n)
+        members = order[(ends[of_size] - n)[:, None] + np.arange(n)]
+        within = gram[members[:, :, None], members[:, None, :]].reshape(len(of_size), -1)
+        energies[of_size] = within.sum(1, dtype=np.float64) / n
+    single = np.diag(gram)[order[ends[counts == 1] - 1]].sum(dtype=np.float64)
+    return float(np.cumsum([single, *energies[counts > 1]])[-1])
 
 
 def cluster_sums(gram: Array, labels: Array) -> tuple[Array, Array, Array]:

@@ -6,10 +6,9 @@ All sizes come in one call, so that what they share is computed once. Adding a m
 in METHODS.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,14 +84,12 @@ class GroupWeights:
         weights = [a for a in self.group.writes if self.tensors[a.tensor].dim() > 1]
         return weights or [a for a in self.group.writes][:1]
 
-    def blocks(self) -> list[Tensor]:
-        """The feature rows of the channels, one (C, F) block per weight tensor."""
-        blocks = []
+    def blocks(self) -> Iterator[Tensor]:
+        """The feature rows of the channels, one (C, F) block per weight tensor, each made when it is asked for."""
         if "writers" in self.features:
-            blocks += [self._written(a) for a in self.writers]
+            yield from map(self._written, self.writers)
         if "readers" in self.features:
-            blocks += [self.rows(a) for a in self.group.reads if self.tensors[a.tensor].dim() > 1]
-        return blocks
+            yield from (self.rows(a) for a in self.group.reads if self.tensors[a.tensor].dim() > 1)
 
     def _written(self, axis: Axis) -> Tensor:
         """The rows of a writer; with `norm`, those of the affine map of the weight, its bias and its norm together."""
@@ -127,10 +124,9 @@ class GroupWeights:
             size = self.contributions.diagonal().clamp(min=0).sqrt()
             return self.computed * size[:, None] * size
         total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
-        for block in self.blocks():
-            # NumPy computes only half of a symmetric product; a GPU may round products of float32 to a few digits.
-            rows = block.double() if block.is_cuda else block.cpu().numpy()
-            gram = torch.as_tensor(rows @ rows.T).to("cpu", self.dtype)
+        # `map` holds no block while the next one is made, which so finds the memory of the last.
+        for gram in map(product, self.blocks()):
+            gram = gram.to("cpu", self.dtype)
             if self.scale == "tensor" and gram.trace() > 0:
                 gram /= float(gram.trace())
             total += gram
@@ -142,16 +138,19 @@ class GroupWeights:
 
     def written_alike(self) -> Tensor:
         """(C,) int64: for each channel the first one that every tensor of the group writes with the same values."""
-        written = [self.rows(axis).cpu() for axis in self.group.writes]
-        # Random factors tell channels apart by one number each; those of one number are then compared value by value.
-        generator = torch.Generator().manual_seed(0)
-        factors = [torch.rand(rows.shape[1], generator=generator, dtype=self.dtype) for rows in written]
-        told, order = torch.stack([rows @ f for rows, f in zip(written, factors, strict=True)]).sum(0).sort(stable=True)
-        first = list(range(self.group.size))
-        for near, (before, after) in zip(told[1:].isclose(told[:-1]).tolist(), pairwise(order.tolist()), strict=True):
-            if near and all(torch.equal(rows[before], rows[after]) for rows in written):
-                first[after] = first[before]
-        return torch.tensor(first)
+        first = torch.arange(self.group.size)
+        # One entry of each tensor tells most channels apart, so that few rows are read and compared in full.
+        for near in equal_rows(torch.stack([self._entry(axis) for axis in self.group.writes], 1)):
+            axes = [replace(axis, index=axis.index[near]) for axis in self.group.writes]
+            for same in equal_rows(torch.cat([self.rows(axis).cpu() for axis in axes], 1)):
+                first[near[same]] = near[same[0]]
+        return first
+
+    def _entry(self, axis: Axis) -> Tensor:
+        """One entry of each channel along an axis, (C,) of self.dtype on the CPU."""
+        tensor = self.tensors[axis.tensor]
+        line = tensor.movedim(axis.axis, -1)[(0,) * (tensor.dim() - 1)]
+        return line[axis.index[:, 0].to(line.device)].to("cpu", self.dtype)
 
     @cached_property
     def activations(self) -> Tensor | None:
@@ -233,6 +232,19 @@ class GroupWeights:
         labels[chosen] = torch.arange(len(chosen))
         stands, energy = chosen[labels], self.computed.diagonal().clamp(min=TINY)
         return Projection(labels, chosen, self.computed[torch.arange(len(labels)), stands] / energy[stands])
+
+
+def product(rows: Tensor) -> Tensor:
+    """rows rowsᵀ (C, C) of (C, F)."""
+    # NumPy computes only half of a symmetric product; a GPU may round products of float32 to a few digits.
+    given = rows.double() if rows.is_cuda else rows.cpu().numpy()
+    return torch.as_tensor(given @ given.T)
+
+
+def equal_rows(rows: Tensor) -> list[Tensor]:
+    """The places of equal rows of (n, F), ascending, a list of int64 tensors; rows that equal no other are in none."""
+    _, labels, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    return [(labels == j).nonzero().squeeze(1) for j in (counts > 1).nonzero().squeeze(1)]
 
 
 def averaged(gram: Tensor, classes: Tensor) -> Tensor:

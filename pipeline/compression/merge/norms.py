@@ -2,24 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compression.group import ChannelGroup
-from pipeline.compression.merge.projection import Projection, merge, weighted_sum
+from pipeline.compression.merge.projection import Projection, merge
 
 
-def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New values, (k, ...), of each norm and of the weight before it.
+class MergedNorms(NamedTuple):
+    """Norms of merged channels, and the weights before them, by the names of their tensors.
+
+    values: (k,), new values. factors: (C,) float64, by which the rows of a weight are multiplied before they are added
+    up: its new rows.
+    """
+
+    values: dict[str, Tensor]
+    factors: dict[str, Tensor]
+
+
+def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[str, Tensor]) -> MergedNorms:
+    """New values of each norm, and the sums that make the weight before it.
 
     A weight and its norm are one affine map per channel, y = s w x + t with s = gain / sigma. The smaller layer
     computes the cluster mean of these maps. It is written with the mean variance, the mean shift and the mean |gain|,
     so that re-estimated statistics give the outputs the spread that they had before. (The study's code averages weight,
     gain, shift, mean and variance each by itself, which is another map as soon as the gains differ.)
     """
-    new: dict[str, Tensor] = {}
+    new = MergedNorms({}, {})
     rows = partial(_written_rows, group, tensors)
 
     def take(name: str) -> Tensor | None:
@@ -32,7 +44,7 @@ def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[st
         return merge(torch.stack(vectors, 1), projection, "mean").T.contiguous().unbind()
 
     def keep_singles(name: str, plain: Tensor, merged: Tensor) -> None:
-        new[name] = torch.where((projection.counts == 1).to(plain.device), plain, merged)
+        new.values[name] = torch.where((projection.counts == 1).to(plain.device), plain, merged)
 
     for norm in group.norms:
         if norm.weight is None or norm.bias is None or norm.mean is None or norm.var is None:
@@ -43,14 +55,13 @@ def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[st
         sigma = (var + norm.eps).sqrt()
         s = gain / sigma
         t = shift - center * s
-        weight = rows(norm.writer) if norm.writer else None
         bias = take(norm.writer_bias) if norm.writer_bias else None
         more = () if bias is None else (bias, s * bias + t)
         m_gain, m_size, m_shift, m_center, m_var, m_s, m_t, *of_bias = means(
             gain, gain.abs(), shift, center, var, s, t, *more
         )
         new_sigma = (m_var + norm.eps).sqrt()
-        if norm.writer is None or weight is None or (norm.writer_bias and bias is None):
+        if norm.writer is None or rows(norm.writer) is None or (norm.writer_bias and bias is None):
             keep_singles(norm.weight, m_gain, m_s * new_sigma)
             keep_singles(norm.bias, m_shift, m_t + m_center * m_s)
             continue
@@ -58,12 +69,12 @@ def merge_norms(group: ChannelGroup, projection: Projection, tensors: Mapping[st
         new_s = new_gain / new_sigma
         dead = new_gain.abs() < 1e-12  # the norm puts out its shift alone, so any weight will do
         safe = torch.where(dead, 1.0, new_s)
-        # The new weight is the mean of s w, divided by the new scale, in one pass over the weight.
+        # The new weight is the mean of s w, divided by the new scale.
         labels = projection.labels.to(s.device)
         of_own = labels.clamp(min=0)
         counts = projection.counts.to(s.device)[of_own]
         plain = (counts == 1) | dead[of_own]
-        new[norm.writer] = weighted_sum(weight, projection.sums, torch.where(plain, 1.0, s / safe[of_own]) / counts)
+        new.factors[norm.writer] = torch.where(plain, 1.0, s / safe[of_own]) / counts
         offset = of_bias[1] - new_s * of_bias[0] if of_bias else m_t
         keep_singles(norm.weight, m_gain, new_gain)
         keep_singles(norm.mean, m_center, torch.where(dead, m_center, (m_shift - offset) / safe))

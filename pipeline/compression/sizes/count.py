@@ -7,6 +7,7 @@ applied.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression.copies import deep_copy
@@ -22,6 +24,11 @@ from pipeline.compression.trace.graph import Example, call_arguments
 
 # BatchNorm adds no counted MACs, but takes half of the time of a count on shapes; skipped.
 UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Activation functions: on shapes torch takes them apart in Python, at a millisecond a call; answered with their input.
+SHAPE_KEEPING = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("relu", "relu_", "gelu", "silu", "silu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_")
+)
 CONVOLUTIONS = nn.modules.conv._ConvNd
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
@@ -146,9 +153,19 @@ def _passed(model: nn.Module, example: Example, device: str | None) -> tuple[int
             module.forward = lambda input: input
     found = _watched(twin)
     args, kwargs = torch.utils._pytree.tree_map(moved, call_arguments(example))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    shortcut = _Shortcut() if device == "meta" else nullcontext()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, shortcut:
         twin(*args, **kwargs)
     return counter.get_total_flops() // 2, found
+
+
+class _Shortcut(TorchDispatchMode):
+    """Within, functions that keep the shape of their input answer with it; for passes on shapes alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in SHAPE_KEEPING:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _watched(model: nn.Module) -> dict[str, int]:
