@@ -130,6 +130,15 @@ def test_it_may_come_behind_anything_else():
     assert state.model.params < sum(p.numel() for p in net().parameters())
 
 
+def test_operations_whose_shapes_onnx_runtime_cannot_follow_are_no_obstacle():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    file = followed(dense).state(parse_chain("ptq")).model
+    with torch.no_grad():
+        expected, found = dense(PICTURES), file(PICTURES)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
 def test_outputs_keep_their_structure():
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -169,7 +169,10 @@ def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: 
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     method, options = RANGES[ranges]
-    quant_pre_process(floats, ready)
+    try:
+        quant_pre_process(floats, ready)
+    except Exception:  # of any type: its symbolic shapes do not know every operation, such as a pooling over all places
+        quant_pre_process(floats, ready, skip_symbolic_shape=True)
     session = onnx_session(ready)
 
     class Reader(CalibrationDataReader):
