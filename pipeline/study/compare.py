@@ -27,7 +27,6 @@ from pipeline.tables import UserError
 
 SIDES = ("A", "B")
 PLACE = ["method", "stage", "ratio"]  # what has to be alike for two rows to be compared
-OF_NETWORK = ("side", "cell", "seed", "checkpoint")  # columns of `networks` beside the settings of the recipe
 ONE_EACH = {"task": "task", "data": "data set", "split": "split", "model": "model"}  # no mean is over two of these
 SAME = ("task", "data", "split")  # and no difference either
 READ = (*COLUMNS, "task", "seed", "n")
@@ -70,6 +69,8 @@ def compare(sweeps: Sequence[Sweep], names: Sequence[str]) -> Comparison:
     rows = [done_rows(sweep, name) for sweep, name in zip(sweeps, names, strict=True)]
     metric = comparable(rows, names)
     cells = networks(sweeps, rows)
+    if not all(sweep.settings for sweep in sweeps):
+        check_bare(cells, names)
     levels = {name: levels_of(cells, name) for name in cells.columns if name not in ("side", "cell", "seed")}
     common = [name for name, (a, b) in levels.items() if set(a) & set(b)]
     matching = [name for name in common if name != "checkpoint" and cells[name].n_unique() > 1]
@@ -119,7 +120,7 @@ def comparable(rows: Sequence[pl.DataFrame], names: Sequence[str]) -> Metric:
 
 
 def networks(sweeps: Sequence[Sweep], rows: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """One line per network of both sides: OF_NETWORK and every setting that its rows can depend on, as texts.
+    """One line per network of both sides: side, cell, seed, checkpoint and each setting of its recipe, as texts.
 
     A file of bare rows knows no settings; the model alone is then told.
     """
@@ -135,6 +136,15 @@ def networks(sweeps: Sequence[Sweep], rows: Sequence[pl.DataFrame]) -> pl.DataFr
         texts = {name: pl.Series([shown(value) for value in cells[of]], dtype=pl.String) for name, of in taken.items()}
         parts.append(pl.DataFrame({"side": [side] * len(cells), **texts}))
     return pl.concat(parts, how="diagonal").fill_null(ABSENT)
+
+
+def check_bare(cells: pl.DataFrame, names: Sequence[str]) -> None:
+    """UserError where recipes cannot be told apart, because the settings of a side are unknown."""
+    for side, name in zip(SIDES, names, strict=True):
+        seeds = cells.filter(pl.col("side") == side)["seed"]
+        if seeds.n_unique() < len(seeds):
+            text = f"{name} holds {len(seeds)} networks, and a file of rows without settings tells no recipes apart"
+            raise UserError(f"{text}; name the folders of two runs, or files that report --out wrote")
 
 
 def in_recipe(name: str) -> bool:

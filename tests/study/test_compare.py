@@ -213,6 +213,13 @@ def test_rows_without_settings_tell_the_model_alone(tmp_path):
     assert only(found)["difference"] == pytest.approx(10)
 
 
+def test_rows_without_settings_are_not_compared_with_several_recipes(tmp_path):
+    table(rows_of("a", 0.5)).write_parquet(tmp_path / "bare.parquet")
+    several = sweep(grid(0.1, (0.5, 0.6)))
+    with pytest.raises(UserError, match="there holds 2 networks, and a file of rows without settings tells no recipes"):
+        compare([load_side(tmp_path / "bare.parquet", print), several], NAMES)
+
+
 @pytest.mark.parametrize("given", ["", "a-1", f"a-1/{ROWS}"])
 def test_a_side_is_a_folder_of_runs_a_run_or_its_rows(tmp_path, given):
     for cell in ("a-1", "b-2")[: 1 if given == "" else 2]:
