@@ -27,6 +27,7 @@ import polars as pl
 from benchmarks.common import line, write_below
 from pipeline.cells import cells, read_record
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, read
+from pipeline.stages import parse_chain, spell_chain
 from pipeline.study.intervals import summary
 
 ROWS = Path("benchmarks/results/chains.parquet")
@@ -52,11 +53,13 @@ CURVES: dict[str, list[str]] = {
     "mix+data > int8": [f"mix+data@{ratio} > repair > ptq" for ratio in (0.3, 0.5, 0.7)],
     "mix+data > distil > int8": [f"{DISTIL} > ptq"],
 }
-SMALLER = (2, 4, 6, 8, 11, 14)  # at which curves are compared
+SMALLER = (4, 7, 10, 14, 20, 25)  # at which curves are compared
 FASTER = (1.5, 2, 3, 4)
 RUNTIMES = {1: "onnx, batch 1", 32: "onnx, batch 32"}
+TIMED = {"network": pl.String, "chain": pl.String, "runtime": pl.String, "batch_size": pl.Int64, "speedup": pl.Float64}
 BESIDE = "quantize"  # the curve that others are compared with at equal bytes
-POINTS = "Points of accuracy lost, mean ± half of a 95% interval over networks (Student's t)"
+FEW = 3  # networks
+POINTS = f"Points of accuracy lost, mean ± half of a 95% interval over networks (below {FEW}: the value of each)"
 
 
 def main() -> None:
@@ -76,7 +79,8 @@ def main() -> None:
     if options.runs is not None:
         for path, file in ((ROWS, CHAIN_ROWS), (SPEEDS, CHAIN_SPEED)):
             kept(path, list(collected(options.runs, file)))
-    write_below(PAGE, MARK, "Chains", page(pl.read_parquet(ROWS), pl.read_parquet(SPEEDS)))
+    speeds = pl.read_parquet(SPEEDS) if SPEEDS.exists() else pl.DataFrame(schema=TIMED)  # where none were taken
+    write_below(PAGE, MARK, "Chains", page(pl.read_parquet(ROWS), speeds))
 
 
 def chains_of(curves: Sequence[str], without_repair: bool) -> Iterator[str]:
@@ -161,19 +165,18 @@ def lost(rows: pl.DataFrame, speeds: pl.DataFrame) -> pl.DataFrame:
         fewer=pl.col("all") / pl.col("macs"),
     )
     times = speeds.filter(pl.col("runtime") == "onnx", pl.col("speedup").is_not_nan())
+    times = pl.concat([pl.DataFrame(schema=speeds.schema), *map(written, times.partition_by("network"))])
     for size, name in RUNTIMES.items():
-        one = times.filter(pl.col("batch_size") == size)
-        one = pl.concat(written(part) for part in one.partition_by("network"))
-        found = found.join(
-            one.select("network", "chain", pl.col("speedup").alias(name)), on=["network", "chain"], how="left"
-        )
+        one = times.filter(pl.col("batch_size") == size).select("network", "chain", pl.col("speedup").alias(name))
+        found = found.join(one, on=["network", "chain"], how="left")
     return found
 
 
 def written(of_network: pl.DataFrame) -> pl.DataFrame:
     """The rows of the chains of CURVES and no others, under the names that CURVES has for them."""
     without_repair = not of_network["chain"].str.contains("repair").any()
-    names = dict(zip(chains_of(CURVES, without_repair), chains_of(CURVES, False), strict=True))
+    spelled = [spell_chain(parse_chain(chain)) for chain in chains_of(CURVES, without_repair)]  # as rows have them
+    names = dict(zip(spelled, chains_of(CURVES, False), strict=True))
     return of_network.filter(pl.col("chain").is_in(names)).with_columns(pl.col("chain").replace_strict(names))
 
 
@@ -185,28 +188,26 @@ def curves(found: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def every(found: pl.DataFrame) -> list[str]:
-    heads = ["lost", "times smaller", "MACs fewer", *RUNTIMES.values(), "unlabelled", "seconds", "networks"]
+    multiples = {"times smaller": "smaller", "MACs fewer": "fewer", **{name: name for name in RUNTIMES.values()}}
+    multiples = {head: name for head, name in multiples.items() if found[name].is_not_null().any()}
+    heads = ["lost", *multiples, "unlabelled", "seconds", "networks"]
     lines = [line("chain", heads), "|---" * (len(heads) + 1) + "|"]
     for name, part in curves(found):
         for chain in CURVES[name]:
             at = part.filter(pl.col("chain") == chain)
             if len(at):
-                lines.append(line(chain, [*spread(at["loss"].to_numpy()), *described(at), str(len(at))]))
+                means = ("" if (value := at[name].mean()) is None else f"{value:.1f}" for name in multiples.values())
+                costs = f"{at['unlabelled'].mean():,.0f}", f"{at['seconds'].mean():,.0f}"
+                lines.append(line(chain, [*spread(at["loss"].to_numpy()), *means, *costs, str(len(at))]))
     return lines
 
 
 def spread(values: np.ndarray) -> list[str]:
+    """Mean and interval; below FEW networks, of which an interval says nothing, their values."""
+    if len(values) < FEW:
+        return [" and ".join(f"{value:.1f}" for value in values)]
     found = summary(values[:, None])
-    return [f"{found.mean[0]:.1f} ± {found.half[0]:.1f}" if len(values) > 1 else f"{values[0]:.1f}"]
-
-
-def described(at: pl.DataFrame) -> list[str]:
-    multiples = [at[name].mean() for name in ("smaller", "fewer", *RUNTIMES.values())]
-    return [
-        *("" if value is None else f"{value:.1f}" for value in multiples),
-        f"{at['unlabelled'].mean():,.0f}",
-        f"{at['seconds'].mean():,.0f}",
-    ]
+    return [f"{found.mean[0]:.1f} ± {found.half[0]:.1f}"]
 
 
 def read_off(part: pl.DataFrame, axis: str, at: Sequence[float]) -> np.ndarray:
@@ -232,9 +233,9 @@ def equal(found: pl.DataFrame, axis: str, at: Sequence[float], unit: str) -> lis
 
 
 def cell(values: np.ndarray) -> str:
-    """Mean and interval over networks, n where some are missing; empty below two."""
+    """The `spread` over networks, n where some are missing; empty where all are."""
     there = values[~np.isnan(values)]
-    if len(there) < 2:
+    if not len(there):
         return ""
     (text,) = spread(there)
     return text if len(there) == len(values) else f"{text} ({len(there)})"
@@ -270,7 +271,9 @@ def plot(found: pl.DataFrame, path: Path) -> None:
     place.set_xscale("log", base=2)
     place.xaxis.set_major_formatter("{x:g}")
     place.set_yscale("symlog", linthresh=1)
-    place.invert_yaxis()
+    place.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50])
+    place.yaxis.set_major_formatter("{x:g}")
+    place.set_ylim(100, -0.5)
     place.set_xlabel("times smaller (file)")
     place.set_ylabel("points of accuracy lost")
     place.grid(alpha=0.3, which="both")
