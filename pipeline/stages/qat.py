@@ -88,7 +88,7 @@ class Qat:
                 self.learning.run(state, supplies)
             else:
                 with kept_modes(model):
-                    self.learning.learn_(model.train(), supplies.task, supplies)
+                    self.learning.learn_(model.train(), supplies.task, supplies, nn.ModuleDict())
         return replace(begun, model=model)
 
     def laid(self, model: nn.Module, supplies: Supplies) -> dict[str, Grid]:

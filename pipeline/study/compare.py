@@ -15,7 +15,6 @@ import polars as pl
 from pipeline.cells import RECORD, as_table, line
 from pipeline.metrics import Metric
 from pipeline.results import DENSE, ROWS, headline, measured, read_present
-from pipeline.stages import TAILS
 from pipeline.study.claims import FEWEST
 from pipeline.study.intervals import shown_half
 from pipeline.study.lines import SEEDS, beside, in_points
@@ -24,6 +23,7 @@ from pipeline.study.summary import HEADLINE_RATIO, HEADLINE_STAGES, dense_rows, 
 from pipeline.study.sweep import COLUMNS, Sweep, load, short, shown
 from pipeline.study.words import change, place, signed
 from pipeline.tables import UserError
+from pipeline.vocabulary import TAILS
 
 SIDES = ("A", "B")
 PLACE = ["method", "stage", "ratio"]  # what has to be alike for two rows to be compared
