@@ -10,6 +10,7 @@ from pipeline.study.page.html import page, places_of
 from pipeline.study.sweep import Sweep, joining
 from pipeline.tables import UserError, first_line
 
+GROUP = 20_000  # rows
 FILES = ("index.html", "png", "effects.csv", "cells.parquet", "summary.md")
 
 
@@ -23,14 +24,20 @@ def write_report(folder: Path, runs: Path, whole: Sweep, parts: Sequence[Family]
         (folder / "png").mkdir(parents=True, exist_ok=True)
         (folder / "summary.md").write_text(summary(title, whole, parts))
         effects_table(parts).write_csv(folder / "effects.csv")
-        # Whole in memory, or in large groups of rows, it would take the most of all.
-        joining(whole).sink_parquet(folder / "cells.parquet", row_group_size=20_000)
+        write_cells(whole, folder / "cells.parquet")
         write_pictures(folder / "png", parts)
         (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds))
     except OSError as error:
         what = f"{folder} cannot be written ({first_line(error)})"
         raise UserError(f"{what}; give another --page, or --no-page") from error
     return [folder / name for name in FILES]
+
+
+def write_cells(whole: Sweep, path: Path) -> None:
+    """Write `joined` of a sweep, GROUP rows at a time: whole in memory, it would take the most of all."""
+    starts = range(0, max(len(whole.rows), 1), GROUP)
+    parts = [joining(Sweep(whole.cells, whole.rows.slice(start, GROUP))) for start in starts]
+    pl.concat(parts).sink_parquet(path, row_group_size=GROUP)
 
 
 def write_pictures(folder: Path, parts: Sequence[Family]) -> None:
