@@ -16,10 +16,11 @@ from pipeline.study.effects import effects
 from pipeline.study.intervals import needed
 from pipeline.study.page.columns import Places, codes, floats
 from pipeline.study.page.families import families
-from pipeline.study.page.files import effects_table, write_pictures
+from pipeline.study.page.files import effects_table, write_cells, write_pictures
 from pipeline.study.page.foretold import data_of, drawn
 from pipeline.study.page.html import packed_text, page, places_of
 from pipeline.study.sweep import Sweep
+from pipeline.study.sweep import joined as joined_rows
 from pipeline.tables import UserError
 
 EVIL = "<img src=x onerror='window.broken=1'></script>"
@@ -451,3 +452,11 @@ def test_a_page_without_plotly_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(UserError, match=r"pip install 'foldability\[study\]'"):
         page("title", SHARED, families(SHARED), Places({}, {}), pl.DataFrame())
+
+
+def test_cells_are_written_as_they_are_joined_whatever_the_group(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.study.page.files.GROUP", 100)
+    assert len(SHARED.rows) > 200
+    for sweep in (SHARED, Sweep(SHARED.cells, SHARED.rows.clear())):
+        write_cells(sweep, tmp_path / "cells.parquet")
+        assert pl.read_parquet(tmp_path / "cells.parquet").equals(joined_rows(sweep))

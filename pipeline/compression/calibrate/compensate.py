@@ -39,6 +39,7 @@ from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
 from pipeline.compression.plan import Plan
+from pipeline.compression.products import gram_matrix
 from pipeline.compression.trace.graph import Example
 from pipeline.tables import pick
 
@@ -112,7 +113,8 @@ def input_moments(
     def keep(i: int, stop: Stop) -> None:
         name, layer = stop.name, stop.layer
         seen = (patches_of if patches and name in survey.patches else rows_of)(layer, stop.x, rows(survey, name), i)
-        found[name] = seen.T @ seen if name not in found else found[name].addmm_(seen.T, seen)
+        moments = gram_matrix(seen.T)
+        found[name] = moments if name not in found else found[name].add_(moments)
 
     with kept_modes(model):
         survey = surveyed(model.eval(), layers, batches, limit=limit)

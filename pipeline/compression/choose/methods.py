@@ -25,6 +25,7 @@ from pipeline.compression.choose.cluster import (
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.group import Axis, ChannelGroup
 from pipeline.compression.merge.projection import Projection, reconstruction_error
+from pipeline.compression.products import gram_matrix
 from pipeline.tables import UserError, pick
 
 FEATURES = ("writers", "readers", "writers+readers")
@@ -125,11 +126,11 @@ class GroupWeights:
             return self.computed * size[:, None] * size
         total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
         # `map` holds no block while the next one is made, which so finds the memory of the last.
-        for gram in map(product, self.blocks()):
-            gram = gram.to("cpu", self.dtype)
-            if self.scale == "tensor" and gram.trace() > 0:
-                gram /= float(gram.trace())
-            total += gram
+        for found in map(_product, self.blocks()):
+            own = found.to("cpu", self.dtype)
+            if self.scale == "tensor" and own.trace() > 0:
+                own /= float(own.trace())
+            total += own
         if self.scale == "channel":
             norms = total.diagonal().clamp(min=torch.finfo(self.dtype).tiny).sqrt()
             total = total / norms[:, None] / norms
@@ -185,10 +186,10 @@ class GroupWeights:
             return self.activations
         rows = [self.rows(axis) for axis in self.writers]
         if len(rows) != 2 or rows[0].shape != rows[1].shape:
-            return torch.stack([r @ r.T for r in rows]).prod(0).cpu()
+            return torch.stack([gram_matrix(r) for r in rows]).prod(0).cpu()
         gate, up = rows
         crossed, own = gate @ up.T, (gate * up).sum(1)
-        return ((gate @ gate.T) * (up @ up.T) + crossed * crossed.T + own[:, None] * own).cpu()
+        return (gram_matrix(gate) * gram_matrix(up) + crossed * crossed.T + own[:, None] * own).cpu()
 
     @cached_property
     def similarity(self) -> Tensor:
@@ -201,7 +202,8 @@ class GroupWeights:
     def contributions(self) -> Tensor:
         """Vᵀ V (C, C) of all weights V (outputs, C) that read the channels."""
         rows = [self.rows(axis) for axis in self.group.reads if self.tensors[axis.tensor].dim() > 1]
-        return sum(((r @ r.T).cpu() for r in rows), torch.zeros(self.group.size, self.group.size, dtype=self.dtype))
+        products = (gram_matrix(r).cpu() for r in rows)
+        return sum(products, torch.zeros(self.group.size, self.group.size, dtype=self.dtype))
 
     def error(self, projection: Projection) -> float:
         """Relative parameter error of the projection in these features; by `shown` where representatives are chosen."""
@@ -234,11 +236,9 @@ class GroupWeights:
         return Projection(labels, chosen, self.computed[torch.arange(len(labels)), stands] / energy[stands])
 
 
-def product(rows: Tensor) -> Tensor:
-    """rows rowsᵀ (C, C) of (C, F)."""
-    # NumPy computes only half of a symmetric product; a GPU may round products of float32 to a few digits.
-    given = rows.double() if rows.is_cuda else rows.cpu().numpy()
-    return torch.as_tensor(given @ given.T)
+def _product(rows: Tensor) -> Tensor:
+    """The Gram matrix of (C, F). A GPU may round products of float32 to a few digits, so it gets float64."""
+    return gram_matrix(rows.double() if rows.is_cuda else rows)
 
 
 def equal_rows(rows: Tensor) -> list[Tensor]:

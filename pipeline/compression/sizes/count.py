@@ -24,11 +24,11 @@ from pipeline.compression.trace.graph import Example, call_arguments
 
 # BatchNorm adds no counted MACs, but takes half of the time of a count on shapes; skipped.
 UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Activation functions: on shapes torch takes them apart in Python, at a millisecond a call; answered with their input.
-SHAPE_KEEPING = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in ("relu", "relu_", "gelu", "silu", "silu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_")
-)
+# On shapes torch takes these functions apart in Python, at up to a millisecond a call. Their outputs, or the first of
+# them, have the shape of their input, or of their inputs where these are alike, and add no counted MACs.
+UNARY = ("relu", "relu_", "gelu", "silu", "silu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_")
+BINARY = ("add", "add_", "mul", "mul_", "sub", "sub_")
+SHAPE_KEEPING = frozenset(getattr(torch.ops.aten, name) for name in (*UNARY, *BINARY))
 CONVOLUTIONS = nn.modules.conv._ConvNd
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
@@ -163,9 +163,19 @@ class _Shortcut(TorchDispatchMode):
     """Within, functions that keep the shape of their input answer with it; for passes on shapes alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in SHAPE_KEEPING:
+        if func.overloadpacket is torch.ops.aten.native_layer_norm:
+            return args[0], args[0], args[0]  # F.layer_norm takes the first; the others are for its gradient
+        if func.overloadpacket in SHAPE_KEEPING and _alike(args):
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def _alike(args: tuple[Any, ...]) -> bool:
+    """Is the first argument a tensor of real numbers, with the shape and dtype of every other tensor?"""
+    first = args[0]
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    real = isinstance(first, Tensor) and first.is_floating_point()
+    return real and all(t.shape == first.shape and t.dtype == first.dtype for t in tensors)
 
 
 def _watched(model: nn.Module) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pipeline.study.pictures import plot_pareto
 from pipeline.study.sweep import Sweep, joining
 from pipeline.tables import UserError, first_line
 
+GROUP = 20_000  # rows
 FILES = ("index.html", "png", "effects.csv", "cells.parquet", "summary.md")
 
 
@@ -33,8 +34,7 @@ def write_report(
         (folder / "png").mkdir(parents=True, exist_ok=True)
         (folder / "summary.md").write_text(summary(title, whole, parts))
         effects_table(parts).write_csv(folder / "effects.csv")
-        # Whole in memory, or in large groups of rows, it would take the most of all.
-        joining(whole).sink_parquet(folder / "cells.parquet", row_group_size=20_000)
+        write_cells(whole, folder / "cells.parquet")
         write_pictures(folder / "png", parts)
         write_chains(folder, chains)
         (folder / "index.html").write_text(page(title, whole, parts, places_of(whole, runs, folder), speeds, chains))
@@ -42,6 +42,13 @@ def write_report(
         what = f"{folder} cannot be written ({first_line(error)})"
         raise UserError(f"{what}; give another --page, or --no-page") from error
     return [folder / name for name in FILES]
+
+
+def write_cells(whole: Sweep, path: Path) -> None:
+    """Write `joined` of a sweep, GROUP rows at a time: whole in memory, it would take the most of all."""
+    starts = range(0, max(len(whole.rows), 1), GROUP)
+    parts = [joining(Sweep(whole.cells, whole.rows.slice(start, GROUP))) for start in starts]
+    pl.concat(parts).sink_parquet(path, row_group_size=GROUP)
 
 
 def write_pictures(folder: Path, parts: Sequence[Family]) -> None:
