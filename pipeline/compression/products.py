@@ -7,9 +7,10 @@ from torch import Tensor
 def gram_matrix(rows: Tensor) -> Tensor:
     """rows rowsᵀ, (n, n) of (n, m), on the device of the rows.
 
-    On the CPU NumPy computes one half and copies it to the other, in half the time of torch's product.
+    On the CPU NumPy computes one half and copies it to the other, in half the time of torch's product. NumPy has no
+    numbers of 16 bits that matter here.
     """
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
         return rows @ rows.T
-    given = rows.numpy()
+    given = rows.detach().numpy()
     return torch.from_numpy(given @ given.T)
