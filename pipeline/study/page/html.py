@@ -36,6 +36,7 @@ def page(title: str, whole: Sweep, parts: Sequence[Family], places: Places, spee
     return Template((here / "template.html").read_text()).substitute(
         title=escape(title),
         about=escape(about(whole)),
+        answer="".join(f"<p>{escape(sentence)}</p>" for part in parts for sentence in part.sentences),
         css=(here / "page.css").read_text(),
         script=(here / "page.js").read_text(),
         plotly=packed_text(plotly),
