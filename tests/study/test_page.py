@@ -413,6 +413,14 @@ def test_columns_take_the_smallest_type_and_keep_what_is_unknown() -> None:
     assert floats(pl.Series([1.0, None])) == ("f4", "AACAPwAAwH8=")
 
 
+def test_the_answer_can_be_read_without_scripts(chromium, tmp_path) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(written(SHARED, tmp_path).as_uri())
+    assert families(SHARED)[0].sentences[0] in tab.locator("header").inner_text()
+    context.close()
+
+
 def test_data_cannot_end_its_element_and_come_back_whole() -> None:
     packed = packed_text(EVIL)
     assert "<" not in packed

@@ -45,6 +45,7 @@ def page(
     return Template((here / "template.html").read_text()).substitute(
         title=escape(title),
         about=escape(about(whole)),
+        answer="".join(f"<p>{escape(sentence)}</p>" for part in parts for sentence in part.sentences),
         css=(here / "page.css").read_text(),
         script=(here / "page.js").read_text(),
         chains=chains_section(chains),
