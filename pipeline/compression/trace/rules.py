@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from pipeline.compression.group import Norm
 
 if TYPE_CHECKING:
-    from pipeline.compression.trace.graph import Tracer
+    from pipeline.compression.trace.tracer import Tracer
 
 
 # Element-wise in one operand: the output carries the input's channels. f(0) may differ from 0, as a dropped channel is
