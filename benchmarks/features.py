@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.compression import channel_groups, compressions
 from pipeline.compression.calibrate.repair import repair_
-from pipeline.compression.choose.methods import FEATURES, SCALES
+from pipeline.compression.choose.weights import FEATURES, SCALES
 from pipeline.data.module import PictureData
 from pipeline.evaluate import metrics_of
 from pipeline.models import build_model

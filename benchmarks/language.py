@@ -32,7 +32,7 @@ from pipeline.compression.calibrate.batches import batches_of
 from pipeline.compression.calibrate.compensate import Moments, Target, moments_of, readers, statistics_of
 from pipeline.compression.calibrate.lockstep import Stop, forward, watched
 from pipeline.compression.calibrate.texts import written_texts
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.compress import Network, channels_left, compensated_, compressions
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroups

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from benchmarks.features import RESNET20_MEAN, RESNET20_STD
 from pipeline.compression import Projection, channel_groups
 from pipeline.compression.certify import certificates
-from pipeline.compression.choose.methods import METHODS, GroupWeights, keep_largest
+from pipeline.compression.choose.methods import METHODS, keep_largest
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.perturbation import affine, operator_norm, pair_perturbation, spread

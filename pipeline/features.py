@@ -1,6 +1,6 @@
 """Features of a checkpoint that need no data: numbers that foretell how much of it folding leaves.
 
-Weights W (C, F) of a channel group are those by which folding describes its channels (see methods.GroupWeights). A
+Weights W (C, F) of a channel group are those by which folding describes its channels (see weights.GroupWeights). A
 feature of groups is given for each of them, under "feature/group", and as their mean, under its name alone.
 
     weight_norm         ‖w‖ of all weight matrices and kernels together
@@ -35,7 +35,8 @@ from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.calibrate.repair import reference, repair_, statistics
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.certify import certificates
-from pipeline.compression.choose.methods import METHODS, GroupWeights
+from pipeline.compression.choose.methods import METHODS
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.compress import channels_left, check_finite, check_groups, compressions
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup, ChannelGroups

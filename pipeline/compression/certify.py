@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.merge.projection import Projection

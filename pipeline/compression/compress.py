@@ -20,7 +20,8 @@ from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.choose.layers import check_own, other_units, own_ratios
 from pipeline.compression.choose.masks import masks_of
-from pipeline.compression.choose.methods import METHODS, GroupWeights
+from pipeline.compression.choose.methods import METHODS
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import apply, named_tensors, new_numbers, resized

@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.compression.calibrate.compensate import TARGETS
 from pipeline.compression.choose.masks import MASKS
-from pipeline.compression.choose.methods import FEATURES, METHODS, SCALES
+from pipeline.compression.choose.methods import METHODS
+from pipeline.compression.choose.weights import FEATURES, SCALES
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.tables import UserError, call, check_options, pick
 from pipeline.vocabulary import UNITS
@@ -77,7 +78,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Features:
-    """Which weights describe a channel to the method, and how; see methods.GroupWeights."""
+    """Which weights describe a channel to the method, and how; see weights.GroupWeights."""
 
     features: str = "writers+readers"
     scale: str = "tensor"

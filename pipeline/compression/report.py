@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.compression.certify import Certificate, as_json
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.group import Frozen
 from pipeline.compression.merge.projection import Projection
 from pipeline.compression.plan import Plan, Step

@@ -12,7 +12,7 @@ from pipeline.compression.calibrate.batches import batches_of
 from pipeline.compression.calibrate.blocks import blocks_of, compensate_blocks_, relative
 from pipeline.compression.calibrate.compensate import compensate_, observe
 from pipeline.compression.choose.cluster import greedy_order
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.tables import UserError
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.compression import Projection, channel_groups
 from pipeline.compression.choose.cluster import cuts, dendrogram, kept_energy, refine
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 
 
 def gram_of(channels: int, seed: int, dtype: type = np.float64) -> np.ndarray:

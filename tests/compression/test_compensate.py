@@ -12,7 +12,7 @@ from pipeline.compression import METHODS, Plan, Projection, channel_groups, comp
 from pipeline.compression.calibrate.compensate import compensate_, matrix, observe
 from pipeline.compression.calibrate.rows import sees_patches
 from pipeline.compression.choose.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.models import build_model

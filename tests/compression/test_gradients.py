@@ -9,7 +9,7 @@ from toy_nets import NETS, Net, head, picture, randomise_
 from pipeline.compression import METHODS, channel_groups, compress
 from pipeline.compression.choose import gradients
 from pipeline.compression.choose.gradients import Gradients, sample_gradients
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.tables import UserError
 

@@ -8,7 +8,8 @@ import torch
 from toy_nets import picture, randomise_, relative_error, vgg
 
 from pipeline.compression import channel_groups, compress
-from pipeline.compression.choose.methods import GroupWeights, keep_largest
+from pipeline.compression.choose.methods import keep_largest
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.merge.modules import apply
 from pipeline.models import build_model
 

@@ -5,7 +5,7 @@ import torch
 from toy_nets import uneven_labels
 
 from pipeline.compression import METHODS, Projection, channel_groups
-from pipeline.compression.choose.methods import GroupWeights
+from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.merge.projection import merge, reconstruction_error
 
 

@@ -1,7 +1,7 @@
 """Folding as clustering: one dendrogram per channel group, a cut per size, refined under the same metric.
 
 All functions work on the Gram matrix G = W Wᵀ (C, C) of the channels' feature rows W (C, F), so that the cost after G
-depends on C and not on F. Large groups come in single precision (methods.GroupWeights.dtype). The parameter error
+depends on C and not on F. Large groups come in single precision (weights.GroupWeights.dtype). The parameter error
 ‖W - P W‖² = tr G - Σ_j 1ⱼᵀ G 1ⱼ / nⱼ is minimised, which is the k-means objective ("Cut Less, Fold More", eq. 4). The
 sum that is subtracted is called the kept energy; 1ⱼ is 1 for the nⱼ channels of cluster j, else 0.
 """
