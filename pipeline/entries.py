@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.compression import Recipe
 from pipeline.compression.choose.layers import other_units
+from pipeline.compression.choose.masks import maskable
 from pipeline.compression.compress import check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.plan import history
@@ -135,7 +136,9 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
 
 def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:
     """UserError where the network has nothing that the recipe could compress."""
-    if recipe.kind != "mask":
+    if recipe.kind == "mask":
+        maskable(net)
+    else:
         groups = traces.of(net, example, recipe.scope.parts)
         check_groups(net, groups)
         check_round_to(groups, recipe.sizes.round_to)

@@ -370,7 +370,7 @@ def training_length(config: Config, data: LightningDataModule) -> int:
     return epochs * (min(batches, limit) if isinstance(limit, int) else batches)
 
 
-def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> list[Callback]:
+def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> list[Shrink]:
     if config["shrink"]["method"] is None:
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}

@@ -18,7 +18,7 @@ from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
 from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
-from pipeline.compression.choose.layers import check_own, other_units, own_ratios
+from pipeline.compression.choose.layers import check_beginning, check_own, other_units, own_ratios
 from pipeline.compression.choose.masks import masks_of
 from pipeline.compression.choose.methods import METHODS, GroupWeights
 from pipeline.compression.copies import bare_copy
@@ -243,7 +243,6 @@ def judged_copies(
     makers = {}
     for name in recipe.option.get("candidates") or usual:
         alone = name.removesuffix("+ar")
-        pick("candidate", METHODS, alone)
         merging = replace(recipe.merging, approximate_repair=alone != name)
         makers[name] = partial(smaller_copies, net, replace(recipe, method=alone, options=(), merging=merging))
     if judge_on is None:
@@ -433,9 +432,7 @@ def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
 def protected(groups: ChannelGroups, names: Sequence[str]) -> list[ChannelGroup]:
     """The groups whose name begins with one of these. Raises UserError for one with which no group's name begins."""
     for name in names:
-        if not any(group.name.startswith(name) for group in groups):
-            known = ", ".join(dict.fromkeys(group.tie or group.name for group in groups))
-            raise UserError(f"protect: no group's name begins with {name!r}; there are {known}")
+        check_beginning(f"protect: no group's name begins with {name!r}", name, [group.name for group in groups])
     return [group for group in groups if group.name.startswith(tuple(names))]
 
 

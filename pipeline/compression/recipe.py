@@ -120,7 +120,7 @@ class Recipe:
             said = [option for option, _ in (*additions(self), *self.options)]
             return check_options(what, MASKS[self.method], said, 3)
         if self.method == AUTO:
-            check_options("method 'auto'", lambda *, candidates: None, self.option)
+            call("method 'auto'", _check_candidates, **self.option)
         else:
             check_options(f"method {self.method!r}", METHODS[self.method].choose, self.option, 2)
         _check_names(self)
@@ -309,6 +309,11 @@ def text_of(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_candidates(*, candidates: Sequence[str] = ()) -> None:
+    for name in candidates:
+        pick("candidate", METHODS, name.removesuffix("+ar"))
 
 
 def _check_names(recipe: Recipe) -> None:
