@@ -48,7 +48,8 @@ class Row:
         pipeline.sharpness), and corrupted: the headline metric on corrupted pictures (see pipeline.data.corruptions);
         None: not asked for
     status: ok or failed; reason: why it failed; version: of this code
-    task, metric: what was measured, and which of the metrics is the headline
+    task, metric: what was measured, and which of the metrics is the headline; chance: the headline of answers that are
+        drawn blindly, None where the task knows no such number and in rows of before 2026-11-29
     kind: what became of channels: fold, prune, mix, mask, auto; dense: nothing
     calibration: none, synthetic or data: the samples that the recipe looked at; sizes: uniform, or the budget; scope:
         the parts or units that were compressed
@@ -100,6 +101,7 @@ class Row:
     sharpness_linf: float | None = None
     hessian_top: float | None = None
     corrupted: float | None = None
+    chance: float | None = None
 
 
 _POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}

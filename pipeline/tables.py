@@ -36,7 +36,7 @@ def pick(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """" (did you mean 'x'?)", with the known name that is spelled most alike; "" where none is alike."""
+    """ " (did you mean 'x'?)", with the known name that is spelled most alike; "" where none is alike."""
     near = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -32,7 +32,7 @@ from pipeline.compression.sizes.allocate import Errors, allocated, monotone, out
 from pipeline.compression.sizes.count import Counted, macs, parameters
 from pipeline.compression.sizes.sensitivity import loss_errors, output_slopes
 from pipeline.compression.trace.graph import Example, channel_groups
-from pipeline.tables import UserError, call, pick
+from pipeline.tables import UserError, call
 
 # Candidates of the method "auto" without pictures, and with them.
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")

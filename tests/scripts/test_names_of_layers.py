@@ -1,4 +1,4 @@
-"""Names of layers that the network does not have are refused before a cell has a folder, whichever option holds them."""
+"""Names of layers that a network does not have are refused before a cell has a folder, whichever option holds them."""
 
 import re
 from dataclasses import fields
@@ -30,21 +30,21 @@ HOLDERS = {
         ("shrink.method=fold", "shrink.layers={7:0.2}"): "begins with '7', which has a ratio; there are",
         ("shrink.method=fold", "shrink.layers=[layer1]"): "layers must be {beginning of a layer's name: its own ratio}",
         ("distil.teacher=WISE", "distil.features=1", "distil.layers=[layr1]"): "'layr1' (did you mean 'layer1'?)",
-        ("distil.teacher=WISE", "distil.features=1", "distil.layers=[layer1:layr2]"): "the teacher has no layer 'layr2'",
+        ("distil.teacher=WISE", "distil.features=1", "distil.layers=[layer1:layr2]"): "teacher has no layer 'layr2'",
         ("distil.teacher=WISE", "distil.features=1", "distil.layers=[1]"): "layers are names, got 1; put it in quotes",
         ("chain='fold@0.5 > distil(features=1,layers=[layr1])'",): "'layr1' (did you mean 'layer1'?)",
     },
     "parts": {
         ("compression.parts=[hiden]",): "unknown part 'hiden' (did you mean 'hidden'?)",
         ("compression.parts=[width]",): "ResNet has no channels that can be compressed",
-        ("shrink.method=fold", "compression.methods=[magnitude]", "compression.parts=[width]"): "ResNet has no channels",
+        ("shrink.method=fold", "compression.methods=[magnitude]", "compression.parts=[width]"): "ResNet has no",
         ("chain='fold+parts=[width]@0.5'",): "ResNet has no channels that can be compressed",
     },
     "units": {
         ("compression.methods=[fold+neurons]",): "ResNet has no groups of neurons",
         ("shrink.method=fold+neurons",): "ResNet has no groups of neurons",
     },
-    "candidates": {("compression.methods=['auto+candidates=[fodl]']",): "unknown candidate 'fodl' (did you mean 'fold'?)"},
+    "candidates": {("compression.methods=['auto+candidates=[fodl]']",): "unknown candidate 'fodl' (did you mean"},
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def own_ratios(names: Sequence[str], ratio: float, own: Mapping[str, float]) -> 
 
 
 def check_beginning(problem: str, beginning: str, names: Iterable[str]) -> None:
-    """UserError where no name begins so: the problem, the name or the beginning of one that is most alike, the names."""
+    """UserError where no name begins so: the problem, the name, or beginning of one, that is most alike, the names."""
     names = list(dict.fromkeys(names))
     if any(name.startswith(beginning) for name in names):
         return
