@@ -60,7 +60,7 @@ NO_AVERAGES = "shrink: averaged weights (EMA) keep their old shapes; train witho
 class Shrink(NetworkCallback):
     """Compress the network itself at some epochs or batches; what follows trains the smaller one.
 
-    method: the spelling of a recipe, as those of CompressionCallback; the weights of a mask then stay zero
+    method: the spelling of a method, as those of CompressionCallback; the weights of a mask then stay zero
     ratio: fraction of every group's channels (or of the weights) that is gone in the end, 0 < r < 1
     after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
         control of the same size from scratch (methods "l1", "random")

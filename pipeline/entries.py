@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Chains:
-    """Every recipe at every ratio, and behind each of these networks every stage.
+    """Every compression recipe at every ratio, and behind each of these networks every stage.
 
     recipes: {label in the rows: recipe}. stages: names of TAILS, or chains spelled out. seed: for methods that draw.
     predict: foretell on synthetic pictures how well every network will do (see predict.py).
@@ -88,10 +88,10 @@ def chains(
 ) -> Chains:
     """The chains of methods x ratios x stages.
 
-    methods: spellings of recipes ("fold", "mix+data", "l1+grail"), or {label: {"method": name, options of a recipe}}
+    methods: spellings ("fold", "mix+data", "l1+grail"), or {label: {"method": name, options of a compression recipe}}
     ratios: fractions of channels to remove (masks: of weights), 0 <= r < 1
     stages: names of TAILS, or chains behind a compression ("repair > tune_norms(lr=0.01)")
-    round_to, parts: for recipes that do not set their own; masks take neither
+    round_to, parts: for methods that do not set their own; masks take neither
     more: sharpness, options of pipeline.sharpness.Sharpness; corruptions, names of pipeline.data.corruptions, or
         options of its Corruptions; None: neither is measured
 

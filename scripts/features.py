@@ -21,7 +21,9 @@ from pipeline.features import features
 from pipeline.study.sweep import FEATURES
 from pipeline.tables import UserError, first_line
 from scripts.arguments import refuse
-from scripts.build import Config, build_data, build_net
+from scripts.build_data import build_data
+from scripts.build_network import build_net
+from scripts.config import Config
 from scripts.train import CHECKPOINT, quiet
 
 

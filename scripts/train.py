@@ -28,20 +28,14 @@ from pipeline.results import ROWS, read
 from pipeline.study.summary import last_measurement
 from pipeline.tables import UserError, call, one_line
 from scripts.arguments import checked, refuse
-from scripts.build import (
-    Config,
-    build_compression,
-    build_data,
-    build_net,
-    build_shrink,
-    build_task,
-    build_throughput,
-    build_trainer,
-    check_validation,
-)
+from scripts.build_callbacks import build_compression, build_shrink, build_throughput, check_validation
+from scripts.build_data import build_data
+from scripts.build_network import build_net
+from scripts.build_training import build_task, build_trainer
 from scripts.cell import launch, run_cell
 from scripts.chain import chains_in, chosen_device, prepared, quoted_chains, timing_options
 from scripts.chain import show as show_chains
+from scripts.config import Config
 from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 from scripts.teachers import learning

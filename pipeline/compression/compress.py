@@ -128,7 +128,7 @@ def compress(model, example, method="fold", ratio=0.5, **options):
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
     method: a name in METHODS: fold, l1, l2, ...; or in MASKS: magnitude, lamp, n_m, ..., which set single weights to
         zero and leave all shapes as they are; or "auto": the method of the highest predicted accuracy; or the spelling
-        of a recipe, "mix+data", or a Recipe.
+        of a compression recipe, "mix+data", or a Recipe.
     ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1; or a sequence of
         ratios, which returns a list and computes once what the ratios share.
     options: those of `compressions`, and those of the method (fold: refine; l1, l2: score; n_m: m).
@@ -175,8 +175,8 @@ def compressions(
         the eigenvalues of every group's Gram matrix, 2 s for 3,072 channels.
     own: {beginning of the name of a group, or of a masked weight: its own ratio, in place of the given one; 0 leaves it
         whole}; not with a budget, which decides the sizes itself.
-    options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
-        approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method itself.
+    options: those of a compression recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm;
+        norm_scale, approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method.
 
     Raises UserError as `compress` does.
     """
@@ -206,7 +206,7 @@ def compressions(
 
 
 def wanted(method: str | Recipe, pictures: bool, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a method with options, of a spelling, or of a Recipe; pictures: whether any are given.
+    """The compression recipe of a method with options, of a spelling, or of a Recipe; pictures: whether any are given.
 
     Raises UserError for options beside a spelling or a Recipe.
     """
@@ -229,7 +229,7 @@ def made_pictures(
     if calibration.pictures == "self":
         drawn: dict[str, Any] = {"temperature": calibration.temperature, "answers": answers}
         return written_texts(model, example, seed=seed, **drawn, **count)
-    raise UserError("this recipe looks at data; give unlabelled network inputs as pictures=")
+    raise UserError("this method looks at data; give unlabelled network inputs as pictures=")
 
 
 def judged_copies(

@@ -1,4 +1,6 @@
-"""A recipe: one way to compress, as a record. The ratio is no part of it: one recipe is measured at many.
+"""A compression recipe: one way to compress, as a record. The ratio is no part of it: one is measured at many.
+
+Pages and reports call it a method, because *recipe* alone means there all settings of a training but its seed.
 
     parse("mix+data+macs") == Recipe("mix", calibration=Calibration("data"), sizes=Sizes("macs"))
     spell(recipe)          == "mix+data+macs"
@@ -98,7 +100,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to compress.
+    """A compression recipe: a method and all its options.
 
     method: a name in METHODS, in MASKS, or "auto". options: of the method itself, such as (("refine", False),).
 
