@@ -22,8 +22,11 @@ from pipeline.data.corruptions import Corruptions
 from pipeline.data.corruptions import corruptions as corruptions_of
 from pipeline.results import DENSE
 from pipeline.sharpness import Sharpness, asked_for
-from pipeline.stages import TAILS, Chain, Compress, Traces, fitting, needed, parse_tail
+from pipeline.stages import TAILS, Chain, Compress, Stage, Traces, fitting, needed, parse_tail
 from pipeline.stages.compress import needs
+from pipeline.stages.distil import DENSE as TEACHER
+from pipeline.stages.distil import Distil
+from pipeline.stages.features import hinted
 from pipeline.tables import UserError, call
 
 
@@ -132,6 +135,17 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
     chains.entries(net)
     for recipe in chains.recipes.values():
         check_recipe(recipe, net, example, traces)
+    for stage in {stage: None for name in chains.stages for stage in fitting(name, net) or ()}:
+        check_stage(stage, net, example, traces)
+
+
+def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) -> None:
+    """UserError where a stage names layers that the network does not have."""
+    if isinstance(stage, Compress):
+        check_recipe(stage.recipe, net, example, traces)
+    if isinstance(stage, Distil) and stage.teacher == TEACHER:
+        with hinted(stage.lesson.hints(net, net, example, lambda: traces.of(net, example, DEFAULT_PARTS))):
+            pass
 
 
 def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:

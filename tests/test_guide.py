@@ -73,6 +73,7 @@ RUN: dict[str, dict[str, str]] = {
     "foldability report": {},
     "foldability dashboard --runs runs --print": {},
     "foldability certify": {},
+    "foldability features": {},
     "foldability train --help": {},
     "eval ": {},
 }  # fmt: skip

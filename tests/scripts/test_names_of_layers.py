@@ -22,6 +22,7 @@ HOLDERS = {
     "protect": {
         ("compression.methods=['fold+protect=[layr1]']",): "begins with 'layr1' (did you mean 'layer1'?)",
         ("shrink.method='fold+protect=[layr1]'",): "begins with 'layr1' (did you mean 'layer1'?)",
+        ("compression.stages=['fold+protect=[layr1]@0.2 > repair']",): "begins with 'layr1' (did you mean 'layer1'?)",
         ("chain='fold+protect=[layr1]@0.5'",): "begins with 'layr1' (did you mean 'layer1'?)",
     },
     "layers": {
@@ -32,6 +33,7 @@ HOLDERS = {
         ("distil.teacher=WISE", "distil.features=1", "distil.layers=[layr1]"): "'layr1' (did you mean 'layer1'?)",
         ("distil.teacher=WISE", "distil.features=1", "distil.layers=[layer1:layr2]"): "teacher has no layer 'layr2'",
         ("distil.teacher=WISE", "distil.features=1", "distil.layers=[1]"): "layers are names, got 1; put it in quotes",
+        ("compression.stages=['distil(features=1,layers=[layr1])']",): "'layr1' (did you mean 'layer1'?)",
         ("chain='fold@0.5 > distil(features=1,layers=[layr1])'",): "'layr1' (did you mean 'layer1'?)",
     },
     "parts": {

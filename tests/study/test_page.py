@@ -192,6 +192,12 @@ def test_curves_are_means_over_recipes_with_their_intervals(shown) -> None:
     assert n == 23  # 24 recipes, one is missing
     assert fold["half"][0] == pytest.approx(2.0739 * sd / math.sqrt(n), rel=1e-4)  # t at .975, 22 degrees
     assert "23 recipes, 46 cells" in fold["text"][0]
+    assert [trace["y"] for trace in panel if trace["name"] == "chance 10.0"] == [[10, 10]]  # digits have ten classes
+
+
+def test_a_task_without_chance_has_no_line(shown) -> None:
+    tab = shown(made("perplexity"))
+    assert not [trace for panel in traces(tab, "curves") for trace in panel if trace["name"].startswith("chance")]
 
 
 def four_recipes() -> Sweep:

@@ -335,6 +335,7 @@ function drawCurves() {
     }).filter((trace) => trace.x.length);
     if (!data.length) return { reason: `No cell that is kept has rows of the stage ${part.stages[stage].name}.` };
     if (dense.n) data.push({ name: `uncompressed ${number(dense.mean)}`, x: [0, part.ratios.at(-1)], y: [value(dense.mean), value(dense.mean)], mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "name" });
+    if (part.chance !== null) data.push({ name: `chance ${number(part.chance)}`, x: [0, part.ratios.at(-1)], y: [value(part.chance), value(part.chance)], mode: "lines", line: { color: COLOR.base, dash: "dash", width: 1 }, hoverinfo: "name" });
     const chosen = part.ratios[state.ratio];
     const shapes = chosen === undefined ? [] : [{ type: "line", x0: chosen, x1: chosen, yref: "paper", y0: 0, y1: 1, line: { color: "#c3c9d0", width: 1 }, layer: "below" }];
     const most = Math.max(...[...view.curves.values()].filter((s) => Math.floor(s.key / part.methods.length / part.ats) === stage).map((s) => s.n));
