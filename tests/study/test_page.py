@@ -195,9 +195,9 @@ def test_curves_are_means_over_recipes_with_their_intervals(shown) -> None:
     assert [trace["y"] for trace in panel if trace["name"] == "chance 10.0"] == [[10, 10]]  # digits have ten classes
 
 
-def test_a_task_without_chance_has_no_line(shown) -> None:
-    tab = shown(made("perplexity"))
-    assert not [trace for panel in traces(tab, "curves") for trace in panel if trace["name"].startswith("chance")]
+def test_a_task_without_chance_has_none() -> None:
+    (family,) = families(made("perplexity"))
+    assert family.chance is None
 
 
 def four_recipes() -> Sweep:
