@@ -182,7 +182,8 @@ def build_trained(checkpoint: Path) -> nn.Module:
     """The network of a run of scripts.train, from the config beside its checkpoint."""
     from omegaconf import OmegaConf
 
-    from scripts.build import build_data, build_net
+    from scripts.build_data import build_data
+    from scripts.build_network import build_net
 
     config = OmegaConf.to_container(OmegaConf.load(checkpoint.parent / "config.yaml"))
     config = {**config, "checkpoint": str(checkpoint)}
@@ -323,7 +324,7 @@ def table(rows: Sequence[dict[str, Any]], text: str) -> list[str]:
     return [
         f"### {dense['network']} on {text}: dense {dense['perplexity'][text]:.2f}, {dense['tokens'][text]:,} tokens",
         "",
-        "| recipe | texts | " + " | ".join(f"{ratio:.0%} gone" for ratio in ratios) + " |",
+        "| method | texts | " + " | ".join(f"{ratio:.0%} gone" for ratio in ratios) + " |",
         "|---|---|" + "---|" * len(ratios),
         *(
             f"| {plan} | {windows if SEES.search(plan) else ''} | "

@@ -45,7 +45,7 @@ def draw_effects(study: Study, path: Path) -> None:
     figure = Figure(figsize=(13, 6.6), layout="constrained")
     for panel, family in zip(figure.subplots(1, 2), (SGD, ADAM), strict=True):
         found = study.found[family]
-        lines = effects(found, "repaired", HALF, ("fold",)).filter(pl.col("n") > 1).to_dicts()
+        lines = effects(found, "repaired", HALF, ("fold",)).drop_nulls("half").to_dicts()
         labels = [f"{named(line)} ({line['n']})" for line in lines]
         for shift, (outcome, color, label) in enumerate(SHOWN):
             values, halves = ([line[f"{outcome}_{part}"] for line in lines] for part in ("effect", "half"))

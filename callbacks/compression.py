@@ -35,8 +35,8 @@ from pipeline.tasks import Task
 class CompressionCallback(NetworkCallback):
     """Compress copies of the network at the end of training epochs, measure them, log the accuracies.
 
-    methods: spellings of recipes: a name in METHODS or MASKS, "+synthetic" or "+data" behind it for a calibrated one
-        (see `pipeline.compression.recipe`), or {label: {"method": name, options of a recipe and of the method}}
+    methods: spellings: a name in METHODS or MASKS, "+synthetic" or "+data" behind it for a calibrated one (see
+        `pipeline.compression.recipe`), or {label: {"method": name, options of a compression recipe and of the method}}
     ratios: fractions of channels to remove (of weights, by MASKS), 0 <= r < 1
     every_n_epochs: measure after every n-th epoch (and after the last one); 0: only in a test run
     stages: what comes behind each compression, on copies: "raw" (nothing), "repaired" (BatchNorm statistics),

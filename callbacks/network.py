@@ -65,8 +65,6 @@ class NetworkCallback(Callback):
         """Settle the task. UserError, before anything is measured, for unfit batches, outputs and networks."""
         self._repair_set(trainer)
         live = self._net(pl_module)
-        if self._traced() is not live:  # another network may have another graph behind the same shapes
-            self.traces, self._traced = Traces(), weakref.ref(live)
         # A test run may be inside inference mode, where nothing could be tuned or traced.
         with isolate_rng(), torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
             batches = self.batches(trainer, pl_module, split)
@@ -74,8 +72,18 @@ class NetworkCallback(Callback):
             first = batches[split].first()
             task = trainer.strategy.broadcast(settle(net, self.asked, first))
             example = first_sample(task.inputs(first))
-            trace(self.chains, net, example, self.traces)
+            self.check(live, example)
         self._settled[split] = task, example, tuple(batches)
+
+    def check(self, live: nn.Module, example: Example) -> None:
+        """UserError for settings that this network has nothing for, such as the name of a layer that it does not have.
+
+        live: the network that is trained; what is found out about it is kept for the training.
+        """
+        if self._traced() is not live:  # another network may have another graph behind the same shapes
+            self.traces, self._traced = Traces(), weakref.ref(live)
+        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+            trace(self.chains, bare_copy(live, share=True).eval(), example, self.traces)
 
     def settled(self, split: str) -> tuple[Task, Example, tuple[str, ...]]:
         """(task, arguments of the network as a batch of one, names of the splits), as `settle` found them."""

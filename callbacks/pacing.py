@@ -50,6 +50,8 @@ class Pacing:
         if not 0 < self.ratio < 1:
             raise UserError(f"ratio {self.ratio} is out of range: the fraction of channels to remove is 0 < ratio < 1")
         pick("pace", PACES, self.pace)
+        if not isinstance(self.layers, Mapping | None):
+            raise UserError(f"layers must be {{beginning of a layer's name: its own ratio}}, got {self.layers!r}")
 
     @property
     def unit(self) -> str:
@@ -67,9 +69,14 @@ class Pacing:
         every = self.every_n_epochs if self.every_n_batches is None else self.every_n_batches
         return {self.after + i * every: (i + 1) / self.steps for i in range(self.steps)}
 
+    @cached_property
+    def own(self) -> dict[str, float]:
+        """`layers`; YAML reads a name such as 0 as a number."""
+        return {str(name): ratio for name, ratio in (self.layers or {}).items()}
+
     def of_layers(self, place: int) -> dict[str, float]:
         """{beginning of a name: its own ratio after the step at this place}"""
-        return {name: PACES[self.pace](ratio, self.shares[place]) for name, ratio in (self.layers or {}).items()}
+        return {name: PACES[self.pace](ratio, self.shares[place]) for name, ratio in self.own.items()}
 
     def check(self, length: int) -> None:
         """UserError where the last step comes when training is over. length: epochs, or batches, of training"""

@@ -31,7 +31,8 @@ from callbacks.rewind import check_rewind, forget_, rewound_
 from pipeline.compression import ChannelGroup, Projection
 from pipeline.compression.certify import Certificate
 from pipeline.compression.checkpoint import save_compressed
-from pipeline.compression.choose.layers import check_own, layer_weights, own_ratios
+from pipeline.compression.choose.layers import check_own, own_ratios
+from pipeline.compression.choose.masks import maskable
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.merge.modules import named_tensors
@@ -42,7 +43,7 @@ from pipeline.entries import chains
 from pipeline.stages import State, compressed
 from pipeline.stages.tune import masks
 from pipeline.tables import UserError
-from pipeline.tasks import Task
+from pipeline.tasks import Example, Task
 
 TUNE = "tune"  # name of the step, in a network's history, for the epochs of training after a compression
 TUNED = "tuned"  # stage, in a saved file, of a network that was trained on after it was made smaller
@@ -59,7 +60,7 @@ NO_AVERAGES = "shrink: averaged weights (EMA) keep their old shapes; train witho
 class Shrink(NetworkCallback):
     """Compress the network itself at some epochs or batches; what follows trains the smaller one.
 
-    method: the spelling of a recipe, as those of CompressionCallback; the weights of a mask then stay zero
+    method: the spelling of a method, as those of CompressionCallback; the weights of a mask then stay zero
     ratio: fraction of every group's channels (or of the weights) that is gone in the end, 0 < r < 1
     after: whole epochs of training before the first step; 0: none, for a network that is trained already, or for a
         control of the same size from scratch (methods "l1", "random")
@@ -136,18 +137,17 @@ class Shrink(NetworkCallback):
             self.pacing.check(int(trainer.estimated_stepping_batches))
         self._hold(self._net(pl_module))
         self.settle(trainer, pl_module, "val")
-        if self.pacing.layers:
-            self._check_layers(self._net(pl_module), self.pacing.layers)
 
-    def _check_layers(self, net: nn.Module, layers: Mapping[str, float]) -> None:
+    def check(self, live: nn.Module, example: Example) -> None:
+        """UserError, as for every compression, and for ratios of layers that the network does not have."""
+        super().check(live, example)
         (recipe,) = self.chains.recipes.values()
-        check_own(layers, recipe.sizes.allocate)
+        check_own(self.pacing.own, recipe.sizes.allocate)
         if recipe.kind == "mask":
-            names = list(layer_weights(net))
+            names = list(maskable(live))
         else:
-            _, example, _ = self.settled("val")
-            names = [group.name for group in self.traces.of(net, example, recipe.scope.parts)]
-        own_ratios(names, self.pacing.ratio, layers)
+            names = [group.name for group in self.traces.of(live, example, recipe.scope.parts)]
+        own_ratios(names, self.pacing.ratio, self.pacing.own)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pacing.unit == "epochs":

@@ -94,9 +94,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found.update(flat(value, f"{prefix}{key}."))
         elif isinstance(value, list):
-            found[prefix + key] = json.dumps(value)
+            found[f"{prefix}{key}"] = json.dumps(value)
         else:
-            found[prefix + key] = value
+            found[f"{prefix}{key}"] = value
     return found
 
 

@@ -32,7 +32,7 @@ from pipeline.compression.sizes.count import macs, parameters
 from pipeline.entries import check_recipe
 from pipeline.evaluate import output_on
 from pipeline.finished import FinishedNetwork
-from pipeline.measure import Host, Inputs, metrics_of
+from pipeline.measure import Host, Inputs, about_task, metrics_of
 from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
@@ -307,7 +307,7 @@ def said(chain: Chain, ground: Ground) -> dict[str, Any]:
     for stage in chain:
         facts |= stage.facts
     steps = [str(step) for step in history(live)] + [str(stage) for stage in chain]
-    fixed = {"task": task.name, "metric": task.metrics[0], "split": next(iter(ground.given.batches))}
+    fixed = {**about_task(task), "split": next(iter(ground.given.batches))}
     return {**ground.context, **fixed, **facts, **named(chain, first), "chain": " > ".join(steps)}
 
 

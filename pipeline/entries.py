@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.compression import Recipe
 from pipeline.compression.choose.layers import other_units
+from pipeline.compression.choose.masks import maskable
 from pipeline.compression.compress import check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.plan import history
@@ -21,8 +22,11 @@ from pipeline.data.corruptions import Corruptions
 from pipeline.data.corruptions import corruptions as corruptions_of
 from pipeline.results import DENSE
 from pipeline.sharpness import Sharpness, asked_for
-from pipeline.stages import TAILS, Chain, Compress, Traces, fitting, needed, parse_tail
+from pipeline.stages import TAILS, Chain, Compress, Stage, Traces, fitting, needed, parse_tail
 from pipeline.stages.compress import needs
+from pipeline.stages.distil import DENSE as TEACHER
+from pipeline.stages.distil import Distil
+from pipeline.stages.features import hinted
 from pipeline.tables import UserError, call
 
 
@@ -47,7 +51,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Chains:
-    """Every recipe at every ratio, and behind each of these networks every stage.
+    """Every compression recipe at every ratio, and behind each of these networks every stage.
 
     recipes: {label in the rows: recipe}. stages: names of TAILS, or chains spelled out. seed: for methods that draw.
     predict: foretell on synthetic pictures how well every network will do (see predict.py).
@@ -87,10 +91,10 @@ def chains(
 ) -> Chains:
     """The chains of methods x ratios x stages.
 
-    methods: spellings of recipes ("fold", "mix+data", "l1+grail"), or {label: {"method": name, options of a recipe}}
+    methods: spellings ("fold", "mix+data", "l1+grail"), or {label: {"method": name, options of a compression recipe}}
     ratios: fractions of channels to remove (masks: of weights), 0 <= r < 1
     stages: names of TAILS, or chains behind a compression ("repair > tune_norms(lr=0.01)")
-    round_to, parts: for recipes that do not set their own; masks take neither
+    round_to, parts: for methods that do not set their own; masks take neither
     more: sharpness, options of pipeline.sharpness.Sharpness; corruptions, names of pipeline.data.corruptions, or
         options of its Corruptions; None: neither is measured
 
@@ -131,11 +135,24 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
     chains.entries(net)
     for recipe in chains.recipes.values():
         check_recipe(recipe, net, example, traces)
+    for stage in {stage: None for name in chains.stages for stage in fitting(name, net) or ()}:
+        check_stage(stage, net, example, traces)
+
+
+def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) -> None:
+    """UserError where a stage names layers that the network does not have."""
+    if isinstance(stage, Compress):
+        check_recipe(stage.recipe, net, example, traces)
+    if isinstance(stage, Distil) and stage.teacher == TEACHER:
+        with hinted(stage.lesson.hints(net, net, example, lambda: traces.of(net, example, DEFAULT_PARTS))):
+            pass
 
 
 def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:
     """UserError where the network has nothing that the recipe could compress."""
-    if recipe.kind != "mask":
+    if recipe.kind == "mask":
+        maskable(net)
+    else:
         groups = traces.of(net, example, recipe.scope.parts)
         check_groups(net, groups)
         check_round_to(groups, recipe.sizes.round_to)

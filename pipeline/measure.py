@@ -302,10 +302,15 @@ def as_rows(
     rows = []
     for (split, entry), total, value in zip(places, sums[: len(places)], corruption, strict=True):
         known = {} if value is None or math.isnan(value) else {"corrupted": value}
-        fixed = {"task": host.task.name, "metric": host.task.metrics[0], "split": split}
+        fixed = {**about_task(host.task), "split": split}
         values = {**context, **fixed, **facts[entry], **found[entry].values, **entry._asdict(), **known}
         rows.append(as_row(host.task, total, values))
     return rows
+
+
+def about_task(task: Task) -> dict[str, Any]:
+    """The columns of a row that say what its task measures."""
+    return {"task": task.name, "metric": task.metrics[0], "chance": task.chance}
 
 
 def as_row(task: Task, total: Tensor, values: Mapping[str, Any]) -> Row:

@@ -48,9 +48,10 @@ class Row:
         pipeline.sharpness), and corrupted: the headline metric on corrupted pictures (see pipeline.data.corruptions);
         None: not asked for
     status: ok or failed; reason: why it failed; version: of this code
-    task, metric: what was measured, and which of the metrics is the headline
+    task, metric: what was measured, and which of the metrics is the headline; chance: the headline of answers that are
+        drawn blindly, None where the task knows no such number and in rows of before 2026-11-29
     kind: what became of channels: fold, prune, mix, mask, auto; dense: nothing
-    calibration: none, synthetic or data: the samples that the recipe looked at; sizes: uniform, or the budget; scope:
+    calibration: none, synthetic or data: the samples that the method looked at; sizes: uniform, or the budget; scope:
         the parts or units that were compressed
     statistics: what BatchNorm statistics were re-estimated on: none, weights, synthetic or data
     chain: every stage that the network went through, spelled out (see pipeline.stages.chain)
@@ -100,6 +101,7 @@ class Row:
     sharpness_linf: float | None = None
     hessian_top: float | None = None
     corrupted: float | None = None
+    chance: float | None = None
 
 
 _POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}
@@ -293,7 +295,7 @@ def means(rows: pl.DataFrame) -> pl.DataFrame:
 def side() -> pl.Expr:
     """Which side of the folding gap a row is on: "fold", "prune", or null.
 
-    Null for recipes that leave another network at the same ratio or saw more: masks, auto, calibrated recipes, sizes
+    Null for methods that leave another network at the same ratio or saw more: masks, auto, calibrated ones, sizes
     under a budget, statistics guessed from the weights, and any scope but that of the first row of its cell that
     compares.
     """

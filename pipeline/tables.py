@@ -31,10 +31,14 @@ def one_line(error: BaseException) -> str:
 def pick(kind: str, table: Mapping[str, T], name: str) -> T:
     """The entry of `table` called `name`. UserError, with the known names, where there is none."""
     if name not in table:
-        near = difflib.get_close_matches(str(name), table, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(sorted(table))}")
+        raise UserError(f"unknown {kind} {name!r}{nearest(name, table)}; choose from: {', '.join(sorted(table))}")
     return table[name]
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)", with the known name that is spelled most alike; "" where none is alike."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_options(what: str, function: Callable[..., Any], options: Iterable[str], given: int = 0) -> None:

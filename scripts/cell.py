@@ -24,7 +24,8 @@ from pipeline.study.summary import dense_value, last_measurement
 from pipeline.study.terminal import print_speeds, print_table, verdict
 from pipeline.tables import UserError, one_line
 from scripts.arguments import refuse
-from scripts.build import Config, cell_of, check, resolved
+from scripts.config import Config, check, resolved
+from scripts.naming import cell_of
 from scripts.stop import Stopped
 from scripts.sweep import write_job
 

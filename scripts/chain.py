@@ -38,16 +38,9 @@ from pipeline.study.pictures import plot_pareto
 from pipeline.tables import UserError, one_line, pick
 from pipeline.tasks.task import Batch
 from scripts.arguments import quoted
-from scripts.build import (
-    Config,
-    architecture_of,
-    file_hash,
-    row_context,
-    task_of,
-    teacher_hash,
-    without,
-    without_weights,
-)
+from scripts.build_network import architecture_of, task_of, without_weights
+from scripts.config import Config, without
+from scripts.naming import file_hash, row_context, teacher_hash
 from scripts.teachers import teacher
 
 CHAINS = ("chain", "chains")  # settings

@@ -48,6 +48,7 @@ COMMANDS = {
         ),
     ),
     "report": Command("Say what a sweep found, on the terminal and as a page."),
+    "features": Command("Describe the trained networks of a sweep by numbers that need no data, for its report."),
     "dashboard": Command("Build the workspace and the report of Weights & Biases."),
     "certify": Command("Check what a compressed file says about itself."),
 }

@@ -47,21 +47,9 @@ from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
 from pipeline.tasks.task import Batch
 from scripts.arguments import checked, quoted, refuse
-from scripts.build import (
-    SWITCHES,
-    WHERE,
-    Config,
-    architecture_of,
-    build_net,
-    compression_options,
-    data_options,
-    load_data,
-    row_context,
-    task_of,
-    under,
-    without,
-    without_weights,
-)
+from scripts.build_callbacks import compression_options
+from scripts.build_data import data_options, load_data
+from scripts.build_network import architecture_of, build_net, task_of, without_weights
 from scripts.cell import launch, run_cell
 from scripts.chain import (
     BATCH_SIZES,
@@ -75,6 +63,8 @@ from scripts.chain import (
     timing_options,
 )
 from scripts.chain import show as show_chains
+from scripts.config import Config, under, without
+from scripts.naming import SWITCHES, WHERE, row_context
 from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 from scripts.train import quiet

@@ -3,7 +3,8 @@
 python -m scripts.features runs                  writes runs/features.parquet, which `foldability report` reads
 python -m scripts.features runs --data-root cifar10.npz
 
-One line a cell (see pipeline.features). Cells that are in the file already are not computed again.
+One line a cell that is done and kept its network (see pipeline.features). Cells that are in the file already are not
+computed again. The data set is opened for the shape of its samples, and no feature looks at one.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from pipeline.features import features
 from pipeline.study.sweep import FEATURES
 from pipeline.tables import UserError, first_line
 from scripts.arguments import refuse
-from scripts.build import Config, build_data, build_net
+from scripts.build_data import build_data
+from scripts.build_network import build_net
+from scripts.config import Config
 from scripts.train import CHECKPOINT, quiet
 
 

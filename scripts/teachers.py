@@ -17,7 +17,9 @@ from pipeline.tables import UserError, call
 from pipeline.tasks import Task
 from pipeline.tasks.distilled import check_alike
 from pipeline.training import Training
-from scripts.build import Config, build_net, teacher_told, without
+from scripts.build_network import build_net
+from scripts.config import Config, without
+from scripts.naming import teacher_told
 
 
 def teacher(name: str, config: Config, data: LightningDataModule, device: torch.device) -> nn.Module:

@@ -23,27 +23,19 @@ from torch import nn
 from callbacks.shrink import TUNED
 from pipeline.cells import held
 from pipeline.compression.copies import bare_copy
-from pipeline.entries import trace
 from pipeline.loggers import close
 from pipeline.results import ROWS, read
-from pipeline.stages import Traces
 from pipeline.study.summary import last_measurement
 from pipeline.tables import UserError, call, one_line
 from scripts.arguments import checked, refuse
-from scripts.build import (
-    Config,
-    build_compression,
-    build_data,
-    build_net,
-    build_shrink,
-    build_task,
-    build_throughput,
-    build_trainer,
-    check_validation,
-)
+from scripts.build_callbacks import build_compression, build_shrink, build_throughput, check_validation
+from scripts.build_data import build_data
+from scripts.build_network import build_net
+from scripts.build_training import build_task, build_trainer
 from scripts.cell import launch, run_cell
 from scripts.chain import chains_in, chosen_device, prepared, quoted_chains, timing_options
 from scripts.chain import show as show_chains
+from scripts.config import Config
 from scripts.stop import run_stoppable
 from scripts.sweep import check_launcher
 from scripts.teachers import learning
@@ -98,9 +90,10 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     task = learning(build_task(config, data), config, data)
     check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
-    if config["compression"]["round_to"] > 1:  # at the start of the training it would be refused too late
-        trace(compression.chains, bare_copy(task.net).eval(), data.example, Traces())
-    more = [*build_shrink(config, folder, data), *build_throughput(data)]
+    shrink = build_shrink(config, folder, data)
+    for callback in (compression, *shrink):  # at the start of the training the folder of the cell would be there
+        callback.check(task.net, data.example)
+    more = [*shrink, *build_throughput(data)]
     if chains_in(config):  # tried on the network as it is built, so that nothing is trained for a chain that fails
         prepared_chains(config, folder, data, bare_copy(task.net), sweeping, {"epoch": 0, "step": 0})
 

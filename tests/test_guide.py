@@ -24,9 +24,9 @@ from pipeline.models import build_model
 from pipeline.tables import UserError, pick
 from scripts import cli
 from scripts.arguments import SWEEPS, checked, groups
-from scripts.build import Config, resolved
 from scripts.chain import chains_in, quoted_chains
 from scripts.compress import completed, expanded
+from scripts.config import Config, resolved
 
 ROOT = Path(__file__).parents[1]
 TOLD = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
@@ -73,6 +73,7 @@ RUN: dict[str, dict[str, str]] = {
     "foldability report": {},
     "foldability dashboard --runs runs --print": {},
     "foldability certify": {},
+    "foldability features": {},
     "foldability train --help": {},
     "eval ": {},
 }  # fmt: skip

@@ -159,11 +159,13 @@ def is_pruning(line: Line) -> bool:
 
 
 def recipe_of(step: Mapping[str, Any]) -> Recipe:
-    """The recipe of a step of a chain. UserError for a compression that was not made by a recipe."""
+    """The compression recipe of a step of a chain. UserError for a compression that has none."""
     try:
         return parse(step["stage"])
     except UserError as error:
-        raise UserError(f"{step['stage']!r} is no recipe, so its features are not known ({error})") from error
+        raise UserError(
+            f"{step['stage']!r} is no spelling of a method, so its features are not known ({error})"
+        ) from error
 
 
 def found(step: Mapping[str, Any], model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Line | str | None]:

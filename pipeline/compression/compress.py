@@ -18,7 +18,7 @@ from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
 from pipeline.compression.certify import certificates
 from pipeline.compression.choose.gradients import Gradients
-from pipeline.compression.choose.layers import check_own, other_units, own_ratios
+from pipeline.compression.choose.layers import check_beginning, check_own, other_units, own_ratios
 from pipeline.compression.choose.masks import masks_of
 from pipeline.compression.choose.methods import METHODS
 from pipeline.compression.choose.weights import GroupWeights
@@ -33,7 +33,7 @@ from pipeline.compression.sizes.allocate import Errors, allocated, monotone, out
 from pipeline.compression.sizes.count import Counted, macs, parameters
 from pipeline.compression.sizes.sensitivity import loss_errors, output_slopes
 from pipeline.compression.trace.graph import Example, channel_groups
-from pipeline.tables import UserError, call, pick
+from pipeline.tables import UserError, call
 
 # Candidates of the method "auto" without pictures, and with them.
 CANDIDATES = ("fold+ar", "mix+ar", "mix", "l2")
@@ -129,7 +129,7 @@ def compress(model, example, method="fold", ratio=0.5, **options):
     example: what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments).
     method: a name in METHODS: fold, l1, l2, ...; or in MASKS: magnitude, lamp, n_m, ..., which set single weights to
         zero and leave all shapes as they are; or "auto": the method of the highest predicted accuracy; or the spelling
-        of a recipe, "mix+data", or a Recipe.
+        of a compression recipe, "mix+data", or a Recipe.
     ratio: fraction of each group's channels to remove (for MASKS: of the weights), 0 <= ratio < 1; or a sequence of
         ratios, which returns a list and computes once what the ratios share.
     options: those of `compressions`, and those of the method (fold: refine; l1, l2: score; n_m: m).
@@ -176,8 +176,8 @@ def compressions(
         the eigenvalues of every group's Gram matrix, 2 s for 3,072 channels.
     own: {beginning of the name of a group, or of a masked weight: its own ratio, in place of the given one; 0 leaves it
         whole}; not with a budget, which decides the sizes itself.
-    options: those of a recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm; norm_scale,
-        approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method itself.
+    options: those of a compression recipe (see `pipeline.compression.recipe`): parts, units; features, scale, norm;
+        norm_scale, approximate_repair; round_to, allocate, spare, protect; ridge, target; and those of the method.
 
     Raises UserError as `compress` does.
     """
@@ -207,7 +207,7 @@ def compressions(
 
 
 def wanted(method: str | Recipe, pictures: bool, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a method with options, of a spelling, or of a Recipe; pictures: whether any are given.
+    """The compression recipe of a method with options, of a spelling, or of a Recipe; pictures: whether any are given.
 
     Raises UserError for options beside a spelling or a Recipe.
     """
@@ -230,7 +230,7 @@ def made_pictures(
     if calibration.pictures == "self":
         drawn: dict[str, Any] = {"temperature": calibration.temperature, "answers": answers}
         return written_texts(model, example, seed=seed, **drawn, **count)
-    raise UserError("this recipe looks at data; give unlabelled network inputs as pictures=")
+    raise UserError("this method looks at data; give unlabelled network inputs as pictures=")
 
 
 def judged_copies(
@@ -244,7 +244,6 @@ def judged_copies(
     makers = {}
     for name in recipe.option.get("candidates") or usual:
         alone = name.removesuffix("+ar")
-        pick("candidate", METHODS, alone)
         merging = replace(recipe.merging, approximate_repair=alone != name)
         makers[name] = partial(smaller_copies, net, replace(recipe, method=alone, options=(), merging=merging))
     if judge_on is None:
@@ -434,9 +433,7 @@ def channels_left(size: int, ratio: float, round_to: int = 1) -> int:
 def protected(groups: ChannelGroups, names: Sequence[str]) -> list[ChannelGroup]:
     """The groups whose name begins with one of these. Raises UserError for one with which no group's name begins."""
     for name in names:
-        if not any(group.name.startswith(name) for group in groups):
-            known = ", ".join(dict.fromkeys(group.tie or group.name for group in groups))
-            raise UserError(f"protect: no group's name begins with {name!r}; there are {known}")
+        check_beginning(f"protect: no group's name begins with {name!r}", name, [group.name for group in groups])
     return [group for group in groups if group.name.startswith(tuple(names))]
 
 

@@ -1,4 +1,7 @@
-"""Plan: what a recipe decided for one network. Step: one stage that a network went through. Both travel with it."""
+"""Plan: what a compression recipe decided for one network. Step: a stage that a network went through.
+
+Both travel with the network.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ HISTORY = "compression_history"  # attribute of a module that holds its steps; c
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a recipe for one network: its groups, their projections and how they merge.
+    """The decisions of a compression recipe for one network: its groups, their projections and how they merge.
 
     projections: one for each group. joint_norms: a weight and the norm behind it merge as one affine map.
     approximate_repair: variances of merged channels follow the weights (see `modules.apply`).

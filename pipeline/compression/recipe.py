@@ -1,4 +1,6 @@
-"""A recipe: one way to compress, as a record. The ratio is no part of it: one recipe is measured at many.
+"""A compression recipe: one way to compress, as a record. The ratio is no part of it: one is measured at many.
+
+Pages and reports call it a method, because *recipe* alone means there all settings of a training but its seed.
 
     parse("mix+data+macs") == Recipe("mix", calibration=Calibration("data"), sizes=Sizes("macs"))
     spell(recipe)          == "mix+data+macs"
@@ -99,7 +101,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to compress.
+    """A compression recipe: a method and all its options.
 
     method: a name in METHODS, in MASKS, or "auto". options: of the method itself, such as (("refine", False),).
 
@@ -121,7 +123,7 @@ class Recipe:
             said = [option for option, _ in (*additions(self), *self.options)]
             return check_options(what, MASKS[self.method], said, 3)
         if self.method == AUTO:
-            check_options("method 'auto'", lambda *, candidates: None, self.option)
+            call("method 'auto'", _check_candidates, **self.option)
         else:
             check_options(f"method {self.method!r}", METHODS[self.method].choose, self.option, 2)
         _check_names(self)
@@ -310,6 +312,11 @@ def text_of(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_candidates(*, candidates: Sequence[str] = ()) -> None:
+    for name in candidates:
+        pick("candidate", METHODS, name.removesuffix("+ar"))
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
     mix+data@0.5 > repair > tune_norms(lr=0.01)
 
-A ">" separates two stages. A compression is the spelling of a recipe with its ratio behind "@"; any other stage is a
+A ">" separates two stages. A compression is the spelling of a method with its ratio behind "@"; any other stage is a
 row of STAGES, with its options in brackets. In a config a chain may also be a list:
 
     [{fold: {method: mix+data, ratio: 0.5}}, repair, {tune_norms: {lr: 0.01}}]
@@ -196,7 +196,10 @@ def _named(name: str, options: Mapping[str, Any]) -> Stage:
 
 
 def _compression(family: str, method: str = "", ratio: Any = None, **options: Any) -> Compress:
-    """A recipe at a ratio. method: a spelling, such as mix+data; without it, the method that the family is named by."""
+    """A compression recipe at a ratio.
+
+    method: a spelling, such as mix+data; without it, the method that the family is named by.
+    """
     if isinstance(ratio, str | bool | None):
         raise UserError(f"{family}: ratio {ratio!r} must be a number, such as {{{family}: {{ratio: 0.5}}}}")
     chosen = respelled(method or family, **options)

@@ -1,4 +1,4 @@
-"""Compression as a stage: a recipe at a ratio."""
+"""Compression as a stage: a compression recipe at a ratio."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pipeline.tables import UserError
 
 @dataclass(frozen=True)
 class Compress:
-    """A recipe at a ratio. ratio: fraction of the channels (masks: of the weights) to remove, 0 <= ratio < 1."""
+    """A compression recipe at a ratio: the fraction of the channels (masks: of the weights) to remove, 0 <= r < 1."""
 
     recipe: Recipe
     ratio: float

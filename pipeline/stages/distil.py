@@ -59,6 +59,8 @@ class Lesson:
             raise UserError(f"distil: features {self.features} must be a weight of at least 0, and finite")
         if isinstance(self.layers, str):
             raise UserError(f"distil: layers must be a list, such as [{self.layers}], got {self.layers!r}")
+        if wrong := [layer for layer in self.layers if not isinstance(layer, str)]:
+            raise UserError(f"distil: layers are names, got {wrong[0]!r}; put it in quotes")
         if self.layers and not self.features:
             raise UserError("distil: layers are matched with a weight; give one, such as features=1")
 

@@ -9,7 +9,6 @@ channel of t is the channel of s that it was merged into, or 0 where it was drop
 without loss starts with the error 0. Layers of equal widths have no regressor.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pipeline.compression.group import ChannelGroups
 from pipeline.compression.plan import history
 from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import output_on
-from pipeline.tables import UserError
+from pipeline.tables import UserError, nearest
 
 SMALLEST = 1e-12  # least ‖t‖² that an error is divided by
 
@@ -171,8 +170,8 @@ def place_of(said: str, student: nn.Module, teacher: nn.Module) -> Place:
     for whose, net, name in (("the network", student, place.student), ("the teacher", teacher, place.teacher)):
         known = [path for path, _ in net.named_modules() if path]
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or known[:1]
-            raise UserError(f"layers: {whose} has no layer {name!r}; name one that it has, such as {near[0]}")
+            text = f"layers: {whose} has no layer {name!r}{nearest(name, known)}; name one that it has"
+            raise UserError(f"{text}, such as {', '.join(known[:3])}")
     return place
 
 

@@ -22,7 +22,7 @@ import polars as pl
 from scipy.linalg import qr
 
 from pipeline.study.interactions import Split, flip_p, splits
-from pipeline.study.intervals import Array, holm, needed, summary
+from pipeline.study.intervals import SHOWN, Array, holm, needed, summary
 from pipeline.study.lines import Lines
 from pipeline.study.matching import BOTH, OUTCOMES, Design, columns_beside, design, with_beside
 from pipeline.study.sweep import shown
@@ -84,7 +84,8 @@ def effects(found: Lines, stage: str, ratio: float | None, outcomes: Sequence[st
     setting, low, high: texts of the levels; along: settings that change together with it in every recipe; outcome: of
     OUTCOMES; effect: its mean over the pairs, high less low, in points; half: of the 95% t-interval; n: pairs; p:
     two-sided; p_holm: corrected (Holm) over all lines of this outcome; sd: of the pairs' differences; needed: pairs
-    that bring the half-interval down to one point, if the sd stays; half, p, sd and needed are null for a single pair.
+    that bring the half-interval down to one point, if the sd stays; p, sd and needed are null for a single pair, half
+    below SHOWN.
 
     where: levels of other settings that all pairs of the line are bound to ("" where there are none). Where the effect
     changes its sign over another setting (interactions.flips) that setting is named in `over`, and in place of the mean
@@ -195,6 +196,7 @@ def _line(
     """One line of `effects`. names: of the columns of values."""
     setting, low, high = step
     every = summary(made.values[highs] - made.values[lows])
+    halves = np.where(every.n >= SHOWN, every.half, np.nan)
     at = names.index(outcome)
     beside = {name: names.index(of) for name, of in columns_beside(outcome).items() if of in names}
     return {
@@ -207,13 +209,13 @@ def _line(
         "over": "" if over is None else made.settings[over],
         "p_flip": p_flip,
         "effect": every.mean[at],
-        "half": every.half[at],
+        "half": halves[at],
         "n": int(every.n[at]),
         "p": every.p[at],
         "sd": every.sd[at],
         "needed": needed(every.sd[at]),
         **{f"{name}_effect": every.mean[column] for name, column in beside.items()},
-        **{f"{name}_half": every.half[column] for name, column in beside.items()},
+        **{f"{name}_half": halves[column] for name, column in beside.items()},
     }
 
 

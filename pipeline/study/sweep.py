@@ -20,7 +20,7 @@ from pipeline.tables import UserError, first_line, pick
 # Columns that tables and statistics need. Reading the other columns, too, would take twice as long.
 COLUMNS = [
     *"cell model data epoch method ratio stage split status reason params macs fidelity kind calibration".split(),
-    *"sizes scope statistics metric".split(),
+    *"sizes scope statistics metric chance".split(),
     *METRICS,
 ]
 RECORD_COLUMNS = ("cell", "state", "reason", "seconds")  # of a cell's record; its other columns are settings

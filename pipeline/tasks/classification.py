@@ -57,6 +57,13 @@ class Classification(Task):
     def size(self) -> int:
         return len(BASE) + self._kind.extra(self.classes or 0)
 
+    @property
+    def chance(self) -> float | None:
+        """1 / classes, whatever their frequencies; None for other headlines and for several labels."""
+        if not self._kind.one_label or self.classes is None:
+            return None
+        return 1 / max(2, self.classes)  # a single score stands for two classes
+
     def inputs(self, batch: Any) -> Example:
         return self.layout.example(batch)
 

@@ -114,6 +114,10 @@ class Distilled(Task):
     def size(self) -> int:
         return self.task.size
 
+    @property
+    def chance(self) -> float | None:
+        return self.task.chance
+
     def inputs(self, batch: Any) -> Example:
         return self.task.inputs(batch)
 

@@ -24,6 +24,7 @@ class Kind:
 
     says: the shapes of outputs and labels, for people
     pairs: may a single score stand for two classes?
+    one_label: has a sample one label, so that classes exclude each other?
     extra: (classes) -> how many sums beyond BASE; add: (scores, answers, labels, which count) -> these sums; answers
         are the argmax of the scores, None for "which count" means all
     read: (sums of BASE, these sums, ignored label) -> values of further metrics
@@ -31,6 +32,7 @@ class Kind:
 
     says: str
     pairs: bool = False
+    one_label: bool = True
     metrics: tuple[str, ...] = ("acc", "loss")
     extra: Callable[[int], int] = field(default=lambda classes: 0)
     add: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
@@ -78,6 +80,7 @@ KINDS = {
     "multilabel": Kind(
         "(N, C) outputs with (N, C) labels of 0 and 1",
         pairs=True,
+        one_label=False,
         metrics=("acc", "loss", "exact"),
         extra=lambda classes: 1,
         add=add_exact,
@@ -86,6 +89,7 @@ KINDS = {
     "dense": Kind(
         "(N, C, *places) outputs with (N, *places) integer labels",
         pairs=True,
+        one_label=False,
         metrics=("miou", "acc", "loss"),
         extra=lambda classes: classes**2,
         add=add_confusion,

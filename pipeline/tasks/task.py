@@ -33,6 +33,11 @@ class Task(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def chance(self) -> float | None:
+        """The headline of answers that are drawn blindly; None where no such number is known."""
+        return None
+
     def inputs(self, batch: Any) -> Example:
         """The arguments that the network is called with."""
 

@@ -136,7 +136,10 @@ def test_the_budget_is_that_of_the_whole_network_and_is_used(name, budget, spare
         ({"allocate": "macs", "spare": "output"}, "spare=output is measured on pictures, so it needs pictures"),
         ({"allocate": "macs", "spare": "outputs"}, "unknown spare 'outputs'.*; choose from: loss, output, parameters"),
         ({"allocate": "flops"}, "unknown allocate 'flops'; choose from: macs, params, uniform"),
-        ({"protect": ["layer9"]}, "no group's name begins with 'layer9'; there are conv1"),
+        (
+            {"protect": ["layer9"]},
+            r"no group's name begins with 'layer9' \(did you mean 'layer\d'\?\); there are conv1",
+        ),
     ],
 )
 def test_bad_input(options, message):

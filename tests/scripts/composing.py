@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from tiny_models import TINY_CLIP
 
 import configs
-from scripts.build import resolved
 from scripts.compress import completed, expanded
+from scripts.config import resolved
 
 CONFIGS = Path(configs.__file__).parent
 TINY = [

@@ -64,7 +64,11 @@ def test_the_command_says_what_it_can_do_and_refuses_with_exit_code_2():
     def run(*arguments):
         return subprocess.run([sys.executable, "-m", "scripts.cli", *arguments], capture_output=True, text=True)
 
-    assert "foldability train" in run().stdout
+    overview = run().stdout
+    assert all(f"foldability {name}" in overview for name in ("train", "features"))
+    features = run("features", "--help").stdout
+    assert "usage: foldability features" in features
+    assert "--data-root" in features
     page = run("compress", "--help").stdout
     assert "checkpoints='nets/**/*.pt'" in page
     assert "checkpoint_prefix: null # beginning of the network's names" in page
@@ -85,3 +89,5 @@ def test_completion_is_a_script_of_bash():
     )
     found = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert found.stdout.strip() == "optim.sam.rho="
+    first = completion() + '\nCOMP_WORDS=(foldability fe) COMP_CWORD=1; _foldability; echo "${COMPREPLY[@]}"'
+    assert subprocess.run(["bash", "-c", first], capture_output=True, text=True).stdout.strip() == "features"

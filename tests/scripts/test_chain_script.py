@@ -11,10 +11,10 @@ from pipeline.cells import read_record
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, read
 from pipeline.tables import UserError
 from scripts.arguments import checked
-from scripts.build import cell_of
 from scripts.chain import PICTURE, STORE, chains_in, quoted_chains
 from scripts.compress import expanded
 from scripts.compress import run as compress
+from scripts.naming import cell_of
 from scripts.train import run as train
 
 CHAIN = "chain='fold@0.5 > repair > distil'"

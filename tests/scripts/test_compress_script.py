@@ -26,8 +26,10 @@ from pipeline.models.checkpoint import load_into, read_state, settings_in
 from pipeline.results import DENSE, read, read_speeds
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
-from scripts.build import build_data, cell_of, data_options, file_hash, without_weights
+from scripts.build_data import build_data, data_options
+from scripts.build_network import without_weights
 from scripts.compress import chosen_device, expanded, is_checkpoint, run, wanted
+from scripts.naming import cell_of, file_hash
 from scripts.report import main as report
 from scripts.train import run as train
 

@@ -12,9 +12,9 @@ from wandb_server import ME, served
 from pipeline.tables import UserError
 from scripts.arguments import REFUSED
 from scripts.arguments import composed as plan
-from scripts.build import recipe_of
 from scripts.dashboard import arguments, planned, run
 from scripts.labels import name_of, tags_of
+from scripts.naming import recipe_of
 from scripts.train import run as train
 
 pytest.importorskip("wandb_workspaces")

@@ -11,7 +11,8 @@ from composing import composed
 import scripts.features
 from pipeline.cells import write_record
 from pipeline.study.sweep import FEATURES
-from scripts.build import build_data, build_task
+from scripts.build_data import build_data
+from scripts.build_training import build_task
 
 TINY = ["experiment=quickstart", "model.width=4"]
 

@@ -11,8 +11,10 @@ from pipeline.compressed import load
 from pipeline.data.text.tokenizers import train_bpe
 from pipeline.results import read
 from pipeline.tables import UserError
-from scripts.build import build_data, build_net, cell_of, data_options, task_of
+from scripts.build_data import build_data, data_options
+from scripts.build_network import build_net, task_of
 from scripts.compress import run
+from scripts.naming import cell_of
 from scripts.train import run as train
 
 transformers = pytest.importorskip("transformers")

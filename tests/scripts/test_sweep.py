@@ -24,7 +24,9 @@ from pipeline.results import KEY, read
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 from pipeline.training import Training
-from scripts.build import build_data, build_task, cell_of
+from scripts.build_data import build_data
+from scripts.build_training import build_task
+from scripts.naming import cell_of
 from scripts.sweep import check_launcher, duration, line
 from scripts.train import run
 

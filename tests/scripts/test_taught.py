@@ -11,7 +11,10 @@ from pipeline.cells import read_record
 from pipeline.results import read
 from pipeline.tables import UserError
 from pipeline.training import Training
-from scripts.build import build_data, build_net, build_task, cell_of
+from scripts.build_data import build_data
+from scripts.build_network import build_net
+from scripts.build_training import build_task
+from scripts.naming import cell_of
 from scripts.teachers import learning
 from scripts.train import run
 

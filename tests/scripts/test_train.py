@@ -18,7 +18,9 @@ from pipeline.compression.plan import history
 from pipeline.data import TEXTS
 from pipeline.results import read
 from pipeline.tables import UserError
-from scripts.build import build_data, build_task, cell_of
+from scripts.build_data import build_data
+from scripts.build_training import build_task
+from scripts.naming import cell_of
 from scripts.train import run
 
 

@@ -38,8 +38,13 @@ def test_an_effect_is_the_mean_over_recipes_that_differ_in_one_setting_alone():
     ]
     line = line_of(effects(lines_of(cells, ("lr", "sam")), "repaired", 0.5), "sam")
     assert (line["low"], line["high"], line["n"], line["effect"]) == ("0", "0.05", 2, 3)
-    assert line["half"] == pytest.approx(12.7062047 * 2**0.5 / 2**0.5)  # t(1) sd / sqrt(n), sd = sqrt(2)
+    assert (line["half"], line["base_half"]) == (None, None)  # of two pairs
     assert (line["base_effect"], line["where"]) == (0, "lr=0.1 or 0.2")
+    cells += [{"lr": 0.3, "sam": sam, "fold": 60 + 60 * sam, "base": 91.0 if sam else None} for sam in (0.0, 0.05)]
+    line = line_of(effects(lines_of(cells, ("lr", "sam")), "repaired", 0.5), "sam")
+    assert (line["n"], line["effect"]) == (3, 3)
+    assert line["half"] == pytest.approx(4.30265273 / 3**0.5)  # t(2) sd / sqrt(n), sd = 1
+    assert line["base_half"] is None  # two of the three pairs have a base
 
 
 def test_seeds_are_averaged_before_anything_is_counted():

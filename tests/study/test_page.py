@@ -192,6 +192,42 @@ def test_curves_are_means_over_recipes_with_their_intervals(shown) -> None:
     assert n == 23  # 24 recipes, one is missing
     assert fold["half"][0] == pytest.approx(2.0739 * sd / math.sqrt(n), rel=1e-4)  # t at .975, 22 degrees
     assert "23 recipes, 46 cells" in fold["text"][0]
+    assert [trace["y"] for trace in panel if trace["name"] == "chance 10.0"] == [[10, 10]]  # digits have ten classes
+
+
+def test_a_task_without_chance_has_none() -> None:
+    (family,) = families(made("perplexity"))
+    assert family.chance is None
+
+
+def four_recipes() -> Sweep:
+    """Two learning rates x SAM or none: two matched pairs for each setting."""
+    few = (pl.col("optim.name") == "adam") & (pl.col("data.text") == EVIL) & (pl.col("optim.lr") < 0.05)
+    cells = SHARED.cells.filter(few)
+    return Sweep(cells, SHARED.rows.join(cells, on="cell", how="semi"))
+
+
+def test_nothing_of_fewer_than_three_has_an_interval(shown) -> None:
+    tab = shown(four_recipes())
+    scrolled(tab, "effects", "settings")
+    assert tab.evaluate("view.recipes(0).length") == 4
+    assert set(tab.evaluate("view.effects(0).map((row) => row.n)")) == {2}
+    drawn = [trace for name in ("effects", "settings") for panel in traces(tab, name) for trace in panel]
+    texts = [text for trace in drawn for text in trace["text"] or []]
+    assert len(texts) > 20
+    assert all("n too small for an interval" in text and "±" not in text for text in texts)
+    assert {half for trace in drawn for half in trace["half"] or []} == {0}
+    assert "too few" not in tab.inner_text("#lead")
+    assert "±" in tab.inner_text("#lead")
+    assert "no setting has three matched pairs" in tab.inner_text("#noise")
+    tab.evaluate("state.out[view.part.settings.findIndex((one) => one.name === 'lr')].add(0); redraw()")
+    scrolled(tab, "curves", "size")
+    assert tab.evaluate("view.recipes(0).length") == 2
+    assert "; mean of 2 recipes (n too small for an interval)." in tab.inner_text("#lead")
+    assert "±" not in tab.inner_text("#lead")
+    (panel, _) = traces(tab, "curves")
+    assert {half for trace in panel for half in trace["half"] or []} == {0}
+    assert "correlation -, n too small" in tab.inner_text("#size")
 
 
 def test_a_filter_acts_on_all_pictures_at_once(shown) -> None:
@@ -454,6 +490,18 @@ def test_pictures_and_effects_of_each_family_are_written(tmp_path) -> None:
     assert set(found["family"]) == {"toy on digits, acc", "small on digits, perplexity"}
     assert set(found["ratio"]) == {0.5, None}
     assert set(found["stage"]) == {"raw", "repaired"}
+    enough = {(n < 3, n < 8): said for n, said in found.select("n", "enough_for").iter_rows()}
+    assert enough == {(False, True): "interval", (False, False): "sentence"}
+    assert not found["half"].null_count()
+
+
+def test_effects_of_two_pairs_have_no_interval_and_say_so() -> None:
+    found = effects_table(families(four_recipes()))
+    assert set(found["n"]) == {2}
+    assert set(found["enough_for"]) == {"estimate"}
+    intervals = [name for name in found.columns if name == "half" or name.endswith("_half")]
+    assert len(intervals) == 6
+    assert found.select(intervals).null_count().row(0) == (len(found),) * 6
 
 
 def test_a_page_without_plotly_says_what_to_install(monkeypatch) -> None:

@@ -277,6 +277,13 @@ def test_chance_is_told_where_the_classes_are_known(tmp_path, monkeypatch):
     assert chance(known, results.METRICS["loss"]) is None
     _, panels = panels_of(monkeypatch, {"": known}, tmp_path)
     assert [text.get_text() for text in next(iter(panels.values())).texts] == ["dense 90.0%", "chance 10%"]
+    told = table([row(method=DENSE, ratio=0.0, acc=0.9, data="flowers", chance=0.25), row(data="flowers", chance=0.25)])
+    assert chance(told, accuracy) == 0.25
+    assert chance(table([row(data="digits", chance=0.1), row(data="digits")]), accuracy) == 0.1
+    assert chance(table([row(data="flowers", chance=0.25), row(data="birds", chance=0.5)]), accuracy) is None
+    assert chance(table([row(data="flowers", chance=0.25), row(data="flowers")]), accuracy) is None
+    _, panels = panels_of(monkeypatch, {"": told}, tmp_path)
+    assert [text.get_text() for text in next(iter(panels.values())).texts] == ["dense 90.0%", "chance 25%"]
 
 
 def test_the_classes_are_those_of_the_data_sets():

@@ -147,6 +147,21 @@ def test_equals_torchmetrics(kind):
         assert values[name] == pytest.approx(float(value), abs=1e-6), name
 
 
+CHANCES = {"multi-class": 1 / C, "one-hot": 1 / C, "mixed": 1 / C, "binary bool": 1 / 2, "multi-label": None}
+CHANCES["dense"] = None
+
+
+@pytest.mark.parametrize("kind", CHANCES)
+def test_blind_answers_have_the_chance_that_the_task_says(kind):
+    task, scores, labels, _ = KINDS[kind]
+    settled = task.settled(scores, (scores, labels))
+    assert settled.chance == CHANCES[kind]
+    if settled.chance is not None:
+        drawn = torch.randn((20_000, *scores.shape[1:]), generator=torch.Generator().manual_seed(0))
+        skewed = labels[:1].expand(20_000, *labels.shape[1:])  # all of one class
+        assert metrics_of(Given(), settled, [(drawn, skewed)])["acc"] == pytest.approx(settled.chance, abs=0.02)
+
+
 def test_all_labels_of_a_sample_right():
     scores = torch.tensor([[1.0, -1], [1, 1], [-1, -1]])
     assert found_exact(scores, torch.tensor([[1, 0], [1, 0], [-1, 0]])) == pytest.approx(2 / 3)

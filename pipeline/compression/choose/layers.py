@@ -1,14 +1,17 @@
 """Which weights are those of linear layers and convolutions, and which channels are filters or neurons."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import nn
 
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.tables import UserError, pick
+from pipeline.tables import UserError, nearest, pick
 from pipeline.vocabulary import UNITS
+
+SHOWN = 8  # names in an error text
 
 
 class LayerWeight(NamedTuple):
@@ -46,10 +49,20 @@ def own_ratios(names: Sequence[str], ratio: float, own: Mapping[str, float]) -> 
     for beginning, value in own.items():
         if isinstance(value, str) or not 0 <= value < 1:
             raise UserError(f"ratio {value} of {beginning!r} is out of range: the fraction to remove is 0 <= ratio < 1")
-        if not any(name.startswith(beginning) for name in names):
-            raise UserError(f"no name begins with {beginning!r}, which has a ratio; there are {', '.join(names)}")
+        check_beginning(f"no name begins with {beginning!r}, which has a ratio", beginning, names)
     fitting = {name: [beginning for beginning in own if name.startswith(beginning)] for name in names}
     return {name: own[max(found, key=len)] if found else ratio for name, found in fitting.items()}
+
+
+def check_beginning(problem: str, beginning: str, names: Iterable[str]) -> None:
+    """UserError where no name begins so: the problem, the name, or beginning of one, that is most alike, the names."""
+    names = list(dict.fromkeys(names))
+    if any(name.startswith(beginning) for name in names):
+        return
+    beginnings = [path for name in names for path in accumulate(name.split("."), "{}.{}".format)]
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    alike = nearest(beginning, dict.fromkeys(beginnings))
+    raise UserError(f"{problem}{alike}; there are {', '.join(names[:SHOWN])}{more}")
 
 
 def check_own(own: Mapping[str, float], allocate: str) -> None:

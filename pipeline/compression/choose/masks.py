@@ -128,7 +128,7 @@ def masks_of(
     own: ratios of some weights alone (see `own_ratios`); weights of one ratio are compared with one another.
     Raises UserError for an unknown mask, an option that the mask does not have, and a network with nothing to mask.
     """
-    layers = _maskable(model)
+    layers = maskable(model)
     ratios = own_ratios(list(layers), ratio, own or {})
     for of in sorted(set(ratios.values())):
         call(
@@ -142,7 +142,11 @@ def masks_of(
     return {name: layer.get_buffer("weight_mask").bool() for name, layer in layers.items()}
 
 
-def _maskable(model: nn.Module) -> dict[str, Layer]:
+def maskable(model: nn.Module) -> dict[str, Layer]:
+    """{weight: what masks know of it}, tied weights under the first of their names, without those of embeddings.
+
+    Raises UserError where the network has none.
+    """
     tensors = named_tensors(model)
     seen = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     layers = {}

@@ -70,6 +70,7 @@ def packed(family: Family, places: Places, speeds: pl.DataFrame) -> dict[str, An
     found = family.found
     head = {"title": family.title, "label": family.label, "metric": asdict(family.metric)}
     head["metric"] |= {"heading": family.metric.heading}
+    head["chance"] = family.chance
     if found is None or family.shown is None:
         return head | {"empty": family.sentences[0]}
     cells, settings = _cells(family)

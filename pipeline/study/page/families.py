@@ -1,5 +1,6 @@
 """Which cells of a sweep may be averaged: those of one model, one data set and one headline."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, lines
 from pipeline.study.page.foretold import foretold
 from pipeline.study.page.numbers import MEASURED, of_networks
+from pipeline.study.pictures import chance
 from pipeline.study.prediction import Prediction
 from pipeline.study.summary import HEADLINE_STAGES, last_measurement
 from pipeline.study.sweep import COLUMNS, Sweep
@@ -55,6 +57,12 @@ class Family:
     def rows(self) -> pl.DataFrame:
         """The rows of the last measurement of the cells that are done."""
         return last_measurement(self.sweep.done_rows)
+
+    @cached_property
+    def chance(self) -> float | None:
+        """See pictures.chance; in points (see lines.in_points)."""
+        found = chance(self.rows, self.metric)
+        return found if found is None else 100 * math.log(found) if self.metric.log else self.metric.scale * found
 
     @cached_property
     def sentences(self) -> list[str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.study.chains import ChainRows, over_cells
+from pipeline.study.claims import FEWEST
+from pipeline.study.intervals import SHOWN
 from pipeline.study.page.families import Family, failures, stages, states
 from pipeline.study.page.html import page, places_of
 from pipeline.study.pictures import plot_pareto
@@ -79,7 +81,19 @@ def write_chains(folder: Path, chains: Sequence[ChainRows]) -> None:
 
 
 def effects_table(parts: Sequence[Family]) -> pl.DataFrame:
-    """Effects of every family and stage, at the ratio that leads and for the area under the curve."""
+    """Effects of every family and stage, at the ratio that leads and for the area under the curve.
+
+    enough_for: what the pairs of a line are enough for: an estimate; from SHOWN on an interval; from FEWEST on a
+    sentence. Halves of an effect that changes its sign stand in the table whatever it says, so that none hides.
+    """
+    n = pl.col("n")
+    enough = (
+        pl.when(n < SHOWN)
+        .then(pl.lit("estimate"))
+        .when(n < FEWEST)
+        .then(pl.lit("interval"))
+        .otherwise(pl.lit("sentence"))
+    )
     tables = []
     for family in parts:
         if family.found is None or family.shown is None:
@@ -87,7 +101,7 @@ def effects_table(parts: Sequence[Family]) -> pl.DataFrame:
         for stage in stages(family.found.table["stage"].unique().to_list()):
             for ratio in (family.shown[1], None):
                 found = family.effects(stage, ratio)
-                tables.append(found.select(pl.lit(family.title).alias("family"), pl.all()))
+                tables.append(found.select(pl.lit(family.title).alias("family"), pl.all(), enough.alias("enough_for")))
     return pl.concat(tables, how="diagonal_relaxed") if tables else pl.DataFrame({"family": []})
 
 

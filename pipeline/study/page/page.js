@@ -9,6 +9,7 @@ const COLOR = { fold: "#0072b2", prune: "#d55e00", base: "#6b7280", gap: "#1b1f2
 const WORD = { fold: "best folding", prune: "best pruning", base: "uncompressed", gap: "gap" };
 const OUTCOMES = ["fold", "base", "gap"]; // of an effect, the headline first
 const ENOUGH = 8; // pairs, below which nothing is claimed
+const SHOWN = 3; // values, below which no interval and no correlation is shown
 const ROWS = 40; // of a forest plot, and of the table before more are asked for
 // Without the bar of tools, which lies over titles wherever there is no mouse; png/ has the pictures as files.
 const CONFIG = { displayModeBar: false, responsive: true };
@@ -86,12 +87,12 @@ function quantile(df) {
 }
 
 /** {n, mean, sd, half}: of the values that are numbers; half of the 95% interval of the mean from `least` values on. */
-function summary(values, least = 3) {
+function summary(values, least = SHOWN) {
   const there = values.filter((value) => !Number.isNaN(value));
   const n = there.length;
   const mean = there.reduce((total, value) => total + value, 0) / n;
   const sd = n > 1 ? Math.sqrt(there.reduce((total, value) => total + (value - mean) ** 2, 0) / (n - 1)) : NaN;
-  return { n, mean, sd, half: n >= Math.max(2, least) ? (quantile(n - 1) * sd) / Math.sqrt(n) : NaN };
+  return { n, mean, sd, half: n >= least ? (quantile(n - 1) * sd) / Math.sqrt(n) : NaN };
 }
 
 /** Fewest values of this spread whose 95% interval is one point or less either way. */
@@ -197,7 +198,7 @@ function flips(part, steps, outcome) {
   const splits = steps.flatMap(({ pairs, others }, step) => others.flatMap((other) => {
     const at = Map.groupBy(pairs, ([low]) => part.cells.settings[other.s][low.cell]);
     return other.steps.map((levels) => levels.map((level) => at.get(level) ?? [])).filter((both) => Math.min(...both.map((half) => half.length)) > 1).map((both) => {
-      const [a, b] = both.map((half) => tested(half, outcome)), turned = a.mean * b.mean < 0, p = Math.max(a.p, b.p);
+      const [a, b] = both.map((half) => tested(half, outcome, 2)), turned = a.mean * b.mean < 0, p = Math.max(a.p, b.p);
       return { step, s: other.s, sure: turned && Math.abs(a.mean) > a.half && Math.abs(b.mean) > b.half, p: turned ? p : Number.isNaN(p) ? NaN : 1 };
     });
   }));
@@ -210,8 +211,8 @@ function flips(part, steps, outcome) {
 const change = ([low, high], outcome) => high[outcome] - low[outcome];
 
 /** summary of the differences of pairs, and p: two-sided, of a mean of 0. */
-function tested(pairs, outcome) {
-  const found = summary(pairs.map((pair) => change(pair, outcome)), 2);
+function tested(pairs, outcome, least = SHOWN) {
+  const found = summary(pairs.map((pair) => change(pair, outcome)), least);
   const p = found.n < 2 ? NaN : found.sd ? twoSided((found.mean / found.sd) * Math.sqrt(found.n), found.n - 1) : +!found.mean;
   return { ...found, p };
 }
@@ -291,6 +292,8 @@ const ratioText = (ratio = state.ratio) => (ratio < view.part.ratios.length ? `r
 const stageText = (stage) => view.part.stages[stage].title;
 const better = () => (metric().higher_is_better ? "more is better" : "less is better");
 const of = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+/** "12 pairs"; where there are too few for an interval, it says so. */
+const counted = (n, word) => `${of(n, word)}${n < SHOWN ? " (n too small for an interval)" : ""}`;
 
 // ---- Pictures: each gives a list of {data, layout} or {reason}
 
@@ -325,13 +328,14 @@ function drawCurves() {
       const all = ratios.map((r) => view.curves.get((stage * part.ats + r) * part.methods.length + m));
       return {
         name: plain(name), x: ratios.map((r) => part.ratios[r]), y: all.map((s) => value(s.mean)), error_y: bars(all, value),
-        text: all.map((s, i) => `${plain(name)}, ratio ${part.ratios[ratios[i]]}: ${number(s.mean)}${metric().log ? "" : plusMinus(s.half)}<br>${of(s.n, "recipe")}, ${of(s.cells, "cell")}`),
+        text: all.map((s, i) => `${plain(name)}, ratio ${part.ratios[ratios[i]]}: ${number(s.mean)}${metric().log ? "" : plusMinus(s.half)}<br>${counted(s.n, "recipe")}, ${of(s.cells, "cell")}`),
         hovertemplate: "%{text}<extra></extra>", mode: "lines+markers", marker: { size: 6, color: style(name).color },
         line: { color: style(name).color, dash: style(name).dash, width: 2 },
       };
     }).filter((trace) => trace.x.length);
     if (!data.length) return { reason: `No cell that is kept has rows of the stage ${part.stages[stage].name}.` };
     if (dense.n) data.push({ name: `uncompressed ${number(dense.mean)}`, x: [0, part.ratios.at(-1)], y: [value(dense.mean), value(dense.mean)], mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "name" });
+    if (part.chance !== null) data.push({ name: `chance ${number(part.chance)}`, x: [0, part.ratios.at(-1)], y: [value(part.chance), value(part.chance)], mode: "lines", line: { color: COLOR.base, dash: "dash", width: 1 }, hoverinfo: "name" });
     const chosen = part.ratios[state.ratio];
     const shapes = chosen === undefined ? [] : [{ type: "line", x0: chosen, x1: chosen, yref: "paper", y0: 0, y1: 1, line: { color: "#c3c9d0", width: 1 }, layer: "below" }];
     const most = Math.max(...[...view.curves.values()].filter((s) => Math.floor(s.key / part.methods.length / part.ats) === stage).map((s) => s.n));
@@ -356,7 +360,7 @@ function drawSettings() {
         data.push({
           name: WORD[outcome], legendgroup: outcome, showlegend: !place && !low, yaxis: low ? "y2" : "y", x: there.map((level) => [level, place]),
           y: all.map((one) => shown(one.mean)), error_y: bars(all, shown), mode: "lines+markers",
-          text: all.map((one, i) => `${WORD[outcome]}, ${plain(part.stages[stage].name)}, ${label(setting.name)}=${label(setting.levels[there[i]])}<br>${low ? signed(one.mean) : number(one.mean)}${metric().log && !low ? "" : plusMinus(one.half)}, ${of(one.n, "recipe")}`),
+          text: all.map((one, i) => `${WORD[outcome]}, ${plain(part.stages[stage].name)}, ${label(setting.name)}=${label(setting.levels[there[i]])}<br>${low ? signed(one.mean) : number(one.mean)}${metric().log && !low ? "" : plusMinus(one.half)}, ${counted(one.n, "recipe")}`),
           hovertemplate: "%{text}<extra></extra>", line: { color: COLOR[outcome], width: 1, dash: place ? "dot" : "solid" },
           marker: { size: 8, color: place ? "#ffffff" : COLOR[outcome], line: { color: COLOR[outcome], width: 1.5 } },
         });
@@ -401,7 +405,7 @@ function drawEffects() {
         meta: outcome, showlegend: false,
         x: own.map((row) => row.mean), y: own.map((row) => names.indexOf(named(row)) + LANES[outcome]), error_x: { ...bars(own), color: COLOR[outcome] }, mode: "markers",
         customdata: own.map((row) => [row.setting, row.low, row.high, row.where, row.n, row.half, row.p_holm]),
-        text: own.map((row) => `${named(row)}<br>${signed(row.mean)}${plusMinus(row.half)} ${unit()}, ${of(row.n, "pair")}${row.p_holm === undefined ? "" : `, p ${row.p_holm < 0.001 ? "< .001" : row.p_holm.toFixed(3)} (Holm)`}`),
+        text: own.map((row) => `${named(row)}<br>${signed(row.mean)}${plusMinus(row.half)} ${unit()}, ${counted(row.n, "pair")}${row.p_holm === undefined ? "" : `, p ${row.p_holm < 0.001 ? "< .001" : row.p_holm.toFixed(3)} (Holm)`}`),
         hovertemplate: "%{text}<extra></extra>",
         marker: { symbol: SYMBOL[outcome], size: 8, line: { color: COLOR[outcome], width: 1.5 }, color: own.map((row) => (row.p_holm < 0.05 && row.n >= ENOUGH ? COLOR[outcome] : "#ffffff")) },
       };
@@ -472,8 +476,8 @@ function drawNoise() {
     return { data, layout: base(`spread over seeds, ${plain(part.stages[stage].name)}`, `n = ${of(most, "recipe")} with several seeds`, 360, { xaxis: axis("fraction of channels removed"), yaxis: axis(`standard deviation, ${unit()}`, { rangemode: "tozero" }) }) };
   });
   const pairs = view.stages.map((stage) => {
-    const rows = view.effects(stage).filter((row) => row.outcome === "fold" && row.n > 1).sort((a, b) => a.sd - b.sd).slice(-ROWS).reverse();
-    if (!rows.length) return { reason: `${stageText(stage)}: no setting has two matched pairs, so their spread is not known.` };
+    const rows = view.effects(stage).filter((row) => row.outcome === "fold" && row.n >= SHOWN).sort((a, b) => a.sd - b.sd).slice(-ROWS).reverse();
+    if (!rows.length) return { reason: `${stageText(stage)}: no setting has three matched pairs, so their spread is not known.` };
     const trace = (name, x, color, symbol) => ({ name, x, y: rows.map((_, i) => i), mode: "markers", marker: { color, symbol, size: 9 }, hovertemplate: "%{x} pairs<extra>%{fullData.name}</extra>" });
     return { data: [trace("pairs there are", rows.map((row) => row.n), COLOR.fold, "circle"), trace("pairs needed", rows.map((row) => needed(row.sd)), COLOR.prune, "diamond")], layout: base(`pairs for ± 1 ${unit() === "points" ? "point" : unit()}, ${plain(view.part.stages[stage].name)}`, ratioText(), 150 + (innerWidth < 600 ? 38 : 26) * rows.length, {
       margin: { l: 20, r: 14, t: 56, b: 84 }, xaxis: axis("matched pairs", { type: "log", dtick: 1, minor: { dtick: "D1" } }), yaxis: axis("", { tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => lined(named(row))), range: [-0.6, rows.length - 0.4] }),
@@ -520,7 +524,7 @@ function drawSize() {
     return { data: [
       ...(same ? [{ name: "nothing lost", x: ends, y: ends, mode: "lines", line: { color: COLOR.base, dash: "dot" }, hoverinfo: "skip" }] : []),
       { name: "a recipe", type: all.length > 2000 ? "scattergl" : "scatter", x: all.map((point) => point.x), y: all.map((point) => point.y), mode: "markers", marker: { color: COLOR[state.axes.y] ?? COLOR.fold, size: 7, opacity: 0.6 }, text: all.map(({ one }) => label(part.names[one.cell], 60)), hovertemplate: "%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>" },
-    ], layout: base(plain(stageText(stage)), `${ratioText()}; correlation ${Number.isNaN(r) ? "-" : r.toFixed(2)}, n = ${of(n, "recipe")}`, 380, { xaxis: of_axis(x), yaxis: of_axis(y) }) };
+    ], layout: base(plain(stageText(stage)), `${ratioText()}; correlation ${n < SHOWN ? "-, n too small" : Number.isNaN(r) ? "-" : r.toFixed(2)}, n = ${of(n, "recipe")}`, 380, { xaxis: of_axis(x), yaxis: of_axis(y) }) };
   });
   return [...scatter, ...view.stages.slice(0, 1).flatMap((stage) => [
     kindOfSize(stage, "parameters left, %", (one) => 100 * one.params),
@@ -678,7 +682,7 @@ function said() {
     const [fold, prune, gap] = ["fold", "prune", "gap"].map((name) => summary(view.recipes(stage).map((one) => one[name])));
     if (!fold.n && !prune.n) return [];
     const shown = (one) => `${number(one.mean)}${metric().log ? "" : plusMinus(one.half)}`;
-    return [`${part.stages[stage].name}, ${ratioText()}: best folding ${shown(fold)}, best pruning ${shown(prune)}${gap.n ? `, gap ${signed(gap.mean)}${plusMinus(gap.half)} ${unit()}` : ""} (mean of ${of(fold.n || prune.n, "recipe")}).`, element("br")];
+    return [`${part.stages[stage].name}, ${ratioText()}: best folding ${shown(fold)}, best pruning ${shown(prune)}${gap.n ? `, gap ${signed(gap.mean)}${plusMinus(gap.half)} ${unit()}` : ""}; mean of ${counted(fold.n || prune.n, "recipe")}.`, element("br")];
   }));
 }
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from pipeline.study.interactions import interactions
-from pipeline.study.intervals import half_interval
+from pipeline.study.intervals import SHOWN, half_interval
 from pipeline.study.matching import coded_levels, design
 from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
 from pipeline.study.page.columns import axes_of
@@ -42,6 +42,8 @@ def curves(family: Family) -> Figure | None:
         base = family.found.at(stage, None)["base"].mean()
         if base is not None:
             panel.axhline(_value(family, base), color=BASE, ls=":", label="uncompressed")
+        if family.chance is not None:
+            panel.axhline(_value(family, family.chance), color=BASE, ls="--", lw=1, label="chance")
         panel.set_xlabel("fraction of channels removed")
     panels[0].set_ylabel(family.metric.heading)
     return _finished(figure, panels)
@@ -109,7 +111,8 @@ def interacting(family: Family) -> Figure | None:
     Surely: by the smallest p of the difference between the halves (see `interactions`) at the first of the stages.
     """
     stage, ratio = family.shown
-    surest = interactions(family.found, stage, ratio).drop_nulls("p").sort("p", maintain_order=True)
+    tested = interactions(family.found, stage, ratio).drop_nulls("p").filter(pl.col("n") >= SHOWN)
+    surest = tested.sort("p", maintain_order=True)
     if surest.is_empty():
         return None
     line = surest.row(0, named=True)
@@ -198,7 +201,7 @@ def over_recipes(table: pl.DataFrame, by: Sequence[str], value: str) -> pl.DataF
     """by, mean, half, n: seeds of a recipe are averaged first; half of the 95% interval from 3 recipes on, else NaN."""
     recipes = table.drop_nulls(value).group_by(*by, "recipe").agg(pl.col(value).mean())
     found = recipes.group_by(*by).agg(pl.col(value).mean().alias("mean"), pl.col(value).std().alias("sd"), n=pl.len())
-    half = [half_interval(sd, n) if n >= 3 else math.nan for sd, n in found.select("sd", "n").iter_rows()]
+    half = [half_interval(sd, n) if n >= SHOWN else math.nan for sd, n in found.select("sd", "n").iter_rows()]
     return found.with_columns(half=pl.Series(half, dtype=pl.Float64))
 
 
