@@ -204,7 +204,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
             speeds.add(entry, compressed.model, compressed.report.params_after, compressed.report.macs_after)
 
     def work() -> None:
-        bar = {"desc": "Compressing", "disable": sweeping}
+        bar = {"desc": "Compressing", "disable": sweeping, **({} if sys.stderr.isatty() else LINES)}
         host = Host(task, inputs, ("test",), device, traces, once, done=done, bar=bar, certify=bool(keep))
         with torch.no_grad():
             with once.instead("the uncompressed network cannot be timed"):
@@ -214,6 +214,25 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
         speeds.write(folder / SPEED)
 
     return work
+
+
+class Lines:
+    """A file for tqdm where no terminal can rewrite a line: each state of the bar is a line of standard error."""
+
+    def write(self, text: str) -> None:
+        if shown := text.strip():
+            print(shown, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+LINES = {
+    "file": Lines(),
+    "mininterval": 60,
+    "delay": 1e-3,  # no line before the first network is named
+    "bar_format": "{n_fmt} of {total_fmt} networks measured in {elapsed}, about {remaining} to go{postfix} now",
+}
 
 
 class Speeds:

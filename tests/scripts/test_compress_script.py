@@ -52,8 +52,10 @@ def compress(checkpoint: Path, runs: Path, *overrides: str) -> Path:
 
 def test_a_checkpoint_of_ours_keeps_its_accuracy_and_gets_smaller(trained, tmp_path, capsys):
     folder = compress(trained / "last.ckpt", tmp_path)
-    shown = capsys.readouterr().out
+    shown, beside = capsys.readouterr()
     assert re.match(r"50 pictures of 8x8, 10 classes, normalised by mean 0\.\d+ and std 0\.\d+ ", shown)
+    assert re.search(r"^0 of \d+ networks measured in 00:0\d, about \? to go, fold 0\.\d now$", beside, re.M)
+    assert "\r" not in beside, "a log keeps no bar"
     assert "Dense accuracy" in shown
     assert re.search(r"0\.5 .* MB .* ms \(\d+\.\dx\)", shown)
     assert str(folder) in shown.splitlines()[-1]
