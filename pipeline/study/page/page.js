@@ -312,6 +312,8 @@ function base(title, beside, height, more = {}) {
 
 const axis = (title, more = {}) => ({ title: { text: title, standoff: 8 }, gridcolor: "#e5e9ee", zeroline: false, automargin: true, ...more });
 const valueAxis = (title = plain(metric().heading)) => axis(title, metric().log ? { type: "log", dtick: "D1" } : {});
+// An interval may reach below what a metric can be; the axis does not.
+const fromZero = (data) => (!metric().log && data.every((trace) => trace.y.every((y) => y >= 0)) ? { minallowed: 0 } : {});
 const bars = (all, shift = (x) => x) => ({
   type: "data", symmetric: false, thickness: 1.2, width: 3,
   array: all.map((s) => (Number.isNaN(s.half) ? 0 : shift(s.mean + s.half) - shift(s.mean))),
@@ -339,7 +341,7 @@ function drawCurves() {
     const chosen = part.ratios[state.ratio];
     const shapes = chosen === undefined ? [] : [{ type: "line", x0: chosen, x1: chosen, yref: "paper", y0: 0, y1: 1, line: { color: "#c3c9d0", width: 1 }, layer: "below" }];
     const most = Math.max(...[...view.curves.values()].filter((s) => Math.floor(s.key / part.methods.length / part.ats) === stage).map((s) => s.n));
-    return { data, layout: base(plain(stageText(stage)), `n = ${of(most, "recipe")}`, 380 + below(data).b, { shapes, margin: below(data), xaxis: axis("fraction of channels removed"), yaxis: valueAxis() }) };
+    return { data, layout: base(plain(stageText(stage)), `n = ${of(most, "recipe")}`, 380 + below(data).b, { shapes, margin: below(data), xaxis: axis("fraction of channels removed"), yaxis: { ...valueAxis(), ...fromZero(data) } }) };
   });
 }
 

@@ -46,6 +46,8 @@ def curves(family: Family) -> Figure | None:
             panel.axhline(_value(family, family.chance), color=BASE, ls="--", lw=1, label="chance")
         panel.set_xlabel("fraction of channels removed")
     panels[0].set_ylabel(family.metric.heading)
+    if family.found.methods["value"].min() >= 0:  # an interval may reach below what the metric can be
+        panels[0].set_ylim(bottom=max(0.0, panels[0].get_ylim()[0]))
     return _finished(figure, panels)
 
 
