@@ -149,7 +149,7 @@ def solve_kept_(
     dim = input_dim(layer)
     assert dim is not None
     kept = kept.to(moments.device)
-    now, left = (wide(matrix(block.get_submodule(path).weight, dim, False)) for block in (smaller, dense))
+    now, left = (wide(matrix(block.get_parameter(name), dim, False)) for block in (smaller, dense))
     left = left.index_add(0, kept, now, alpha=-1).to(moments)
     seen = moments[kept]
     change = least_squares(seen[:, kept], seen @ left, target_of("same", ridge))
