@@ -1,7 +1,7 @@
 """Measures the cost of compensating large networks: seconds, and memory beyond the network, by the size of the data.
 
     python -m benchmarks.calibration                        # half an hour on one core
-    python -m benchmarks.calibration --code ../before       # the same with another checkout, whose batch is one tensor
+    python -m benchmarks.calibration --code ../before .     # the same with two checkouts, one after the other
 
 Each row is `compress` at ratio 0.5 in a process of its own, with random weights: a ResNet50 on pictures of 224 pixels,
 and a LLaMA of 135 million parameters on texts of 1,024 tokens (short: 256), where only the FFN is made smaller.
@@ -11,6 +11,7 @@ at its highest, less the resident set with the network and the data before.
 
 import argparse
 import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -69,18 +70,26 @@ def measured(name: str, count: int, threads: int, code: str) -> dict[str, Any]:
     return {"network": name, "samples": count, "network_mib": size, "load": os.getloadavg()[0], **cost}
 
 
+def commit(code: Path) -> str:
+    """The commit of a checkout, with -dirty behind it where files differ from it."""
+    told = ["git", "-C", os.fspath(code), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(told, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def page(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     lines = [
         "# Compensation at ratio 0.5",
         "",
         f"`python -m benchmarks.calibration`, n = 1, {described(where, 'timm', 'transformers')}.",
         "",
-        "| network | samples | network, MiB | seconds | seconds of all cores | load | GB over the network, peak |",
-        "|---|---|---|---|---|---|---|",
+        "| code | network | samples | network, MiB | seconds | seconds of all cores | load "
+        "| GB over the network, peak |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         gigabytes = r["peak_mib"] * 2**20 / 1e9
-        cells = [r["network"], r["samples"], f"{r['network_mib']:.0f}", f"{r['wall_s']:.1f}", f"{r['cpu_s']:.1f}"]
+        sizes = [r["code"], r["network"], r["samples"], f"{r['network_mib']:.0f}"]
+        cells = [*sizes, f"{r['wall_s']:.1f}", f"{r['cpu_s']:.1f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{r['load']:.1f}", f"{gigabytes:.2f}"])) + " |")
     lines += ["", f"The limit is {LIMIT_GB:g} GB. Seconds depend on what else the machine does (see the load)."]
     return "\n".join(lines)
@@ -88,7 +97,7 @@ def page(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--code", type=Path, default=Path("."), help="the checkout whose pipeline is measured")
+    parser.add_argument("--code", type=Path, nargs="+", default=[Path(".")], help="checkouts that are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", nargs="*", default=[f"{n}:{count}" for n, count in ROWS], help="network:samples")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/calibration"))
@@ -96,7 +105,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     wanted = [(name, int(count)) for name, _, count in (row.partition(":") for row in options.rows)]
     where = machine("timm", "transformers")
-    found = [alone("calibration:measured", *row, options.threads, os.fspath(options.code.resolve())) for row in wanted]
+    found = [
+        {"code": commit(code), **alone("calibration:measured", *row, options.threads, os.fspath(code.resolve()))}
+        for row in wanted
+        for code in options.code
+    ]
     text = page(found, where)
     write(options.out, {"rows": found, "machine": where}, text)
 

@@ -67,7 +67,9 @@ def machine(*packages: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+        )
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

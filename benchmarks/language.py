@@ -5,10 +5,14 @@
 
     python -m benchmarks.language page      # docs/language.md and its picture, from the rows that are there
 
-Rows go to benchmarks/results/language_<network>.json as they are made; what is there is not made again. Every number is
-a perplexity on texts that chose nothing: the first 400 documents of C4 calibrate, the next 200 chose the defaults, and
-those from 600 on are reported, as are all of WikiText-2's. Only feed-forward channels go. Evaluation runs in bfloat16,
-which changes the dense perplexity by less than a thousandth.
+Rows go to benchmarks/results/language_<network>.json as they are made; what is there is not made again. A network is
+measured on every text that is given before the next one is made, and a row that lacks one of them is made anew. Every
+number is a perplexity on texts that chose nothing: the first 400 documents of C4 calibrate, the next 200 chose the
+defaults, and those from 600 on are reported, as are all of WikiText-2's. Only feed-forward channels go. Evaluation runs
+in bfloat16, which changes the dense perplexity by less than a thousandth.
+
+`--draws 3` calibrates three times, each on other windows, of data as of what the network wrote. Plans that look at no
+texts are measured once.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import re
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,8 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import machine, rounded, timed, write_below
+from benchmarks.common import machine, rounded, timed
+from benchmarks.language_page import RESULTS, SEES, page
 from pipeline.compression import METHODS, Plan, Projection, Recipe, channel_groups, parse
 from pipeline.compression.calibrate import compensate
 from pipeline.compression.calibrate.batches import batches_of
@@ -42,13 +47,10 @@ from pipeline.data.text.tokenizers import load_tokenizer
 from pipeline.evaluate import evaluate
 from pipeline.models import build_model
 from pipeline.stages import State, Supplies, parse_tail
+from pipeline.tables import UserError
 from pipeline.tasks import Language
 
-RESULTS = Path(__file__).parent / "results"
 TASK = Language()
-PAGE, MARK = Path("docs/language.md"), "<!-- written by benchmarks.language -->"
-SEES = re.compile(r"data|self|unigram|wanda-sp|flap|grail")  # plans that look at texts
-DRAWN = ("fold", "l2", "wanda-sp", "flap", "grail", "fold+data+params", "obs+data+params", "obs+self+params")
 CALIBRATE, CHOOSE = 400, 200  # documents
 # Network: tokens of a window, windows to calibrate on, ratios.
 SETTINGS = {
@@ -149,9 +151,12 @@ OTHERS = {"wanda-sp": wanda_sp, "flap": flap, "grail": grail}
 
 
 def made(
-    plan: str, dense: nn.Module, groups: ChannelGroups, texts: dict[str, Tensor], ratios: Sequence[float]
+    plan: str, dense: nn.Module, groups: ChannelGroups, texts: Mapping[str, Tensor], ratios: Sequence[float], seed: int
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, smaller network) of a plan."""
+    """(ratio, smaller network) of a plan.
+
+    texts: (N, T) windows "data" and, where a plan looks at them, "self"; seed: of what is drawn beside them.
+    """
     data, example = list(texts["data"].split(8)), texts["data"][:1]
     if plan in OTHERS:
         net = Network(bare_copy(dense, share=True), example, groups, batches_of(data), TASK.answers, target="same")
@@ -161,9 +166,11 @@ def made(
     recipe: Recipe = parse(spelling)
     given = {"data": data, "self": list(texts["self"].split(8)) if "self" in texts else None}
     pictures = given.get(recipe.calibration.pictures)
-    made_of = compressions(dense, example, recipe, ratios, pictures=pictures, groups=groups, answers=TASK.answers)
-    supplies = Supplies(dense, example, TASK, data)
-    supplies.made[Calibration("self")] = texts["self"]
+    shared: dict[str, Any] = {"groups": groups, "answers": TASK.answers, "seed": seed}
+    made_of = compressions(dense, example, recipe, ratios, pictures=pictures, **shared)
+    supplies = Supplies(dense, example, TASK, data, seed)
+    if "self" in texts:
+        supplies.made[Calibration("self")] = texts["self"]
     for smaller in made_of:
         state = State(smaller.model, smaller.report, dense)
         for stage in parse_tail(tail) if tail else ():
@@ -243,6 +250,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="*", default=PLANS)
     parser.add_argument("--ratios", nargs="*", type=float)
     parser.add_argument("--windows", type=int, help="to calibrate on")
+    parser.add_argument("--draws", type=int, default=1, help="calibrations, each on other windows")
     parser.add_argument("--tokens", type=int, default=100_000, help="to report on, of each text")
     parser.add_argument("--tokenizer", type=Path, help="where it does not lie with the network")
     parser.add_argument("--label", help="name of the network in the rows")
@@ -255,107 +263,88 @@ def run(given: argparse.Namespace) -> None:
     count, ratios = given.windows or count, given.ratios or ratios
     encode, end, vocabulary = encoder(given.name, given.tokenizer or given.network)
     net = load(given.name, given.network, vocabulary, size)
-    documents = documents_of(given.c4)
-    if given.name == "stories":  # the first half is reported
-        documents.reverse()
-    cut = [CALIBRATE, CALIBRATE + CHOOSE] if len(documents) > 1000 else [len(documents) * 3 // 8, len(documents) // 2]
-    calibrate, _, reported = documents[: cut[0]], documents[cut[0] : cut[1]], documents[cut[1] :]
+    calibrate, reported = parts(documents_of(given.c4), given.name)
     tests = {"c4" if given.name != "stories" else "stories": windows(reported, encode, end, size)}
     if given.wikitext:
         tests["wikitext"] = windows(documents_of(given.wikitext), encode, end, size)
     tests = {name: text[: -(-given.tokens // size)] for name, text in tests.items()}
-    texts = {"data": windows(calibrate, encode, end, size)[:count]}
-    if given.own and given.own.is_file():
-        texts["self"] = torch.load(given.own)[:count, :size]
-    else:
-        seconds, texts["self"] = timed(lambda: written_texts(net, texts["data"][:1], count, answers=TASK.answers))
-        print(f"wrote {count} texts of {size} tokens in {seconds:.0f} s", flush=True)
-        if given.own:
-            torch.save(texts["self"], given.own)
+    texts = {"data": windows(calibrate, encode, end, size)}
+    if any("self" in plan for plan in given.plans):
+        texts["self"] = own_texts(net, texts["data"][:1], given.draws * count, given.own)
     groups = channel_groups(net, texts["data"][:1], ["hidden"])
     label = given.label or given.name
-    results = RESULTS / f"language_{label}.json"
-    rows = json.loads(results.read_text()) if results.is_file() else []
+    rows = Rows(RESULTS / f"language_{label}.json", tests)
 
-    def done(plan: str, ratio: float) -> bool:
-        key = (label, plan, ratio, count)
-        return any((r["network"], r["plan"], r["ratio"], r["windows"]) == key for r in rows)
-
-    def add(plan: str, ratio: float, smaller: nn.Module, seconds: float) -> None:
+    def add(plan: str, ratio: float, draw: int, smaller: nn.Module, seconds: float) -> None:
         found = {name: perplexity(smaller, text) for name, text in tests.items()}
         size_of = {"params": sum(p.numel() for p in smaller.parameters()), "seconds": seconds}
-        told = {"tokens": {name: text.numel() for name, text in tests.items()}, "machine": machine("transformers")}
-        row = {"network": label, "plan": plan, "ratio": ratio, "windows": count, "window": size}
-        rows.append(rounded({**row, "perplexity": found, **size_of, **told}))
-        results.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-        print(f"{label} {plan} {ratio:g}: {found} {seconds:.0f} s", flush=True)
+        row = {"network": label, "plan": plan, "ratio": ratio, "windows": count, "window": size, "draw": draw}
+        rows.add({**row, "perplexity": found, **size_of})
+        print(f"{label} {plan} {ratio:g} ({draw}): {found} {seconds:.0f} s", flush=True)
 
-    if not done("dense", 0.0):
-        add("dense", 0.0, net, 0.0)
-    for plan in given.plans:
-        left = [ratio for ratio in ratios if not done(plan, ratio)]
+    if not rows.done("dense", 0.0, count, 0):
+        add("dense", 0.0, 0, net, 0.0)
+    for plan, draw in [(name, i) for name in given.plans for i in range(given.draws if SEES.search(name) else 1)]:
+        left = [ratio for ratio in ratios if not rows.done(plan, ratio, count, draw)]
         start = time.perf_counter()
-        for ratio, smaller in made(plan, net, groups, texts, left) if left else ():
-            add(plan, ratio, smaller, time.perf_counter() - start)
+        seen = {name: drawn(name, text, count, draw) for name, text in texts.items()}
+        for ratio, smaller in made(plan, net, groups, seen, left, draw) if left else ():
+            add(plan, ratio, draw, smaller, time.perf_counter() - start)
             start = time.perf_counter()
 
 
-def page() -> None:
-    """Tables and the picture of docs/language.md."""
-    lines = []
-    for path in sorted(RESULTS.glob("language_*.json")):
-        rows = json.loads(path.read_text())
-        for text in rows[0]["perplexity"]:
-            lines += [*table(rows, text), ""]
-    write_below(PAGE, MARK, "Language models", lines)
-    picture()
+def parts(documents: list[str], name: str) -> tuple[list[str], list[str]]:
+    """(documents to calibrate on, documents to report); those between them chose the defaults."""
+    if name == "stories":  # the first half is reported
+        documents = documents[::-1]
+    large = len(documents) > 1000
+    cut = (CALIBRATE, CALIBRATE + CHOOSE) if large else (len(documents) * 3 // 8, len(documents) // 2)
+    return documents[: cut[0]], documents[cut[1] :]
 
 
-def table(rows: Sequence[dict[str, Any]], text: str) -> list[str]:
-    """One network on one text, a line for each plan and number of windows."""
-    dense = next(row for row in rows if row["plan"] == "dense")
-    ratios = sorted({row["ratio"] for row in rows} - {0.0})
-    found = {(row["plan"], row["windows"], row["ratio"]): row["perplexity"].get(text) for row in rows}
-    plans = list(dict.fromkeys((row["plan"], row["windows"]) for row in rows if row["plan"] != "dense"))
-
-    def told(value: float | None) -> str:
-        return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-
-    return [
-        f"### {dense['network']} on {text}: dense {dense['perplexity'][text]:.2f}, {dense['tokens'][text]:,} tokens",
-        "",
-        "| method | texts | " + " | ".join(f"{ratio:.0%} gone" for ratio in ratios) + " |",
-        "|---|---|" + "---|" * len(ratios),
-        *(
-            f"| {plan} | {windows if SEES.search(plan) else ''} | "
-            + " | ".join(told(found.get((plan, windows, ratio))) for ratio in ratios)
-            + " |"
-            for plan, windows in plans
-        ),
-    ]
+def own_texts(net: nn.Module, example: Tensor, count: int, path: Path | None) -> Tensor:
+    """(count or more, T) ids that the network wrote, from the file where there is one, else written to it."""
+    if path and path.is_file():
+        return torch.load(path)[:, : example.shape[1]]
+    seconds, texts = timed(lambda: written_texts(net, example, count, answers=TASK.answers))
+    print(f"wrote {count} texts of {example.shape[1]} tokens in {seconds:.0f} s", flush=True)
+    if path:
+        torch.save(texts, path)
+    return texts
 
 
-def picture() -> None:
-    """Perplexity over the ratio, one panel for each network, on a log axis."""
-    import matplotlib.pyplot as plt
+def drawn(name: str, texts: Tensor, count: int, draw: int) -> Tensor:
+    """The windows (count, T) of a draw, no two draws share one. UserError where there are too few."""
+    found = texts[draw * count : (draw + 1) * count]
+    if len(found) < count:
+        raise UserError(
+            f"draw {draw} of {count} windows needs {(draw + 1) * count} of {name}, and there are {len(texts)}; "
+            "give more text, or lower --draws or --windows"
+        )
+    return found
 
-    paths = sorted(RESULTS.glob("language_*.json"))
-    figure, axes = plt.subplots(1, len(paths), figsize=(5 * len(paths), 4.2), squeeze=False, layout="constrained")
-    for axis, path in zip(axes[0], paths, strict=True):
-        rows = json.loads(path.read_text())
-        text = next(iter(rows[0]["perplexity"]))
-        dense = rows[0]["perplexity"][text]
-        usual = next(row["windows"] for row in rows if row["plan"] != "dense")
-        for plan in DRAWN:
-            points = [(r["ratio"], r["perplexity"][text]) for r in rows if r["plan"] == plan and r["windows"] == usual]
-            if points:
-                axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)
-        axis.set(yscale="log", xlabel="feed-forward channels removed", title=f"{rows[0]['network']}, {text}")
-        axis.set_ylim(top=dense * 25)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("perplexity")
-    figure.savefig(PAGE.with_suffix(".png"), dpi=130)
+
+class Rows:
+    """The rows of a file, each written as it is made. tests: the texts that a row must have to be done."""
+
+    def __init__(self, path: Path, tests: Mapping[str, Tensor]) -> None:
+        self.path, self.tests = path, tests
+        self.rows = {key_of(row): row for row in (json.loads(path.read_text()) if path.is_file() else [])}
+
+    def done(self, *key: Any) -> bool:
+        """key: plan, ratio, windows, draw"""
+        return key in self.rows and self.tests.keys() <= self.rows[key]["perplexity"].keys()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write a row. It takes the place of one with the same key."""
+        told = {"tokens": {name: text.numel() for name, text in self.tests.items()}, "machine": machine("transformers")}
+        self.rows[key_of(row)] = rounded({**row, **told})
+        self.path.write_text("[\n" + ",\n".join(map(json.dumps, self.rows.values())) + "\n]\n")
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(plan, ratio, windows, draw) of a row; the oldest rows say no draw, and are the first."""
+    return row["plan"], row["ratio"], row["windows"], row.get("draw", 0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compression.choose.methods import METHODS
 from pipeline.compression.choose.weights import GroupWeights
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import apply, named_tensors
@@ -172,7 +173,7 @@ def found(step: Mapping[str, Any], model: nn.Module, groups: Iterable[ChannelGro
     """{group: its line, computed from the weights that were compressed}
 
     In place of a line, a text says how the network contradicts the file, and None that its features are activations,
-    which gated channels are described by where a recipe looks at pictures.
+    which gated channels are described by where a recipe chooses by pictures.
 
     step: a compression in a file's chain; model: the network that it compressed; groups: of that network.
     """
@@ -185,11 +186,17 @@ def found(step: Mapping[str, Any], model: nn.Module, groups: Iterable[ChannelGro
             told[group.name] = "the file does not name it"
         elif group.size != line.before:
             told[group.name] = f"it has {group.size} channels, and the file states {line.before}"
-        elif group.gated and recipe.calibration.pictures != "none":
+        elif group.gated and looks_at_pictures(recipe):
             told[group.name] = None
         else:
             told[group.name] = computed(line, GroupWeights(group, tensors, **vars(recipe.features)))
     return told
+
+
+def looks_at_pictures(recipe: Recipe) -> bool:
+    """Does this recipe choose channels by activations? "auto" may."""
+    looks = recipe.method not in METHODS or METHODS[recipe.method].activations
+    return looks and recipe.calibration.pictures != "none"
 
 
 def computed(line: Line, weights: GroupWeights) -> Line:

@@ -300,7 +300,8 @@ def choices(
     net: Network, recipe: Recipe, group: ChannelGroup, sizes: Iterable[int], certify: bool = False
 ) -> dict[int, Choice]:
     """{size: projection that the method chooses for this group, and its row of the report}"""
-    described, inputs = recipe.features, net.seen.inputs if net.seen else {}
+    described, method = recipe.features, METHODS[recipe.method]
+    looks, seen = method.activations, net.seen
     weights = GroupWeights(
         group,
         net.tensors,
@@ -308,12 +309,11 @@ def choices(
         described.scale,
         described.norm,
         net.seed,
-        inputs,
+        seen.inputs if seen and looks else {},
         net.gradients,
-        lambda: net.moments if net.blockwise else {},
+        lambda: net.moments if net.blockwise and looks else {},
     )
-    method = METHODS[recipe.method].choose
-    found = call(f"method {recipe.method!r}", method, weights, sorted(set(sizes)), **recipe.option)
+    found = call(f"method {recipe.method!r}", method.choose, weights, sorted(set(sizes)), **recipe.option)
     proved = certificates(weights.gram, found) if certify else {}
     return {k: (projection, group_report(weights, projection, proved.get(k))) for k, projection in found.items()}
 

@@ -1,5 +1,7 @@
 """Block by block: readers give the block's own answer to the inputs that reach it, in bounded memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,15 @@ from toy_nets import randomise_, relative_error
 
 from pipeline.compression import METHODS, Plan, Projection, channel_groups, compress
 from pipeline.compression.calibrate.batches import batches_of
-from pipeline.compression.calibrate.blocks import blocks_of, compensate_blocks_, relative
+from pipeline.compression.calibrate.blocks import blocks_of, compensate_blocks_, kept_inputs, relative, solve_block_
 from pipeline.compression.calibrate.compensate import compensate_, observe
+from pipeline.compression.certify import differences, found, stated
 from pipeline.compression.choose.cluster import greedy_order
 from pipeline.compression.choose.weights import GroupWeights
+from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import apply, named_tensors
+from pipeline.compression.plan import told
+from pipeline.compression.report import step_of
 from pipeline.tables import UserError
 
 TOKENS, WIDE = 13, 12
@@ -103,6 +109,94 @@ def test_batches_of_any_size_say_the_same():
     model, ids = language(), texts()
     whole, parts = (solved(model, given)[0].state_dict() for given in (ids, list(ids.split(UNEVEN))))
     assert distance(parts, whole) < 1e-9
+
+
+def of_block(block, group, projection):
+    """(the smaller block, its plan)"""
+    plan = Plan(ChannelGroups((group,)), [projection])
+    return apply(block, plan.groups, plan.projections), plan
+
+
+def kept_half(size):
+    return Projection(torch.where(torch.arange(size) % 2 == 0, torch.arange(size) // 2, -1))
+
+
+def stood_for(size):
+    """Every odd channel is a multiple of the even one before it."""
+    scales = torch.where(torch.arange(size) % 2 == 0, 1.0, -0.7)
+    return Projection(torch.arange(size) // 2, torch.arange(0, size, 2), scales)
+
+
+@pytest.mark.parametrize("projection", [kept_half, stood_for])
+@pytest.mark.parametrize("ridge", [None, 1e-9])
+def test_second_moments_solve_a_block_as_its_rows_do(projection, ridge):
+    x = torch.randn(40, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for block in (randomise_(nn.Sequential(nn.Linear(8, WIDE), nn.GELU(), nn.Linear(WIDE, 8))), randomise_(Gated())):
+        block = block.double()
+        given = {"x": x} if isinstance(block, Gated) else x
+        (group,) = channel_groups(block, given)
+        smaller, plan = of_block(block, group, projection(WIDE))
+        by_rows, _ = of_block(block, group, projection(WIDE))
+        assert list(map(len, kept_inputs(smaller, block, plan, given).values())) == [WIDE // 2]
+        before = {name: t.clone() for name, t in smaller.state_dict().items()}
+        names = solve_block_(smaller, block, plan, batches_of(given), ridge)
+        seen = observe(block, plan.groups, given)
+        assert names == compensate_(by_rows, block, plan, seen, ridge=ridge, target="same")
+        assert distance(smaller.state_dict(), before) > 1e-3
+        assert distance(smaller.state_dict(), by_rows.state_dict()) < 1e-9
+
+
+class Shares(nn.Module):
+    """Two layers, between which every channel is divided by the norm of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, WIDE), nn.Linear(WIDE, 8)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.last(hidden / hidden.norm(dim=-1, keepdim=True))
+
+
+def test_a_block_whose_readers_get_anything_else_is_solved_from_what_they_get():
+    """Means of channels, statistics of a norm, and values that change with the number of channels."""
+    x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = randomise_(nn.Sequential(nn.Linear(8, WIDE), nn.GELU(), nn.Linear(WIDE, 8))).double()
+    normed = randomise_(nn.Sequential(nn.Linear(8, WIDE), nn.BatchNorm1d(WIDE), nn.Linear(WIDE, 8))).double().eval()
+    shares = randomise_(Shares()).double()
+    channels = torch.arange(WIDE)[:, None]
+    both = tuple(Axis(f"first.{kind}", 0, channels) for kind in ("weight", "bias"))
+    own = ChannelGroup("first", WIDE, both, (Axis("last.weight", 1, channels),))
+    means = Projection(torch.arange(WIDE) // 2)
+    for block, group, projection in (
+        (plain, channel_groups(plain, x)[0], means),
+        (normed, channel_groups(normed, x)[0], kept_half(WIDE)),
+        (shares, own, kept_half(WIDE)),
+    ):
+        smaller, plan = of_block(block, group, projection)
+        by_rows, _ = of_block(block, group, projection)
+        assert kept_inputs(smaller, block, plan, x) == {}
+        solve_block_(smaller, block, plan, batches_of(x))
+        compensate_(by_rows, block, plan, observe(block, plan.groups, x), target="same")
+        assert distance(smaller.state_dict(), by_rows.state_dict()) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["l1", "l2", "random", "fpgm"])
+def test_a_method_that_looks_at_no_activations_states_the_same_errors_whatever_it_is_calibrated_on(method):
+    """They are errors of weights, so that they can be computed again from weights."""
+    model, ids = language(torch.float32), texts()
+    raw, solved_on = (compress(model, ids, method, 0.5, pictures=given).report for given in (None, ids))
+    assert [row.error for row in raw.groups] == [row.error for row in solved_on.groups]
+    step = told([step_of(replace(solved_on, recipe=f"{method}+data"))])[0]
+    again = found(step, model, channel_groups(model, ids))
+    for line in stated(step):
+        assert not list(differences(line, again[line.name]))
+
+
+def test_a_method_that_looks_at_activations_states_errors_that_weights_do_not_tell():
+    model, ids = language(torch.float32), texts()
+    step = told([step_of(compress(model, ids, "obs", 0.5, pictures=ids).report)])[0]
+    assert set(found(step, model, channel_groups(model, ids)).values()) == {None}
 
 
 def test_where_the_network_is_one_block_it_is_mended():

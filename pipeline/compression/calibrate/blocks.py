@@ -6,26 +6,42 @@ compensate.py): the dense block and the smaller one are called with the same inp
 before, already compressed and solved, give. SparseGPT (arXiv:2301.00774), ZipLM (arXiv:2302.04089) and FLAP
 (arXiv:2312.11983) solve for the same. Errors of earlier blocks are not mended, and so nothing is fitted to chance
 correlations with them; one block at a time is in memory, with the inputs of all batches.
+
+Where channels of one group are left out, or stand for others, the smaller block computes what the dense one does, less
+some of it. Both x' and the answer then follow from the second moments of the dense block's readers, and neither the
+rows of any input nor the smaller block's are needed.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.compression.calibrate.batches import Batches
-from pipeline.compression.calibrate.compensate import compensate_, observe
-from pipeline.compression.calibrate.lockstep import Stop, in_lockstep
-from pipeline.compression.calibrate.repair import kept_modes
-from pipeline.compression.calibrate.rows import ROWS, surveyed
+from pipeline.compression.calibrate.batches import Batches, cut
+from pipeline.compression.calibrate.compensate import (
+    compensate_,
+    input_moments,
+    least_squares,
+    matrix,
+    observe,
+    readers,
+    set_matrix_,
+    target_of,
+)
+from pipeline.compression.calibrate.lockstep import Stop, forward, in_lockstep, watched
+from pipeline.compression.calibrate.repair import kept_modes, tracked_norms
+from pipeline.compression.calibrate.rows import ROWS, channel_dim, input_dim, sees_patches, surveyed, wide
 from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups
+from pipeline.compression.merge.tensors import merged_inputs
 from pipeline.compression.plan import Plan
 from pipeline.compression.trace.graph import Example
 
+ROUNDINGS = 64  # by which the same number may differ, relative to all numbers of an input
 VALUES = 2**26  # inputs that are kept of a reader of a block, 256 MB in single precision
 
 
@@ -49,15 +65,96 @@ def compensate_blocks_(
         groups = [relative(plan.groups[i], path) for i in places]
         of_block = replace(plan, groups=ChannelGroups(tuple(groups)), projections=[plan.projections[i] for i in places])
         inputs = Batches([given[i] for i in range(len(batches))])
-        dense = model.get_submodule(path)
-        seen = observe(dense, groups, inputs, rows=max(ROWS, VALUES // max(group.size for group in groups)))
-        names = compensate_(smaller.get_submodule(path), dense, of_block, seen, ridge=ridge, target="same")
+        names = solve_block_(smaller.get_submodule(path), model.get_submodule(path), of_block, inputs, ridge)
         solved.extend(f"{path}.{name}" if path else name for name in names)
 
     with kept_modes(smaller):
         blocks = blocks_of(smaller.eval(), [plan.groups[i] for i in changed], batches)
         in_lockstep(smaller, {path: smaller.get_submodule(path) for path in blocks}, batches, arrive, leave)
     return solved
+
+
+@torch.no_grad()
+def solve_block_(
+    smaller: nn.Module, dense: nn.Module, plan: Plan, inputs: Batches, ridge: float | None = None
+) -> list[str]:
+    """In place: solve the readers of a smaller block, so that it answers as the dense one; returns their weights.
+
+    plan: of the groups of this block that change; inputs: of the block.
+    """
+    kept = kept_inputs(smaller, dense, plan, cut(next(iter(inputs)), 0, 1))
+    if kept:
+        moments = input_moments(dense, readers(dense, plan.groups), inputs, patches=False)
+        return [solve_kept_(smaller, dense, name, kept[name], found, ridge) for name, found in moments.items()]
+    rows = max(ROWS, VALUES // max(group.size for group in plan.groups))
+    return compensate_(smaller, dense, plan, observe(dense, plan.groups, inputs, rows), ridge=ridge, target="same")
+
+
+def kept_inputs(smaller: nn.Module, dense: nn.Module, plan: Plan, example: Example) -> dict[str, Tensor]:
+    """{weight of a reader: (inputs left,) int64}, the places of its inputs among those of the dense block's reader.
+
+    {} where the smaller block computes anything else: means of channels, scores of fewer channels, statistics of a
+    norm, or what follows from another reader. One sample through both blocks shows it. Readers that see patches are
+    solved with all of a kernel's taps, for which second moments of pixels do not do.
+    """
+    changed = [(g, p) for g, p in zip(plan.groups, plan.projections, strict=True) if not p.is_identity]
+    layers = readers(dense, plan.groups)
+    merges = any(p.chosen is None and int(p.counts.max()) > 1 for _, p in changed)
+    writes = {axis.tensor for group, _ in changed for axis in group.writes}
+    if len(changed) != 1 or merges or writes & set(layers) or tracked_norms(dense):
+        return {}
+    if any(sees_patches(layer) for layer in layers.values()):
+        return {}
+    found, less = (arrivals(block, readers(block, plan.groups), example) for block in (dense, smaller))
+    kept: dict[str, Tensor] = {}
+    for name, x in found.items():
+        places = torch.arange(x.shape[1], dtype=torch.float64)[None]
+        kept[name] = merged_inputs(places, name, plan.groups, plan.projections)[0].long()
+        if name not in less or not same_numbers(less[name], x[:, kept[name].to(x.device)]):
+            return {}
+    return kept if found.keys() == less.keys() else {}
+
+
+def arrivals(block: nn.Module, layers: Mapping[str, nn.Module], example: Example) -> dict[str, Tensor]:
+    """{layer: (rows, inputs)}, the inputs of the layers that the forward calls once."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(stop: Stop) -> None:
+        found[stop.name].append(stop.x.movedim(channel_dim(stop.layer), -1).flatten(0, -2))
+
+    with kept_modes(block), watched(layers, keep):
+        forward(block.eval(), example)
+    return {name: rows[0] for name, rows in found.items() if len(rows) == 1}
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Do these differ by rounding alone? Matrix products of other sizes add in another order."""
+    if a.shape != b.shape:
+        return False
+    allowed = ROUNDINGS * torch.finfo(a.dtype).eps
+    return bool((a.double() - b.double()).norm() <= min(allowed, 1e-2) * b.double().norm())
+
+
+def solve_kept_(
+    smaller: nn.Module, dense: nn.Module, name: str, kept: Tensor, moments: Tensor, ridge: float | None = None
+) -> str:
+    """In place: solve one reader of a smaller block from the second moments of the dense block's; returns its weight.
+
+    kept: (inputs left,) places of its inputs; moments: (inputs, inputs) of the dense block's reader. With x' = x[kept],
+    what the present weight S leaves of W x is D x, where D is W less S at the places that are kept: Σ x' (D x)ᵀ =
+    (Σ x' xᵀ) Dᵀ.
+    """
+    path = name.rpartition(".")[0]
+    layer: Any = smaller.get_submodule(path)
+    dim = input_dim(layer)
+    assert dim is not None
+    kept = kept.to(moments.device)
+    now, left = (wide(matrix(block.get_parameter(name), dim, False)) for block in (smaller, dense))
+    left = left.index_add(0, kept, now, alpha=-1).to(moments)
+    seen = moments[kept]
+    change = least_squares(seen[:, kept], seen @ left, target_of("same", ridge))
+    set_matrix_(layer.weight, dim, False, now + change)
+    return name
 
 
 def blocks_of(model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, list[int]]:

@@ -182,11 +182,10 @@ def compensate_(
     layer, or more than once) keep their cluster sums. Raises UserError for an unknown target, and for pictures that
     are not those of `seen`.
     """
-    usual = pick("target", TARGETS, target)
+    how = target_of(target, ridge)
     if all(projection.is_identity for projection in plan.projections):
         return []
-    usual = usual if ridge is None else usual._replace(ridge=ridge)
-    work = Compensation(smaller, model, plan, seen, usual, target != "dense")
+    work = Compensation(smaller, model, plan, seen, how, target != "dense")
     if work.mends:
         with kept_modes(smaller):
             in_lockstep(smaller.eval(), work.layers, seen.pictures, work.arrive, work.leave)
@@ -194,6 +193,12 @@ def compensate_(
         for name in work.layers:
             work.leave(name)
     return work.solved
+
+
+def target_of(name: str, ridge: float | None = None) -> Target:
+    """The row of TARGETS, with this ridge if one is given. UserError for an unknown name."""
+    usual = pick("target", TARGETS, name)
+    return usual if ridge is None else usual._replace(ridge=ridge)
 
 
 class Compensation:
@@ -260,13 +265,22 @@ class Compensation:
             inputs = self.gathered.pop(name) if merged is None else merged
             wanted = before @ wide(matrix(self.written[name], dim, taps))
         now = wide(matrix(layer.weight, dim, taps))
-        moments, missing = (inputs.T @ inputs).double(), (inputs.T @ (wanted - inputs @ now)).double()
-        scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        if self.how.own:
-            scale = moments.diagonal().clamp(min=1e-6 * scale)  # an input that is never seen is solved for, too
-        moments.diagonal().add_(self.how.ridge * scale)
-        set_matrix_(layer.weight, dim, taps, now + torch.linalg.solve(moments, missing))
+        change = least_squares(gram_matrix(inputs.T), inputs.T @ (wanted - inputs @ now), self.how)
+        set_matrix_(layer.weight, dim, taps, now + change)
         self.solved.append(name)
+
+
+def least_squares(moments: Tensor, missing: Tensor, how: Target) -> Tensor:
+    """(inputs, outputs) float64: what to add to a weight, with the ridge of the module docstring.
+
+    moments: (inputs, inputs), Σ x' x'ᵀ; missing: (inputs, outputs), Σ x' rᵀ with what the present weight leaves, r.
+    """
+    moments = moments.double()
+    scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    if how.own:
+        scale = moments.diagonal().clamp(min=1e-6 * scale)  # an input that is never seen is solved for, too
+    moments.diagonal().add_(how.ridge * scale)
+    return torch.linalg.solve(moments, missing.double())
 
 
 def channel_moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:

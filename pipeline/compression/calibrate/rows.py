@@ -42,6 +42,11 @@ class Rows(NamedTuple):
     counts: tuple[int, ...]
     most: int
 
+    @property
+    def whole(self) -> bool:
+        """Are all rows drawn? Then each stands where it stood."""
+        return sum(self.counts) <= self.most
+
 
 class Call(NamedTuple):
     """One call of a layer in a survey. inputs: rows of its input; patches: pixels of its output."""
@@ -128,7 +133,7 @@ def rows_of(layer: nn.Module, x: Tensor, there: Rows, i: int) -> Tensor:
     rows = x.movedim(channel_dim(layer), -1)
     rows = rows.reshape(-1, rows.shape[-1])
     check_rows(layer, len(rows), there.counts[i])
-    return wide(rows[picked(there, i)[1].to(x.device)])
+    return wide(rows if there.whole else rows[picked(there, i)[1].to(x.device)])
 
 
 def patches_of(layer: Any, x: Tensor, there: Rows, i: int) -> Tensor:
@@ -166,18 +171,23 @@ def check_rows(layer: nn.Module, found: int, expected: int) -> None:
 
 def gather_(into: dict[str, Tensor], name: str, rows: Tensor, there: Rows, i: int) -> None:
     """In place: put the rows drawn from batch i at their places among the drawn rows of all batches."""
-    slots, everything = picked(there, i)[0], min(sum(there.counts), there.most)
+    everything = min(sum(there.counts), there.most)
     if name not in into:
-        if len(slots) == len(rows) == everything:
+        if len(rows) == everything and there.whole:
             into[name] = rows
             return
         into[name] = rows.new_empty(everything, rows.shape[1])
-    into[name][slots.to(rows.device)] = rows
+    if there.whole:
+        into[name][sum(there.counts[:i]) :][: len(rows)] = rows
+    else:
+        into[name][picked(there, i)[0].to(rows.device)] = rows
 
 
 @lru_cache(maxsize=256)
 def drawn(count: int, most: int) -> Tensor:
-    """(rows,) int64, at most `most` of `count`, in no order; cached, for it takes as long as a layer."""
+    """(rows,) int64, at most `most` of `count`; cached, for it takes as long as a layer."""
+    if count <= most:
+        return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].clone()
 
 

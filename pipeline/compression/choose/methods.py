@@ -210,12 +210,14 @@ class Method:
     """A row of METHODS.
 
     choose: (weights, sizes, **options) -> {k: Projection}; kind: one of KINDS; gradients: whether it looks at
-    gradients, and so needs pictures.
+    gradients, and so needs pictures. activations: whether it looks at activations where there are pictures. The errors
+    of one that does not are stated by weights alone, too, so that calibration leaves its report as it is.
     """
 
     choose: Callable[..., Projections]
     kind: str
     gradients: bool = False
+    activations: bool = True
 
     def __call__(self, weights: GroupWeights, sizes: Sequence[int], **options: Any) -> Projections:
         return self.choose(weights, sizes, **options)
@@ -227,13 +229,13 @@ METHODS: dict[str, Method] = {
     "kmeans": Method(kmeans, "fold"),
     "special": Method(special, "fold"),
     "random_fold": Method(random_fold, "fold"),
-    "l1": Method(partial(weight_norm, p=1), "prune"),
-    "l2": Method(partial(weight_norm, p=2), "prune"),
+    "l1": Method(partial(weight_norm, p=1), "prune", activations=False),
+    "l2": Method(partial(weight_norm, p=2), "prune", activations=False),
     "obs": Method(brain_surgeon, "prune"),
     "wanda": Method(wanda, "prune"),
-    "taylor": Method(taylor, "prune", gradients=True),
-    "fisher": Method(fisher, "prune", gradients=True),
-    "fpgm": Method(geometric_median, "prune"),
-    "bn_scale": Method(norm_gain, "prune"),
-    "random": Method(random, "prune"),
+    "taylor": Method(taylor, "prune", gradients=True, activations=False),
+    "fisher": Method(fisher, "prune", gradients=True, activations=False),
+    "fpgm": Method(geometric_median, "prune", activations=False),
+    "bn_scale": Method(norm_gain, "prune", activations=False),
+    "random": Method(random, "prune", activations=False),
 }

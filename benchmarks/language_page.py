@@ -1,0 +1,105 @@
+"""The tables and the picture of docs/language.md, from the rows that benchmarks.language has written."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.common import write_below
+from pipeline.study.intervals import SHOWN, half_interval
+
+RESULTS = Path(__file__).parent / "results"
+PAGE, MARK = Path("docs/language.md"), "<!-- written by benchmarks.language -->"
+SEES = re.compile(r"data|self|unigram|wanda-sp|flap|grail")  # plans that look at texts
+DRAWN = ("fold", "l2", "wanda-sp", "flap", "grail", "fold+data+params", "obs+data+params", "obs+self+params")
+
+Row = dict[str, Any]
+
+
+def page() -> None:
+    """Tables and the picture of docs/language.md."""
+    lines = []
+    for path in sorted(RESULTS.glob("language_*.json")):
+        rows = json.loads(path.read_text())
+        for text in texts_of(rows):
+            lines += [*table(rows, text), ""]
+    write_below(PAGE, MARK, "Language models", lines)
+    picture()
+
+
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """The texts that any row was measured on, in their order."""
+    return list(dict.fromkeys(text for row in rows for text in row["perplexity"]))
+
+
+def table(rows: Sequence[Row], text: str) -> list[str]:
+    """One network on one text, a line for each plan and number of windows."""
+    rows = [row for row in rows if text in row["perplexity"]]
+    dense = next(row for row in rows if row["plan"] == "dense")
+    ratios = sorted({row["ratio"] for row in rows} - {0.0})
+    found = values_of(rows, text)
+    plans = dict.fromkeys((row["plan"], row["windows"]) for row in rows if row["plan"] != "dense")
+    return [
+        f"### {dense['network']} on {text}: dense {dense['perplexity'][text]:.2f}, {dense['tokens'][text]:,} tokens",
+        "",
+        "| method | texts | " + " | ".join(f"{ratio:.0%} gone" for ratio in ratios) + " |",
+        "|---|---|" + "---|" * len(ratios),
+        *(
+            f"| {plan} | {seen_by(plan, windows, max(len(found[plan, windows, r]) for r in ratios))} | "
+            + " | ".join(cell(found[plan, windows, ratio]) for ratio in ratios)
+            + " |"
+            for plan, windows in plans
+        ),
+    ]
+
+
+def values_of(rows: Sequence[Row], text: str) -> dict[tuple[str, int, float], list[float]]:
+    """{(plan, windows, ratio): perplexities, one for each draw}; [] of what was not measured."""
+    found: dict[tuple[str, int, float], list[float]] = defaultdict(list)
+    for row in rows:
+        if text in row["perplexity"]:
+            found[row["plan"], row["windows"], row["ratio"]].append(row["perplexity"][text])
+    return found
+
+
+def seen_by(plan: str, windows: int, draws: int) -> str:
+    """How many texts a plan looks at: nothing for one that looks at none, "3 x 32" for three draws of 32."""
+    if not SEES.search(plan):
+        return ""
+    return f"{draws} x {windows}" if draws > 1 else f"{windows}"
+
+
+def cell(values: Sequence[float]) -> str:
+    """The mean over draws, and half of its 95% interval where there are three."""
+    if not values:
+        return ""
+    mean, n = fmean(values), len(values)
+    told = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.2f}"
+    return told if n < SHOWN else f"{told} ± {half_interval(stdev(values), n):.2f}"
+
+
+def picture() -> None:
+    """Perplexity over the ratio, the mean over draws, one panel for each network, on a log axis."""
+    import matplotlib.pyplot as plt
+
+    paths = sorted(RESULTS.glob("language_*.json"))
+    figure, axes = plt.subplots(1, len(paths), figsize=(5 * len(paths), 4.2), squeeze=False, layout="constrained")
+    for axis, path in zip(axes[0], paths, strict=True):
+        rows = json.loads(path.read_text())
+        text = next(iter(rows[0]["perplexity"]))
+        dense = rows[0]["perplexity"][text]
+        usual = next(row["windows"] for row in rows if row["plan"] != "dense")
+        found = values_of(rows, text)
+        for plan in DRAWN:
+            points = [(r, fmean(of)) for (name, windows, r), of in found.items() if (name, windows) == (plan, usual)]
+            if points:
+                axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)
+        axis.set(yscale="log", xlabel="feed-forward channels removed", title=f"{rows[0]['network']}, {text}")
+        axis.set_ylim(top=dense * 25)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("perplexity")
+    figure.savefig(PAGE.with_suffix(".png"), dpi=130)
