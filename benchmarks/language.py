@@ -32,16 +32,18 @@ from torch import Tensor, nn
 from benchmarks.common import machine, rounded, timed
 from benchmarks.language_page import RESULTS, SEES, page
 from pipeline.compression import METHODS, Plan, Projection, Recipe, channel_groups, parse
+from pipeline.compression.budget import channels_left
 from pipeline.compression.calibrate import compensate
 from pipeline.compression.calibrate.batches import batches_of
 from pipeline.compression.calibrate.compensate import Moments, Target, moments_of, readers, statistics_of
 from pipeline.compression.calibrate.lockstep import Stop, forward, watched
 from pipeline.compression.calibrate.texts import written_texts
 from pipeline.compression.choose.weights import GroupWeights
-from pipeline.compression.compress import Network, channels_left, compensated_, compressions
+from pipeline.compression.compress import compressions
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.merge.modules import apply
+from pipeline.compression.network import Network, compensated_
 from pipeline.compression.recipe import Calibration
 from pipeline.data.text.tokenizers import load_tokenizer
 from pipeline.evaluate import evaluate

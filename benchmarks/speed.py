@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import alone, described, machine, rounded, spent, timed, write_below
 from pipeline.compression import METHODS, ChannelGroups, Projection, channel_groups, compressions
+from pipeline.compression.budget import channels_left
 from pipeline.compression.choose.cluster import cuts
 from pipeline.compression.choose.weights import GroupWeights
-from pipeline.compression.compress import channels_left
 from pipeline.compression.sizes.count import parameters
 from pipeline.tables import pick
 

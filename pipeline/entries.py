@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pipeline.compression import Recipe
+from pipeline.compression.checks import check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.choose.layers import other_units
 from pipeline.compression.choose.masks import maskable
-from pipeline.compression.compress import check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.plan import history
 from pipeline.compression.recipe import about, recipes

@@ -30,14 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.compression.budget import channels_left
 from pipeline.compression.calibrate.batches import batches_of
 from pipeline.compression.calibrate.predict import judge
 from pipeline.compression.calibrate.repair import reference, repair_, statistics
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.certify import certificates
+from pipeline.compression.checks import check_finite, check_groups
 from pipeline.compression.choose.methods import METHODS
 from pipeline.compression.choose.weights import GroupWeights
-from pipeline.compression.compress import channels_left, check_finite, check_groups, compressions
+from pipeline.compression.compress import compressions
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import named_tensors

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from pipeline.compression import Compressed
 from pipeline.compression.calibrate.predict import judge
-from pipeline.compression.compress import check_finite
+from pipeline.compression.checks import check_finite
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.recipe import Calibration

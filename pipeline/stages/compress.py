@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.compression import Recipe, compressions, parse, spell
-from pipeline.compression.compress import check_ratios
+from pipeline.compression.checks import check_ratios
 from pipeline.compression.recipe import AUTO, Calibration, about
 from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, number_text
 from pipeline.tables import UserError

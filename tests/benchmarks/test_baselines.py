@@ -6,9 +6,9 @@ from torch import nn
 
 from benchmarks.baselines import LADDER, channel_pruning, lasso_choice, of_channels, sequential_grail
 from pipeline.compression import channel_groups, compress
+from pipeline.compression.budget import first_channels
 from pipeline.compression.calibrate.batches import batches_of
 from pipeline.compression.calibrate.compensate import observe
-from pipeline.compression.compress import first_channels
 from pipeline.compression.plan import Plan
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from toy_nets import NETS, duplicated, mobile, picture, randomise_, relative_error, tied, vgg
 
 from pipeline.compression import ChannelGroups, channel_groups, compress
-from pipeline.compression.compress import channels_left, check_finite
+from pipeline.compression.budget import channels_left
+from pipeline.compression.checks import check_finite
 from pipeline.compression.sizes.count import macs
 from pipeline.models import build_model
 from pipeline.tables import UserError
