@@ -159,6 +159,8 @@ class Shrink(NetworkCallback):
 
     def _at(self, trainer: Trainer, pl_module: LightningModule, place: int) -> None:
         """What is to be done before the epoch, or the batch, of this number."""
+        if place == self.rewind_to or place in self.pacing.ratios:
+            agree_(self._net(pl_module))
         if place == self.rewind_to:
             self._early = {name: t.detach().clone() for name, t in named_tensors(self._net(pl_module)).items()}
         if place in self.pacing.ratios:
@@ -299,6 +301,19 @@ def follow_(
     others = {p: state for p, state in optimizer.state.items() if id(p) not in names}
     optimizer.state.clear()
     optimizer.state.update({**others, **{parameters[name]: state for name, state in mine.items()}})
+
+
+def agree_(net: nn.Module) -> None:
+    """In place: every process has the first one's buffers, as DDP gives them before its next forward pass.
+
+    BatchNorm's statistics are of a process's own pictures, and channels chosen by them would differ between processes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for buffer in net.buffers():
+        shared = buffer.detach().contiguous()
+        torch.distributed.broadcast(shared, 0)
+        buffer.copy_(shared)
 
 
 def step_of_report(told: Mapping[str, Any]) -> Step:
