@@ -1,5 +1,7 @@
 """Training on the answers of another network: what is learned, what is kept of it, and what is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,12 @@ def test_a_language_model_learns_from_another(story, tmp_path):
     dense = read(folder / "rows.parquet").filter(method="dense", split="test")
     assert dense["metric"].item() == read(first / "rows.parquet")["metric"][0]
     assert read_record(folder)["state"] == "done"
+
+
+def test_on_two_processes_answers_and_features_are_learned_as_on_one(tmp_path):
+    script = Path(__file__).parent / "taught_on_two_processes.py"
+    result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert "one lesson" in result.stdout, result.stdout + result.stderr
 
 
 def test_a_cell_is_named_by_the_weights_of_its_teacher_and_only_where_it_has_one(wise, tmp_path):
