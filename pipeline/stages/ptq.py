@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -57,6 +57,8 @@ class Ptq:
     range: str = "minmax"
     backend: str = "onnx"
     activations: str = "int8"
+
+    version: ClassVar[int] = 2  # 1 quantized everything in a transformer, too
 
     def __post_init__(self) -> None:
         pick("calibrate", CALIBRATIONS, self.calibrate)
