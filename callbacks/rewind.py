@@ -10,6 +10,7 @@ from callbacks.pacing import Pacing
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import Plan
+from pipeline.stages.tune import show_
 from pipeline.tables import UserError
 
 
@@ -37,8 +38,9 @@ def rewound_(
     smaller = compressed_tensors(before, list(plan.groups), list(plan.projections), plan.joint_norms)
     for name, tensor in own.items():
         tensor.copy_({**before, **smaller}[name])
-    for weight, mask in held:
-        weight.mul_(mask)
+    for weight, kept in held:
+        weight.mul_(kept)
+        show_(weight, kept)
     return {name: tensor.detach().clone() for name, tensor in own.items()}
 
 

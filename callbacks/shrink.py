@@ -41,7 +41,7 @@ from pipeline.compression.plan import Step, history, numbers, steps_of, told, we
 from pipeline.compression.report import GroupReport, LayerReport, Report, step_of
 from pipeline.entries import chains
 from pipeline.stages import State, compressed
-from pipeline.stages.tune import masks
+from pipeline.stages.tune import masks, show_
 from pipeline.tables import UserError
 from pipeline.tasks import Example, Task
 
@@ -114,6 +114,7 @@ class Shrink(NetworkCallback):
         self.save_to, self.architecture = None if save_to is None else Path(save_to), architecture
         self._resumed = False
         self._began = 0  # how many stages the network had been through before training
+        self._done = -1  # the place of the last step
         self._masked: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -159,10 +160,14 @@ class Shrink(NetworkCallback):
 
     def _at(self, trainer: Trainer, pl_module: LightningModule, place: int) -> None:
         """What is to be done before the epoch, or the batch, of this number."""
+        is_step = place in self.pacing.ratios and place > self._done  # a run that goes on here may have done it
+        if place == self.rewind_to or is_step:
+            agree_(self._net(pl_module))
         if place == self.rewind_to:
             self._early = {name: t.detach().clone() for name, t in named_tensors(self._net(pl_module)).items()}
-        if place in self.pacing.ratios:
+        if is_step:
             self._step_(trainer, pl_module, place)
+            self._done = place
 
     def _step_(self, trainer: Trainer, pl_module: LightningModule, place: int) -> None:
         net, ratio = self._net(pl_module), self.pacing.ratios[place]
@@ -178,6 +183,7 @@ class Shrink(NetworkCallback):
             ours.training = theirs.training
         for optimizer in trainer.optimizers:
             follow_(optimizer, net, smaller, report.plan.groups, report.plan.projections)
+        show_left_(smaller, net, report.plan.masks)
         self._put(trainer, pl_module, smaller)
         self._hold(smaller)
         if self.rewind_to is not None:
@@ -245,10 +251,10 @@ class Shrink(NetworkCallback):
             went_through_(self._net(pl_module), [step_of_report(report)])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"began": self._began} | ({"early": self._early} if self._early else {})
+        return {"began": self._began, "done": self._done} | ({"early": self._early} if self._early else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._began, self._resumed = state_dict.get("began", 0), True
+        self._began, self._done, self._resumed = state_dict.get("began", 0), state_dict.get("done", -1), True
         self._early = dict(state_dict.get("early", {}))
 
     # --- the network
@@ -299,6 +305,30 @@ def follow_(
     others = {p: state for p, state in optimizer.state.items() if id(p) not in names}
     optimizer.state.clear()
     optimizer.state.update({**others, **{parameters[name]: state for name, state in mine.items()}})
+
+
+def show_left_(smaller: nn.Module, net: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """In place: weights of a network that was masked show what the masks leave, those of steps before included.
+
+    net: the network before the step. kept: {weight: bool of its shape} of the step alone, which may draw anew
+    """
+    names = {id(p): name for name, p in net.named_parameters()}
+    earlier = {names[id(weight)]: left for weight, left in masks(net)}
+    for name, left in kept.items():
+        show_(smaller.get_parameter(name), left & earlier[name] if name in earlier else left)
+
+
+def agree_(net: nn.Module) -> None:
+    """In place: every process has the first one's buffers, as DDP gives them before its next forward pass.
+
+    BatchNorm's statistics are of a process's own pictures, and channels chosen by them would differ between processes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for buffer in net.buffers():
+        shared = buffer.detach().contiguous()
+        torch.distributed.broadcast(shared, 0)
+        buffer.copy_(shared)
 
 
 def step_of_report(told: Mapping[str, Any]) -> Step:

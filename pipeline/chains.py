@@ -103,9 +103,15 @@ class Ground:
 
 
 def settings(stage: Stage) -> list[Any]:
-    """Every option of a stage, those at their defaults too: a default that changes is another stage."""
+    """Every option of a stage, those at their defaults too: a default that changes is another stage.
+
+    A stage that does its work otherwise than it did has a `version` from 2 on, so that older folders are not taken for
+    what it does now.
+    """
     values = {f.name: getattr(stage, f.name) for f in fields(stage)}
-    return [type(stage).__name__, {name: float(v) if is_number(v) else repr(v) for name, v in values.items()}]
+    told = {name: float(v) if is_number(v) else repr(v) for name, v in values.items()}
+    version = getattr(stage, "version", None)
+    return [type(stage).__name__, told] if version is None else [type(stage).__name__, told, version]
 
 
 class Node(NamedTuple):

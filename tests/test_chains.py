@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 import pipeline.chains
-from pipeline.chains import NETWORK, ready
+from pipeline.chains import NETWORK, ready, settings
 from pipeline.compression.checkpoint import load_compressed
 from pipeline.compression.plan import history
 from pipeline.results import Row
@@ -112,6 +112,14 @@ def interrupted(folder: Path, point: str) -> None:
         patch.setattr(*cut_off(point, end))
         with pytest.raises(KeyboardInterrupt):
             rows_of([CHAIN], ground(folder))
+
+
+def test_a_stage_that_works_otherwise_than_it_did_has_other_folders_and_the_rest_keep_theirs(monkeypatch):
+    (tune, ptq) = parse_chain("tune > ptq")
+    assert settings(tune) == ["Tune", {"epochs": 1.0, "lr": 1e-4, "on": "'data'"}]
+    today = settings(ptq)
+    monkeypatch.setattr(type(ptq), "version", 1)
+    assert settings(ptq) != today
 
 
 @pytest.mark.parametrize(("end", "point"), [(killed, "inside of distil"), *((interrupted, point) for point in POINTS)])

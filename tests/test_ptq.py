@@ -157,6 +157,112 @@ def test_outputs_keep_their_structure():
     torch.testing.assert_close(found["scores"], found["pair"][0] * example["scale"], rtol=0.05, atol=0.05)
 
 
+class OwnNorm(nn.Module):
+    """An RMSNorm as language models write it, which an ONNX file holds in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class OwnRMSNorm(OwnNorm):
+    pass
+
+
+class Block(nn.Module):
+    """A transformer's block: attention, and a sum that runs past it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mix, self.out = norm, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries, keys, found = self.mix(self.norm(x)).chunk(3, -1)
+        return x + self.out((queries @ keys.transpose(1, 2)).softmax(-1) @ found)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x, x, x, need_weights=False)[0]
+
+
+def of_int8(content: bytes) -> list[str]:
+    """The operations whose numbers have all come from 8 bits, one entry each."""
+    nodes = onnx.load_from_string(content).graph.node
+    made = {name: node.op_type for node in nodes for name in node.output}
+    given = [(node.op_type, [made[name] for name in node.input if name in made]) for node in nodes]
+    return sorted(op for op, makers in given if set(makers) == {"DequantizeLinear"} and op != "QuantizeLinear")
+
+
+def transformer(norm: type[nn.Module] = nn.LayerNorm) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = () if issubclass(norm, OwnNorm) else (4, 16) if norm is nn.GroupNorm else (16,)
+    return nn.Sequential(Block(norm(*sizes)), Block(norm(*sizes))).eval()
+
+
+def tokens() -> torch.Tensor:
+    """With a channel that is far larger than the rest, as trained transformers have."""
+    x = torch.randn(64, 5, 16, generator=torch.Generator().manual_seed(0))
+    x[..., 3] *= 100
+    return x
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, OwnRMSNorm])
+def test_of_a_transformer_operations_with_weights_are_quantized_and_nothing_in_between(norm):
+    net, x = transformer(norm), tokens()
+    content = int8_file(net, x[:1], x, "minmax")
+    assert of_int8(content) == ["MatMul"] * 4
+    with torch.no_grad():
+        assert off(net, content, x) < 0.01
+
+
+def off(net: nn.Module, content: bytes, x: torch.Tensor) -> float:
+    """How far the file is off, in the channels that are as large as each other."""
+    found, expected = OnnxNetwork(content, net, x[:1], 1, 1)(x), net(x)
+    usual = [i for i in range(16) if i != 3]
+    return float((found - expected)[..., usual].norm() / expected[..., usual].norm())
+
+
+def test_a_large_channel_of_the_sum_does_not_blur_the_others(monkeypatch):
+    net, x = transformer(), tokens()
+    with torch.no_grad():
+        apart = off(net, int8_file(net, x[:1], x, "minmax"), x)
+        monkeypatch.setattr("pipeline.stages.ptq.normalizes", lambda model: False)
+        assert 10 * apart < off(net, int8_file(net, x[:1], x, "minmax"), x)
+
+
+def test_attention_without_norms_is_known_by_its_layer():
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 16)
+    assert set(of_int8(int8_file(Attends().eval(), x[:1], x, "minmax"))) <= {"MatMul", "Gemm"}
+
+
+class Residual(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) + self.norm(self.two(x)).relu()
+
+
+@pytest.mark.parametrize(
+    ("norm", "sums"), [(nn.BatchNorm2d(3), True), (nn.GroupNorm(1, 3), False), (nn.Identity(), True)]
+)
+def test_sums_are_quantized_where_no_norm_is_of_the_sample_itself(norm, sums):
+    torch.manual_seed(0)
+    found = of_int8(int8_file(Residual(norm).eval(), PICTURES[:1], PICTURES, "minmax"))
+    assert found.count("Conv") == 2
+    assert ("Add" in found) == sums
+
+
 def test_a_network_without_int8_operations_is_refused():
     with pytest.raises(UserError, match="ReLU has nothing that ONNX Runtime computes in int8; leave ptq out"):
         int8_file(nn.ReLU(), torch.randn(1, 3), torch.randn(8, 3), "minmax")

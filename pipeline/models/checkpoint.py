@@ -111,13 +111,27 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
+    content = read_content(path)
+    if path.suffix == ".safetensors":
+        return content
+    state = weights_in(content)
+    if state is None:
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path} holds a {type(content).__name__}, no weights by name; save a state_dict()")
+        keys = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise UserError(f"{path} holds no weights: it has {keys}, none of {', '.join(INSIDE)}")
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def read_content(path: Path) -> Any:
+    """All that a file of weights holds, on the CPU; nothing in it is executed. UserError where it cannot be read."""
     if kind := no_checkpoint(path):
         raise UserError(f"{path} is {kind}, no checkpoint; get the file of weights itself")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(harmless()):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         classes = ", ".join(classes_in(path, error)) or "what no checkpoint has"
         raise UserError(
@@ -131,13 +145,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
                 " torch.save(torch.jit.load(...).state_dict(), ...)"
             ) from error
         raise UserError(f"{path} is damaged or no checkpoint ({one_line(error)}); copy it again") from error
-    state = weights_in(content)
-    if state is None:
-        if not isinstance(content, Mapping):
-            raise UserError(f"{path} holds a {type(content).__name__}, no weights by name; save a state_dict()")
-        keys = ", ".join(map(str, list(content)[:5])) or "nothing"
-        raise UserError(f"{path} holds no weights: it has {keys}, none of {', '.join(INSIDE)}")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def no_checkpoint(path: Path) -> str:

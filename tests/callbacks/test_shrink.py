@@ -330,6 +330,16 @@ def test_steps_come_between_batches(tmp_path):
     assert [step.about.get("batches") for step in history(module.net)] == [None, 4, None, 4, None, 2]
 
 
+def train_from(folder: Path, module: Training, callbacks: list, batches: int = 0) -> Training:
+    """Train for three epochs, or from a checkpoint that was written after so many batches, with a loader that goes on
+    in the middle of an epoch of six."""
+    loader = ResumableLoader(TRAIN, 16, sampler=Shuffle(TRAIN, num_replicas=1, rank=0))
+    loader.load_state_dict({**loader.state_dict(), "epoch": batches // 6, "windows": batches % 6 * 16})
+    there = {"ckpt_path": folder / "cut.ckpt", "weights_only": True} if batches else {}
+    trainer_for(folder, callbacks, 3).fit(module, loader, DataLoader(VAL, 32), **there)
+    return module
+
+
 @pytest.mark.parametrize("method", ["fold", "lamp"])
 def test_a_run_that_is_cut_off_within_an_epoch_is_bit_identical(tmp_path, method):
     """The run is cut off at a step, after eight batches, and goes on with it."""
@@ -339,19 +349,17 @@ def test_a_run_that_is_cut_off_within_an_epoch_is_bit_identical(tmp_path, method
             if trainer.global_step == 8:
                 trainer.save_checkpoint(tmp_path / "cut.ckpt")
 
-    def trained(*callbacks: Callback, place: dict | None = None, **options) -> Training:
-        module, shrink = task("adam"), Shrink(method, 0.6, after=4, steps=2, every_n_batches=4, rewind_to=1)
-        loader = ResumableLoader(TRAIN, 16, sampler=Shuffle(TRAIN, num_replicas=1, rank=0))
-        if place:
-            loader.load_state_dict({**loader.state_dict(), **place})
-        trainer_for(tmp_path, [shrink, *callbacks], 3).fit(module, loader, DataLoader(VAL, 32), **options)
-        return module
+    def shrink() -> Shrink:
+        return Shrink(method, 0.6, after=4, steps=2, every_n_batches=4, rewind_to=1)
 
-    whole = trained(Keep())
-    there = {"epoch": 1, "windows": 2 * 16}
-    resumed = trained(place=there, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
-    assert history(resumed.net) == history(whole.net)
+    whole = train_from(tmp_path, task("adam"), [shrink(), Keep()])
+    resumed = train_from(tmp_path, task("adam"), [shrink()], batches=8)
     assert len(history(whole.net)) == 4
+    check_same(whole, resumed)
+
+
+def check_same(whole: Training, resumed: Training) -> None:
+    assert history(resumed.net) == history(whole.net)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -391,6 +399,50 @@ def test_weights_go_back_and_the_optimizer_begins_anew(tmp_path, method, rewind_
 
 def small_like(tensors: dict[str, torch.Tensor]) -> nn.Module:
     return resized(network().eval(), tensors)
+
+
+class KeepBefore(Callback):
+    """Writes a checkpoint before the batch of this number, and behind a step of Shrink that comes before it, too."""
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.path, self.batches = path, batches
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_step == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def begins_at_zero() -> Training:
+    """A last layer that is 0 until it learns, as that of torchvision's ViT."""
+    module = task("adam")
+    nn.init.zeros_(module.net[8].weight)
+    return module
+
+
+@pytest.mark.parametrize("method", ["layer_magnitude", "random_mask"])
+@pytest.mark.parametrize("after", [0, 5])
+def test_a_masked_layer_that_begins_at_zero_learns_also_when_cut_off_before_its_first_batch(tmp_path, method, after):
+    def shrink() -> Shrink:
+        return Shrink(method, 0.5, after=after, steps=2, every_n_batches=4, rewind_to=0)
+
+    cut = after + 4
+    whole = train_from(tmp_path, begins_at_zero(), [shrink(), KeepBefore(tmp_path / "cut.ckpt", cut)])
+    resumed = train_from(tmp_path, begins_at_zero(), [shrink()], batches=cut)
+    learned = whole.net[8].weight
+    (last,) = (step.about["layers"]["8.weight"] for step in history(whole.net) if step.about.get("ratio") == 0.5)
+    assert int((learned != 0).sum()) == last["after"] > 0
+    assert (learned[learned != 0].abs() > 1e-4).all(), "every weight that is left has learned"
+    check_same(whole, resumed)
+
+
+def test_a_network_that_is_cut_off_between_a_step_and_its_first_batch_became_smaller_once(tmp_path):
+    def shrink() -> Shrink:
+        return Shrink("l1", 0.5, after=4, every_n_batches=1)
+
+    whole = train_from(tmp_path, task("adam"), [shrink(), KeepBefore(tmp_path / "cut.ckpt", 4)])
+    resumed = train_from(tmp_path, task("adam"), [shrink()], batches=4)
+    assert [step.stage for step in history(whole.net)] == ["l1", "tune"]
+    check_same(whole, resumed)
 
 
 def test_layers_have_ratios_of_their_own_and_the_log_says_how_sparse_each_is(tmp_path):

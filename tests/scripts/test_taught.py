@@ -1,21 +1,27 @@
 """Training on the answers of another network: what is learned, what is kept of it, and what is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from composing import TINY, composed, shrunk
+from lightning import LightningDataModule
 from torch import nn
 
 from pipeline.cells import read_record
+from pipeline.compression import compress
+from pipeline.compression.checkpoint import save_compressed
+from pipeline.data.text.tokenizers import Bytes, train_bpe
 from pipeline.results import read
 from pipeline.tables import UserError
 from pipeline.training import Training
 from scripts.build_data import build_data
-from scripts.build_network import build_net
+from scripts.build_network import architecture_of, build_net
 from scripts.build_training import build_task
 from scripts.naming import cell_of
-from scripts.teachers import learning
+from scripts.teachers import check_tokenizer, learning, teacher
 from scripts.train import run
 
 QUICK = ["experiment=quickstart", "model.width=4", "data.test_size=50", *TINY]
@@ -117,6 +123,77 @@ def test_a_language_model_learns_from_another(story, tmp_path):
     dense = read(folder / "rows.parquet").filter(method="dense", split="test")
     assert dense["metric"].item() == read(first / "rows.parquet")["metric"][0]
     assert read_record(folder)["state"] == "done"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """The checkpoint of a training on the text beside it, read as bytes."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "text.txt").write_text(
+        "<|endoftext|>".join(f"the cat of number {i} sat on a mat " * 8 for i in range(40))
+    )
+    trained = run(reads(folder, None)[0] | {"paths": {"runs": str(folder / "runs")}}) / "last.ckpt"
+    return trained.rename(folder / "last.ckpt")
+
+
+def reads(folder: Path, taught_by: Path | None) -> tuple[dict, LightningDataModule]:
+    """(a config with the text in this folder, whose teacher is a file; its data)"""
+    lesson = [] if taught_by is None else [f"distil.teacher={taught_by}"]
+    config = composed(
+        "model=llama_tiny", "data=text", f"data.root={folder}", "compression.stages=[raw]", *lesson, *TINY
+    )
+    config = shrunk(config, {"text": folder / "text.txt", "cache": str(folder / "cache")})
+    return config, build_data(config)
+
+
+class Swapped(Bytes):
+    """As many ids as bytes, which stand for other bytes."""
+
+    def encode(self, texts):
+        return [(255 - ids, sizes) for ids, sizes in Bytes.encode(self, texts)]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_teacher_of_another_tokenizer_with_as_many_ids_is_refused(reader, tmp_path, compressed):
+    config, data = reads(reader.parent, reader)
+    file = str(reader)
+    if compressed:
+        small = compress(build_net({**config, "checkpoint": file}, data).eval(), data.example, "fold", 0.5)
+        file = str(tmp_path / "small.safetensors")
+        save_compressed(small, file, {data.unit: data.preparation()}, architecture=architecture_of(config, data))
+    teacher(file, config, data, torch.device("cpu"))
+    data.tokenizer = Swapped(identity="swapped")
+    with pytest.raises(UserError, match="has another tokenizer than the data, bytes") as caught:
+        teacher(file, config, data, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_hugging_face_says_its_tokenizer(reader, tmp_path):
+    """By its words, because one tokenizer may be written down in two ways."""
+    _, data = reads(reader.parent, None)
+    text = (reader.parent / "text.txt").read_text()
+    trained, other = train_bpe([text], 300), train_bpe([text[::-1]], 300)
+    data.tokenizer = trained
+    trained.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    check_tokenizer("t", None, str(tmp_path), data)
+    data.tokenizer = other
+    with pytest.raises(UserError, match="teacher 't' has another tokenizer"):
+        check_tokenizer("t", None, str(tmp_path), data)
+
+
+def test_a_teacher_that_does_not_say_its_tokenizer_is_told_of(reader, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save(torch.load(reader, weights_only=True)["state_dict"], weights)
+    config, data = reads(reader.parent, weights)
+    with pytest.warns(RuntimeWarning, match="does not say its tokenizer; it is taken to be that of the data, bytes"):
+        teacher(str(weights), config, data, torch.device("cpu"))
+
+
+def test_on_two_processes_answers_and_features_are_learned_as_on_one(tmp_path):
+    script = Path(__file__).parent / "taught_on_two_processes.py"
+    result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert "one lesson" in result.stdout, result.stdout + result.stderr
 
 
 def test_a_cell_is_named_by_the_weights_of_its_teacher_and_only_where_it_has_one(wise, tmp_path):

@@ -153,7 +153,8 @@ class TextData(LightningDataModule):
 
     def preparation(self) -> dict[str, Any]:
         """How a text is made ready, for use of the network elsewhere."""
-        return {"tokenizer": self.tokenizer_name, "vocabulary": self.vocabulary, "context": self.context}
+        named = {"tokenizer": self.tokenizer_name, "identity": self.tokenizer.identity}
+        return {**named, "vocabulary": self.vocabulary, "context": self.context}
 
     def told(self) -> str:
         """A line that says what is measured, and how the text was made ready for it."""
@@ -182,7 +183,8 @@ class TextData(LightningDataModule):
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._loader is None else self._loader.state_dict()
+        """The place in the training data, and which tokenizer a checkpoint's network reads."""
+        return {} if self._loader is None else {**self._loader.state_dict(), "tokenizer": self.tokenizer.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning may make the loader before it restores the states of loaders, but never before this."""

@@ -56,8 +56,12 @@ class Fast:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.end = backend, end
-        self.vocabulary = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+        self.vocabulary = max(self.words().values()) + 1  # ids may have gaps
         self.identity = hashlib.sha256(f"{backend.to_str()} {end}".encode()).hexdigest()
+
+    def words(self) -> dict[str, int]:
+        """{token, as the tokenizer spells it: its id}"""
+        return self.backend.get_vocab(with_added_tokens=True)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         self.backend.encode_special_tokens = True  # not kept by pickle and by tokenizer.json

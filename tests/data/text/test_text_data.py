@@ -76,7 +76,7 @@ def test_attributes(tmp_path):
     assert torch.equal(data.example[0], data.repair_data[0]["input_ids"])
     assert data.repair_data is data.train_data
     assert data.facts() == {"vocabulary": 257, "context": 16}
-    assert data.preparation() == {"tokenizer": "bytes", "vocabulary": 257, "context": 16}
+    assert data.preparation() == {"tokenizer": "bytes", "identity": "bytes", "vocabulary": 257, "context": 16}
     assert data.told() == f"{len(data.test_data)} windows of 16 tokens (bytes, vocabulary 257)"
     assert (data.kind, data.unit) == ("text", "windows")
     assert len(pickle.loads(pickle.dumps(data)).train_data) == len(data.train_data)
