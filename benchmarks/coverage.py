@@ -29,8 +29,8 @@ from pipeline.compression import ChannelGroups, Projection, channel_groups, comp
 from pipeline.compression.group import DEFAULT_PARTS, PARTS
 from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.sizes.count import parameters
-from pipeline.compression.trace.graph import Example, call_arguments
 from pipeline.compression.trace.verify import duplicate_, randomise_
+from pipeline.example import Example, call_arguments
 from pipeline.models import build_model
 
 SEED = 20  # differs from that of the tracer's own check

@@ -16,10 +16,11 @@ from pipeline.batches import first_sample
 from pipeline.compression.copies import bare_copy
 from pipeline.entries import Chains, trace
 from pipeline.evaluate import settle
+from pipeline.example import Example
 from pipeline.measure import Once
 from pipeline.stages import Supplies, Traces
 from pipeline.tables import UserError
-from pipeline.tasks import Classification, Example, Task
+from pipeline.tasks import Classification, Task
 
 
 class NetworkCallback(Callback):

@@ -40,10 +40,11 @@ from pipeline.compression.merge.tensors import compressed_tensors
 from pipeline.compression.plan import Step, history, numbers, steps_of, told, went_through_
 from pipeline.compression.report import GroupReport, LayerReport, Report, step_of
 from pipeline.entries import chains
+from pipeline.example import Example
 from pipeline.stages import State, compressed
 from pipeline.stages.tune import masks, show_
 from pipeline.tables import UserError
-from pipeline.tasks import Example, Task
+from pipeline.tasks import Task
 
 TUNE = "tune"  # name of the step, in a network's history, for the epochs of training after a compression
 TUNED = "tuned"  # stage, in a saved file, of a network that was trained on after it was made smaller

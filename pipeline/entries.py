@@ -17,9 +17,9 @@ from pipeline.compression.choose.masks import maskable
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.plan import history
 from pipeline.compression.recipe import about, recipes
-from pipeline.compression.trace.graph import Example
 from pipeline.data.corruptions import Corruptions
 from pipeline.data.corruptions import corruptions as corruptions_of
+from pipeline.example import Example
 from pipeline.results import DENSE
 from pipeline.sharpness import Sharpness, asked_for
 from pipeline.stages import TAILS, Chain, Compress, Stage, Traces, fitting, needed, parse_tail

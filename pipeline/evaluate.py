@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compression.calibrate.repair import kept_modes
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tasks import Task
 
 

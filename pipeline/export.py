@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError, one_line
 
 TRACED = 2  # batch size for tracing: a tracer would take a batch of one for a constant

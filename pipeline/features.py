@@ -43,7 +43,8 @@ from pipeline.compression.compress import compressions
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup, ChannelGroups
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.compression.trace.graph import Example, channel_groups
+from pipeline.compression.trace.graph import channel_groups
+from pipeline.example import Example
 
 RATIOS = (0.3, 0.5, 0.7)  # of channels removed
 SMALL = 0.1

@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.compression.checkpoint import stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.sizes.count import macs, parameters
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
 from pipeline.finished import FinishedNetwork, check_runtime
 from pipeline.onnx_network import OnnxNetwork

@@ -23,10 +23,10 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.recipe import Calibration
 from pipeline.compression.sizes.count import macs, parameters
-from pipeline.compression.trace.graph import Example
 from pipeline.data.corruptions import corrupted
 from pipeline.entries import Chains, Entry, facts, until_compressed
 from pipeline.evaluate import evaluate
+from pipeline.example import Example
 from pipeline.results import Row
 from pipeline.sharpness import sharpness
 from pipeline.stages import (

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pipeline.compression.calibrate.batches import Batches
 from pipeline.compression.checkpoint import stored_tensors
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.export import program_of, quiet
 from pipeline.finished import FinishedNetwork
 from pipeline.tables import UserError, one_line, optional

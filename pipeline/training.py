@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from pipeline.compression.merge.modules import named_tensors, resized
 from pipeline.compression.plan import steps_of, went_through_
-from pipeline.compression.trace.graph import call_arguments
+from pipeline.example import call_arguments
 from pipeline.optim import build_optimizer, build_schedule, decayed
 from pipeline.optim.sam import Ascent, frozen_statistics
 from pipeline.stages.tune import masks

@@ -25,7 +25,8 @@ from pipeline.compression.plan import Plan, history, went_through_
 from pipeline.compression.recipe import AUTO, Calibration, Recipe, parse, recipe, spell
 from pipeline.compression.report import Report, layer_report, step_of
 from pipeline.compression.sizes.count import Counted, parameters
-from pipeline.compression.trace.graph import Example, channel_groups
+from pipeline.compression.trace.graph import channel_groups
+from pipeline.example import Example
 from pipeline.tables import UserError
 
 # Candidates of the method "auto" without pictures, and with them.

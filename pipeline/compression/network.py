@@ -22,7 +22,7 @@ from pipeline.compression.plan import Plan
 from pipeline.compression.recipe import Recipe
 from pipeline.compression.report import GroupReport, group_report
 from pipeline.compression.sizes.count import Counted, macs, parameters
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 from pipeline.tables import call
 
 # One group at one size: its projection, and the line of the report on it.

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.batches import tensors
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.models.huggingface_models import Wrapped
 from pipeline.models.library import muted
 from pipeline.tables import UserError

@@ -18,8 +18,8 @@ from torch import nn
 from pipeline.compression.calibrate.batches import samples
 from pipeline.compression.calibrate.repair import kept_modes
 from pipeline.compression.group import DEFAULT_PARTS, ChannelGroups
-from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import evaluating, outputs
+from pipeline.example import Example
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.stages.features import Hints, hinted, hints_of
 from pipeline.stages.stage import Seen, State, Supplies, Terms, Training, spelled

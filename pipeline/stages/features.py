@@ -22,8 +22,8 @@ from pipeline.compression.calibrate.compensate import readers
 from pipeline.compression.calibrate.rows import channel_dim
 from pipeline.compression.group import ChannelGroups
 from pipeline.compression.plan import history
-from pipeline.compression.trace.graph import Example
 from pipeline.evaluate import output_on
+from pipeline.example import Example
 from pipeline.tables import UserError, nearest
 
 SMALLEST = 1e-12  # least ‖t‖² that an error is divided by

@@ -15,7 +15,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history, went_through_
 from pipeline.compression.recipe import Calibration
 from pipeline.compression.sizes.count import macs, parameters
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 from pipeline.export import ONE_FILE, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
 from pipeline.finished import FinishedNetwork
 from pipeline.onnx_network import OnnxNetwork

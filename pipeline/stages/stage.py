@@ -20,7 +20,8 @@ from pipeline.compression.plan import Plan, history, numbers
 from pipeline.compression.recipe import Calibration, text_of
 from pipeline.compression.report import Report
 from pipeline.compression.sizes.count import Counted
-from pipeline.compression.trace.graph import Example, channel_groups
+from pipeline.compression.trace.graph import channel_groups
+from pipeline.example import Example
 from pipeline.tables import UserError
 from pipeline.tasks.task import Batch, Task
 

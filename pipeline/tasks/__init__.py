@@ -6,9 +6,9 @@ from pipeline.metrics import METRICS, Metric
 
 from .classification import Classification, of_pictures
 from .language import Language, of_texts
-from .task import Example, Task
+from .task import Task
 
-__all__ = ["METRICS", "TASKS", "USUAL", "Classification", "Example", "Language", "Metric", "Task"]
+__all__ = ["METRICS", "TASKS", "USUAL", "Classification", "Language", "Metric", "Task"]
 
 # By name: a builder that takes the facts of the data (see pipeline.models) and the task's own options.
 TASKS: dict[str, Callable[..., Task]] = {

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pipeline.example import Example
 from pipeline.tables import UserError
 
-Example = Tensor | tuple | dict  # a network's arguments, see pipeline.compression.trace.graph.call_arguments
 Key = int | str
 IGNORED = -100  # class of a row that is not counted
 Batch = Any  # as the loader gave it

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError
 
 # Largest batch, so that memory is bounded: samples; values (13 pictures of 224 pixels); tokens, which are integers

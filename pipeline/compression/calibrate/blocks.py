@@ -39,7 +39,7 @@ from pipeline.compression.calibrate.rows import ROWS, channel_dim, input_dim, se
 from pipeline.compression.group import Axis, ChannelGroup, ChannelGroups
 from pipeline.compression.merge.tensors import merged_inputs
 from pipeline.compression.plan import Plan
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 
 ROUNDINGS = 64  # by which the same number may differ, relative to all numbers of an input
 VALUES = 2**26  # inputs that are kept of a reader of a block, 256 MB in single precision

@@ -40,7 +40,7 @@ from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.tensors import compressed_tensors, merged_inputs
 from pipeline.compression.plan import Plan
 from pipeline.compression.products import gram_matrix
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 from pipeline.tables import pick
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compression.calibrate.batches import Batches
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

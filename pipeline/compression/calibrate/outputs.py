@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.compression.calibrate.batches import batches_of
 from pipeline.compression.calibrate.repair import kept_modes
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError
 
 VALUES = 2**26  # outputs that are kept of a network; where there are more, rows are drawn

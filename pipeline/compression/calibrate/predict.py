@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compression.calibrate.outputs import Answers, Outputs, every_output, float_leaves
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 from pipeline.tables import UserError
 
 

@@ -13,7 +13,7 @@ from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.merge.projection import Projection
 from pipeline.compression.merge.tensors import compressed_tensors
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError
 
 STATISTICS = ("running_var", "running_mean")  # of BatchNorm

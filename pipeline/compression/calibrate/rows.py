@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.calibrate.batches import Batches, cut
 from pipeline.compression.calibrate.lockstep import Done, Stop, forward, watched
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 from pipeline.tables import UserError
 
 ROWS = 8192  # pixels or tokens of a layer, at most

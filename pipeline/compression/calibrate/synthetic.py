@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.compression.calibrate.compensate import channel_moments
 from pipeline.compression.calibrate.repair import tracked_norms
 from pipeline.compression.copies import bare_copy
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 from pipeline.tables import UserError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.calibrate.outputs import Answers, float_leaves
 from pipeline.compression.calibrate.repair import kept_modes
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError
 
 TEXTS = 64  # how many, where nobody says

@@ -24,7 +24,7 @@ from pipeline.compression.calibrate.outputs import Answers, float_leaves
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError
 
 SAMPLES = 64  # pictures that are looked at, at most, each with a backward pass of its own

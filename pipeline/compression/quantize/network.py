@@ -15,7 +15,7 @@ from pipeline.compression.calibrate.rows import input_dim, sees_patches
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.quantize.grids import Grid, Scheme, as_matrix, as_weight, codes_on, grid_of, nearest, values
 from pipeline.compression.quantize.rounding import gptq
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 
 GRIDS = "weight_grids"  # attribute of a network: {weight: its Grid}; copies of the network keep it
 MOST_ROWS = 2**15  # rows of a layer's inputs that second moments go by, at most

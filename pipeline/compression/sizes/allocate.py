@@ -19,7 +19,7 @@ from pipeline.compression.merge.modules import apply, named_tensors
 from pipeline.compression.merge.projection import Projection
 from pipeline.compression.plan import Plan
 from pipeline.compression.sizes.count import places
-from pipeline.compression.trace.graph import Example
+from pipeline.example import Example
 
 MEASURED = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # fractions of the channels at which a group is measured
 LEVELS = [round(1 - i / 20, 2) for i in range(19)]  # fractions that a group may keep: 1.0, 0.95 ... 0.1

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression.copies import deep_copy
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.compression.trace.graph import Example, call_arguments
+from pipeline.example import Example, call_arguments
 
 # BatchNorm adds no counted MACs, but takes half of the time of a count on shapes; skipped.
 UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -24,7 +24,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import ChannelGroup
 from pipeline.compression.merge.projection import Projection
 from pipeline.compression.merge.tensors import merged_inputs
-from pipeline.compression.trace.graph import call_arguments
+from pipeline.example import call_arguments
 from pipeline.tables import UserError
 
 ROWS, SAMPLES = 4096, 256  # whose gradients are looked at, at most; each sample has a backward pass of its own

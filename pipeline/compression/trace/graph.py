@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.group import DEFAULT_PARTS, PARTS, ChannelGroups
@@ -26,9 +26,8 @@ from pipeline.compression.merge.modules import named_tensors
 from pipeline.compression.trace.collect import collect
 from pipeline.compression.trace.tracer import Tracer
 from pipeline.compression.trace.verify import plain_attention, verified
+from pipeline.example import Example, call_arguments
 from pipeline.tables import UserError, first_line, pick
-
-Example = Tensor | tuple | dict
 
 
 def channel_groups(model: nn.Module, example: Example, parts: Sequence[str] = DEFAULT_PARTS) -> ChannelGroups:
@@ -81,10 +80,3 @@ def _traced(program: torch.export.ExportedProgram, twin: nn.Module, parts: Seque
     covered = np.isin(second.component[instead], second.component[instead[blocks]])
     singles = collect(first, parts, but=np.flatnonzero(covered))
     return ChannelGroups(singles.groups + of_blocks.groups, singles.frozen + of_blocks.frozen)
-
-
-def call_arguments(example: Example) -> tuple[tuple, dict]:
-    """(args, kwargs) to call a model with `example`."""
-    if isinstance(example, dict):
-        return (), example
-    return (example if isinstance(example, tuple) else (example,)), {}
