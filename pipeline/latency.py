@@ -76,14 +76,30 @@ def compiled(network: nn.Module, example: Example) -> Callable[[Example], Run]:
     """torch.compile, for each batch size anew; all that it compiled before in this process is forgotten.
 
     Otherwise torch counts the networks of one class as recompilations of one forward, and after some of them it gives
-    up and runs the next one eagerly. Weights in int8 are constants of what is compiled (freezing), without which they
-    would be made floats again in every pass.
+    up and runs the next one eagerly.
     """
     check_runtime(network, "compiled")
     torch.compiler.reset()
     if isinstance(network, TorchaoNetwork):
-        return called(torch.compile(network.program, dynamic=False, options={"freezing": True}))
+        return frozen(torch.compile(network.program, dynamic=False))
     return called(torch.compile(network, dynamic=False))
+
+
+def frozen(program: Callable[..., Any]) -> Callable[[Example], Run]:
+    """A program whose weights are constants of what is compiled, at once, by a first pass on each batch.
+
+    Weights in int8 would otherwise be made floats again in every pass. The option of torch.compile by the same name
+    does not do: passes that pack the weights read the setting itself, and end in an operation that has no shapes.
+    """
+    from torch._inductor import config  # a second, which only compiled networks take
+
+    def bind(inputs: Example) -> Run:
+        run = called(program)(inputs)
+        with torch.no_grad(), config.patch(freezing=True), quiet():
+            run()
+        return run
+
+    return bind
 
 
 def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
