@@ -55,7 +55,7 @@ def test_every_text_has_a_table_of_the_rows_that_were_measured_on_it():
     assert table(rows, "c4") == [
         "### n on c4: dense 35.00, 100 tokens",
         "",
-        "| recipe | texts | 20% gone | 50% gone |",
+        "| method | texts | 20% gone | 50% gone |",
         "|---|---|---|---|",
         "| l2 |  | 100.00 |  |",
         "| obs+data | 3 x 32 |  | 91.00 ± 2.48 |",
