@@ -23,7 +23,7 @@ def write(path, texts=TEXTS):
         path.write_text(json.dumps([{"text": text} for text in texts]))
     elif kind.startswith("jsonl"):
         lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode()
-        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+        path.write_bytes(gzip.compress(lines, mtime=0) if kind.endswith("gz") else lines)
     else:
         path.write_text("\n<|end|>\n".join(texts))
     return path
@@ -81,7 +81,7 @@ def broken(tmp_path, name, content):
         ("a.txt", b"caf\xe9", {}, "a.txt is not UTF-8 .*; convert it"),
         ("a.txt", b"x", {"separator": ""}, "separator '' is empty"),
         ("a.txt", b"x", {"separator": "re:("}, r"separator 're:\(' is no regular expression"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], {}, "a.jsonl.gz is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9], {}, "a.jsonl.gz is damaged"),
         ("a.parquet", b"PAR1", {}, "a.parquet is damaged"),
     ],
 )
