@@ -37,7 +37,7 @@ def check(config: Config) -> None:
         raise UserError(f"name {config['name']!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
     if "trainer" in config:
         trainer = config["trainer"]
-        check_processes(trainer["accelerator"], trainer["devices"], torch.cuda.is_available())
+        check_processes(trainer["accelerator"], trainer["devices"], torch.accelerator.device_count())
     mode = values.get("wandb.mode", "auto")
     pick("wandb.mode", dict.fromkeys(WANDB_MODES), mode)
     check_login(mode)

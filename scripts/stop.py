@@ -71,10 +71,23 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def check_processes(accelerator: str, devices: Any, has_gpu: bool) -> None:
-    """UserError for more processes than this machine has cores: they would take it down."""
-    wanted = len(devices) if isinstance(devices, list) else devices
+def check_processes(accelerator: str, devices: Any, gpus: int) -> None:
+    """UserError for more processes than this machine has cores, which would take it down, and for GPUs it has not.
+
+    devices: how many, or the numbers of the devices, also as text ("2", "0,1"); "auto" and -1 are all there are.
+    gpus: how many GPUs there are.
+    """
+    numbers = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    wanted = len(numbers) if isinstance(numbers, list) else numbers
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
+    if accelerator in ("gpu", "cuda") and not gpus:
+        raise UserError(f"trainer.accelerator {accelerator}: torch finds no GPU here; take trainer.accelerator=cpu")
+    if not str(wanted).lstrip("-").isdigit() or not (on_gpu or accelerator in ("cpu", "auto")):
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not has_gpu)
-    if on_cpu and str(wanted).lstrip("-").isdigit() and int(wanted) > cores:
-        raise UserError(f"trainer.devices {wanted} are more processes than the {cores} cores there are; take fewer")
+    there, kind = (gpus, "GPUs") if on_gpu else (cores, "cores")
+    if int(wanted) > there:
+        raise UserError(f"trainer.devices {wanted} are more processes than the {there} {kind} there are; take fewer")
+    unknown = [n for n in numbers if not 0 <= int(n) < there] if on_gpu and isinstance(numbers, list) else []
+    if unknown:
+        raise UserError(f"trainer.devices {devices}: there is no GPU {unknown[0]}; they are 0 to {there - 1}")
