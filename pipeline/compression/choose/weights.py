@@ -11,7 +11,7 @@ from pipeline.compression.choose.cluster import LARGE, greedy_order
 from pipeline.compression.choose.gradients import Gradients
 from pipeline.compression.group import Axis, ChannelGroup
 from pipeline.compression.merge.projection import Projection, reconstruction_error
-from pipeline.compression.products import gram_matrix
+from pipeline.compression.products import gram_matrix, gram_total
 from pipeline.tables import pick
 
 FEATURES = ("writers", "readers", "writers+readers")
@@ -62,7 +62,8 @@ class GroupWeights:
         if not torch.equal(places, torch.arange(tensor.shape[axis.axis], device=tensor.device)):
             tensor = tensor.index_select(axis.axis, places)
         # At most one copy is made: these are all weights of the network, and Gram matrices are half of a clustering.
-        rows = tensor.movedim(axis.axis, 0).to(self.dtype, memory_format=torch.contiguous_format)
+        layout = torch.contiguous_format if tensor.dim() > 2 else torch.preserve_format
+        rows = tensor.movedim(axis.axis, 0).to(self.dtype, memory_format=layout)
         return rows.reshape(len(axis.index), -1)
 
     @property
@@ -110,13 +111,7 @@ class GroupWeights:
         if self.group.gated:
             size = self.contributions.diagonal().clamp(min=0).sqrt()
             return self.computed * size[:, None] * size
-        total = torch.zeros(self.group.size, self.group.size, dtype=self.dtype)
-        # `map` holds no block while the next one is made, which so finds the memory of the last.
-        for found in map(_product, self.blocks()):
-            own = found.to("cpu", self.dtype)
-            if self.scale == "tensor" and own.trace() > 0:
-                own /= float(own.trace())
-            total += own
+        total = gram_total(self.blocks(), self.group.size, self.dtype, even=self.scale == "tensor")
         if self.scale == "channel":
             norms = total.diagonal().clamp(min=torch.finfo(self.dtype).tiny).sqrt()
             total = total / norms[:, None] / norms
@@ -187,9 +182,8 @@ class GroupWeights:
     @cached_property
     def contributions(self) -> Tensor:
         """Vᵀ V (C, C) of all weights V (outputs, C) that read the channels."""
-        rows = [self.rows(axis) for axis in self.group.reads if self.tensors[axis.tensor].dim() > 1]
-        products = (gram_matrix(r).cpu() for r in rows)
-        return sum(products, torch.zeros(self.group.size, self.group.size, dtype=self.dtype))
+        rows = (self.rows(axis) for axis in self.group.reads if self.tensors[axis.tensor].dim() > 1)
+        return gram_total(rows, self.group.size, self.dtype)
 
     def error(self, projection: Projection) -> float:
         """Relative parameter error of the projection in these features; by `shown` where representatives are chosen."""
@@ -220,11 +214,6 @@ class GroupWeights:
         labels[chosen] = torch.arange(len(chosen))
         stands, energy = chosen[labels], self.computed.diagonal().clamp(min=TINY)
         return Projection(labels, chosen, self.computed[torch.arange(len(labels)), stands] / energy[stands])
-
-
-def _product(rows: Tensor) -> Tensor:
-    """The Gram matrix of (C, F). A GPU may round products of float32 to a few digits, so it gets float64."""
-    return gram_matrix(rows.double() if rows.is_cuda else rows)
 
 
 def equal_rows(rows: Tensor) -> list[Tensor]:

@@ -27,8 +27,9 @@ UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # On shapes torch takes these functions apart in Python, at up to a millisecond a call. Their outputs, or the first of
 # them, have the shape of their input, or of their inputs where these are alike, and add no counted MACs.
 UNARY = ("relu", "relu_", "gelu", "silu", "silu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_")
+SOFTMAX = "_safe_softmax"  # of fused attention
 BINARY = ("add", "add_", "mul", "mul_", "sub", "sub_")
-SHAPE_KEEPING = frozenset(getattr(torch.ops.aten, name) for name in (*UNARY, *BINARY))
+SHAPE_KEEPING = frozenset(getattr(torch.ops.aten, name) for name in (*UNARY, *BINARY, SOFTMAX))
 CONVOLUTIONS = nn.modules.conv._ConvNd
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
@@ -167,6 +168,8 @@ class _Shortcut(TorchDispatchMode):
             return args[0], args[0], args[0]  # F.layer_norm takes the first; the others are for its gradient
         if func.overloadpacket in SHAPE_KEEPING and _alike(args):
             return args[0]
+        if func is torch.ops.aten.addmm.default:
+            return torch.mm(*args[1:3])  # the same shape and MACs
         return func(*args, **(kwargs or {}))
 
 

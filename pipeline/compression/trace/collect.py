@@ -72,15 +72,15 @@ def collect(
     alike: dict[tuple, list[int]] = defaultdict(list)
     for c, places in touched.items():
         if c not in reasons:
-            alike[tuple(places), frozenset(kinds[c]), part[c]].append(c)
+            alike[id(places), frozenset(kinds[c]), part[c]].append(c)
     gated = joined(t, t.gated)
     groups = [
         replace(
-            group_of(t, places, members, lines, of_part),
+            group_of(t, touched[members[0]], members, lines, of_part),
             cut_by=tuple(sorted({by for by, *_ in kind})),
             gated=members[0] in gated,
         )
-        for (places, kind, of_part), members in alike.items()
+        for (_, kind, of_part), members in alike.items()
         if len(members) > 1
     ]
     kept = {c for members in alike.values() if len(members) > 1 for c in members}
@@ -146,14 +146,24 @@ def only_axis(ids: np.ndarray, component: np.ndarray) -> tuple[int, np.ndarray |
     return 0, None
 
 
-def places_of(t: Tracer, lines: Lines, chosen: np.ndarray) -> dict[int, list[Place]]:
-    """{component: its places}, of the chosen components, (count,) bool."""
-    touched: dict[int, list[Place]] = defaultdict(list)
+def places_of(t: Tracer, lines: Lines, chosen: np.ndarray) -> dict[int, tuple[Place, ...]]:
+    """{component: its places}, of the chosen components, (count,) bool.
+
+    Components with the same places share one tuple. It grows line by line for all of them at once, because a large
+    network has thousands of channels for each such tuple.
+    """
+    known: list[tuple[Place, ...]] = [()]
+    of = np.zeros(t.count, np.int64)  # the place in `known` of each component's tuple
+    touched: dict[int, None] = {}  # in the order in which the lines meet them
     for (tensor, axis, role), line in lines.items():
-        for c, n in np.transpose(np.unique(line[line < t.count], return_counts=True)).tolist():
-            if chosen[c]:
-                touched[c].append(Place(tensor, axis, role, n))
-    return touched
+        found, counts = np.unique(line[line < t.count], return_counts=True)
+        found, counts = found[chosen[found]], counts[chosen[found]]
+        base = len(line) + 1  # so that a tuple and a count are one number, of which np.unique is many times faster
+        pairs, inverse = np.unique(of[found] * base + counts, return_inverse=True)
+        of[found] = len(known) + inverse
+        known += [(*known[pair // base], Place(tensor, axis, role, pair % base)) for pair in pairs.tolist()]
+        touched |= dict.fromkeys(found.tolist())
+    return {c: known[of[c]] for c in touched}
 
 
 def kinds_of(t: Tracer) -> dict[int, set[tuple[str, int, int]]]:

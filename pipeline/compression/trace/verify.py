@@ -89,6 +89,7 @@ class _Check:
         self.model, self.args, self.kwargs = model.cpu(), args, kwargs
         self.generator = torch.Generator().manual_seed(0)
         self.tolerance = 0.0
+        self.fresh = False  # are the weights drawn and not yet written to?
 
     def start_(self) -> None:
         """Bring the model to a precision in which it runs, and make the noise."""
@@ -107,7 +108,7 @@ class _Check:
                     raise
                 continue
             if all(output.isfinite().all() for output in outputs):
-                self.tolerance = tolerance
+                self.tolerance, self.fresh = tolerance, True
                 return
         raise ArithmeticError("NaN or Inf on random weights")
 
@@ -127,7 +128,9 @@ class _Check:
         starts = [self.below(size // 2) for size in sizes]
         orders = [torch.randperm(size - 1, generator=self.generator).tolist() if size <= FEW else [] for size in sizes]
         for draw in range(max(DRAWS[0] if size <= FEW else DRAWS[1] if size < MANY else 2 for size in sizes)):
-            randomise_(self.model, self.generator)
+            if not self.fresh:
+                randomise_(self.model, self.generator)
+            self.fresh = False
             chosen, projections = [], []
             for tie, size, start, order in zip(ties, sizes, starts, orders, strict=True):
                 if draw < 2 * len(order):
@@ -230,13 +233,17 @@ def _noise_like(value: Any, dtype: torch.dtype, generator: torch.Generator) -> A
 
 
 def randomise_(model: nn.Module, generator: torch.Generator) -> None:
-    """Weights of variance 1 / fan-in, everything else (gains, shifts, variances) uniform in [0.5, 1.5)."""
+    """Uniform weights of variance 1 / fan-in, everything else (gains, shifts, variances) uniform in [0.5, 1.5).
+
+    Normal weights prove no more and take four times as long to draw, a second for a ViT-B.
+    """
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             if not tensor.is_floating_point():
                 continue
             if tensor.dim() > 1 and isinstance(tensor, nn.Parameter):
-                tensor.normal_(generator=generator).div_(tensor[0].numel() ** 0.5)
+                bound = (3 / max(1, tensor[0].numel())) ** 0.5
+                tensor.uniform_(-bound, bound, generator=generator)
             elif isinstance(tensor, nn.Parameter) or "running_" in name:
                 tensor.uniform_(0.5, 1.5, generator=generator)
 
