@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pipeline.compression.copies import bare_copy
 from pipeline.example import Example, call_arguments
@@ -82,6 +82,18 @@ def need(what: str, packages: Sequence[str], extra: str) -> None:
     for name in packages:
         if find_spec(name) is None:
             raise UserError(f"{what} needs {name}: pip install 'foldability[{extra}]'")
+
+
+class Frame:
+    """Nested values around their tensors, into which others can be put."""
+
+    def __init__(self, value: Any) -> None:
+        leaves, self._structure = tree_flatten(value)
+        self._fixed = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+
+    def around(self, tensors: Iterable[Tensor]) -> Any:
+        found = iter(tensors)
+        return tree_unflatten([next(found) if one is None else one[0] for one in self._fixed], self._structure)
 
 
 def onnx_session(file: Path | bytes) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from pipeline.example import Example, call_arguments
-from pipeline.export import ArrayRun, arrays_of
+from pipeline.export import ArrayRun, Frame, arrays_of
 from pipeline.tables import UserError
 
 
@@ -52,14 +52,12 @@ class FileNetwork(FinishedNetwork):
         super().__init__(content, params, macs)
         args, kwargs = call_arguments(example)
         with torch.no_grad():
-            leaves, self._structure = tree_flatten(like(*args, **kwargs))
-        self._fixed = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+            self._outputs = Frame(like(*args, **kwargs))
         self._run: ArrayRun | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        found = iter([torch.from_numpy(array).to(device) for array in self.run(arrays_of((args, kwargs)))])
-        return tree_unflatten([next(found) if one is None else one[0] for one in self._fixed], self._structure)
+        return self._outputs.around(torch.from_numpy(one).to(device) for one in self.run(arrays_of((args, kwargs))))
 
     @property
     def run(self) -> ArrayRun:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pipeline.compression.copies import bare_copy
 from pipeline.example import Example, call_arguments
-from pipeline.export import ArrayRun, arrays_of, need, of_tensors, program_of, quiet, written
+from pipeline.export import ArrayRun, Frame, arrays_of, need, of_tensors, program_of, quiet, written
 from pipeline.finished import FileNetwork
 from pipeline.tables import UserError, one_line
 
@@ -53,9 +54,23 @@ def export_openvino(model: nn.Module, example: Example, path: str | Path) -> flo
     network, (openvino, _) = bare_copy(model).cpu().eval(), libraries()
 
     def write(file: Path) -> None:
-        file.write_bytes(packed(openvino, openvino.convert_model(program_of(network, example))))
+        tensors = tuple(leaf for leaf in tree_leaves(call_arguments(example)) if isinstance(leaf, Tensor))
+        program = program_of(OfTensors(network, example), tensors)
+        file.write_bytes(packed(openvino, openvino.convert_model(program)))
 
     return written(network, example, Path(path), "OpenVINO", write, lambda file: of_tensors(openvino_run(file)))
+
+
+class OfTensors(nn.Module):
+    """A network whose arguments and outputs are tensors alone, because OpenVINO converts no flags and no None."""
+
+    def __init__(self, network: nn.Module, example: Example) -> None:
+        super().__init__()
+        self.network, self.arguments = network, Frame(call_arguments(example))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.arguments.around(tensors)
+        return tuple(leaf for leaf in tree_leaves(self.network(*args, **kwargs)) if isinstance(leaf, Tensor))
 
 
 def packed(openvino: Any, network: Any) -> bytes:
