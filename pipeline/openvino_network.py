@@ -121,7 +121,7 @@ def int8_openvino(model: nn.Module, example: Example, pictures: Iterable[Example
     Ranges of activations are the means of those of the batches. NNCF's fast correction of biases is left out, because
     it puts logits further off: 5.3 in place of 2.7% on ResNet-20, 7.2 in place of 3.1% on ResNet-32 (512 training
     pictures of CIFAR-10 to calibrate, 2,000 others). Where a network attends, sums, norms and softmax stay floats;
-    products of two activations do not: floats there put a ViT's logits 1.40 in place of 1.42% off, and are slower.
+    products of two activations do not: as floats they put a ViT's logits 1.40 in place of 1.42% off, and are slower.
 
     UserError without OpenVINO's libraries, and for a network that cannot be written or has nothing to be quantized.
     """
