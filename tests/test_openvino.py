@@ -2,10 +2,12 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +19,7 @@ from chains_to_kill import ground, rows_of
 from test_ptq import BATCHES, PICTURES, TASK, Attends, OwnRMSNorm, Residual, followed, net, tokens, transformer
 from torch import nn
 
-from pipeline.chains import OPENVINO, state_of
+from pipeline.chains import OPENVINO, ready, state_of
 from pipeline.compression.checkpoint import save_compressed, stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history
@@ -30,13 +32,14 @@ from pipeline.openvino_network import (
     export_openvino,
     int8_openvino,
     libraries,
-    openvino_run,
     unpacked,
 )
 from pipeline.stages import Followed, State, Supplies, parse_chain, parse_tail
 from pipeline.tables import UserError
+from scripts.chain import timing_options
 
 STAGE = "ptq(backend=openvino)"
+TIMING = {"seconds": 0.0, "kind": "pictures", "sweeping": False}
 there = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("openvino", "nncf")), reason="foldability[openvino] is not installed"
 )
@@ -245,13 +248,6 @@ def test_what_openvino_cannot_do_is_one_line(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@there
-def test_a_file_that_is_none_is_refused(tmp_path):
-    (tmp_path / "net.zip").write_bytes(b"no zip")
-    with pytest.raises(zipfile.BadZipFile):
-        openvino_run(tmp_path / "net.zip")
-
-
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -269,13 +265,18 @@ def test_options_and_orders_that_cannot_work_are_refused(text, why):
 
 
 @pytest.mark.parametrize("missing", ["openvino", "nncf"])
-def test_a_library_that_is_missing_is_one_line_before_anything_is_done(missing, monkeypatch):
+def test_a_library_that_is_missing_is_one_line_before_anything_is_done(missing, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.export.find_spec", lambda name: None if name == missing else True)
     line = f"OpenVINO needs {missing}: pip install 'foldability[openvino]'"
     assert parse_tail(STAGE)[0].reason_against(net()) == line
-    with pytest.raises(UserError) as caught:
-        profile(net(), PICTURES[:1], runtimes=["openvino"])
-    assert str(caught.value) == line
+    for asked in (partial(profile, net(), PICTURES[:1], [1]), partial(timing_options, batch_sizes=[1], **TIMING)):
+        with pytest.raises(UserError) as caught:
+            asked(runtimes=["openvino"])
+        assert str(caught.value) == line
+    why = re.escape(f"{STAGE} cannot be done on Sequential: {line}; leave it out")
+    with pytest.raises(UserError, match=why):
+        ready([parse_chain(f"fold@0.5 > {STAGE}")], ground(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 # As a user runs it: NNCF keeps quiet by itself where it sees pytest.
