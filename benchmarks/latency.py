@@ -86,7 +86,7 @@ class Pairs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="", help="those whose name begins with this")
-    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--runtimes", nargs="+", default=["eager", "compiled", "onnx"], choices=RUNTIMES)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, BATCH, 128])
     parser.add_argument("--seconds", type=float, default=20.0, help="for the pairs of one network, runtime and batch")
     parser.add_argument("--threads", type=int, default=THREADS)

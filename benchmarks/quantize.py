@@ -7,8 +7,8 @@ The checkpoints are resnet20-12fca82f.th and resnet32-d509ac18.th of akamaster/p
 training pictures without labels, GPTQ and int8 files 512 of them or 128 synthetic ones. Chains are measured on the test
 pictures; the part `choices`, behind the defaults of the stage, on 2,000 other training pictures. The part `qat` trains
 on 10,000 training pictures, without labels and as they are. Bytes are those of the file: safetensors, or ONNX. The part
-`latency` times int8 networks beside the same network as floats, in the same runtime and eagerly, in turns; its rows are
-kept by their number of threads.
+`latency` times int8 networks beside each other and beside the whole network as floats, in the same runtimes and
+eagerly, all in turns; its rows are kept by their number of threads. It needs the extras onnx, openvino and torchao.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ TARGETS: dict[str, tuple[float | None, float, float]] = {
     **{chain: (None, 85.0, 14.0) for chain in CHAINS if chain.startswith("mix") and "bits" in chain},
 }
 BATCH_SIZES = (1, 32)
-TIMED = ("ptq", "l2@0.5 > ptq", "ptq(backend=pt2e)")  # pruned: dropped at once, and time does not depend on which
+OPENVINO = "ptq(backend=openvino)"
+# pruned: dropped at once, and time does not depend on which
+TIMED = ("ptq", "l2@0.5 > ptq", OPENVINO, f"l2@0.5 > {OPENVINO}", "ptq(backend=pt2e)")
+PACKAGES = ("onnxruntime", "openvino", "nncf")  # whose versions are told where they are there
 TITLES = {
     "choices": "Choices behind the defaults, ResNet-20",
     "qat": "Training on the grid, ResNet-20: an epoch of 10,000 training pictures without labels",
@@ -141,29 +145,38 @@ def shuffled(found: Batches, epoch: int) -> Batches:
 
 
 def timed(name: str, seconds: float) -> list[dict[str, Any]]:
-    """A network of random weights in int8, whole or pruned, beside the whole network as floats."""
+    """A network of random weights in int8, whole or pruned, beside the whole network as floats.
+
+    off: of the logits, on other pictures, from those of the network that became int8.
+    """
     torch.manual_seed(0)
     net = build_model(name, 10, 3).eval().to(memory_format=torch.channels_last)
     pictures = torch.randn(64, 3, 32, 32)
     task = Classification("multiclass", "logits", classes=10)
     followed = Followed(State(net), Supplies(net, pictures[:1], task, [(pictures, torch.zeros(64, dtype=torch.long))]))
-    rows = []
-    for chain in TIMED:
+    small, off, others = {}, {}, torch.randn(64, 3, 32, 32)
+    for text in TIMED:
+        chain = parse_chain(text)
         with torch.no_grad():
-            small = followed.state(parse_chain(chain)).model
-        there = RUNTIMES[small.runtime]
-        for size in BATCH_SIZES:
-            given = batch_of(pictures[:1].contiguous(memory_format=torch.channels_last), size)
-            runs = [bind(net_, pictures[:1])(given) for net_, bind in ((net, eager), (net, there), (small, there))]
-            plain, floats, int8 = race(runs, torch.device("cpu"), seconds)
-            faster = {
-                "than eager": statistics.median(a / b for a, b in zip(plain, int8, strict=True)),
-                "than floats there": statistics.median(a / b for a, b in zip(floats, int8, strict=True)),
-            }
-            what = {"network": name, "chain": chain, "batch": size, "threads": torch.get_num_threads()}
-            load = {"ms": 1e3 * statistics.median(int8), "load": os.getloadavg()[0]}
-            rows.append({**what, "runtime": small.runtime, **load, **faster})
-            print(rows[-1], flush=True)
+            before, small[text] = (followed.state(part).model for part in (chain[:-1], chain))
+            expected = before(others)
+            off[text] = float((small[text](others) - expected).norm() / expected.norm())
+    rows = []
+    for size in BATCH_SIZES:
+        given = batch_of(pictures[:1].contiguous(memory_format=torch.channels_last), size)
+        there = {one.runtime: RUNTIMES[one.runtime](net, pictures[:1]) for one in small.values()}
+        runs = {name: bind(given) for name, bind in {"eager": eager(net, pictures[:1]), **there}.items()}
+        runs |= {text: RUNTIMES[one.runtime](one, pictures[:1])(given) for text, one in small.items()}
+        times = dict(zip(runs, race(list(runs.values()), torch.device("cpu"), seconds), strict=True))
+        for text, one in small.items():
+            rivals = {"than eager": "eager", "than floats there": one.runtime, "than ptq": "ptq"}
+            row = {"network": name, "chain": text, "batch": size, "threads": torch.get_num_threads()}
+            row |= {"runtime": one.runtime, "off": off[text], "ms": 1e3 * statistics.median(times[text])}
+            row |= {"passes": len(times[text]), "load": os.getloadavg()[0]}
+            for title, rival in rivals.items():
+                row[title] = statistics.median(a / b for a, b in zip(times[rival], times[text], strict=True))
+            rows.append(row)
+            print(row, flush=True)
     return rows
 
 
@@ -179,12 +192,8 @@ def missed(row: Mapping[str, Any], floats: Mapping[str, Any]) -> str:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    lines = [
-        "# Quantization",
-        "",
-        f"`python -m benchmarks.quantize`, {described(found['machine'], 'onnxruntime')}.",
-        "",
-    ]
+    packages = [name for name in PACKAGES if name in found["machine"]]
+    lines = ["# Quantization", "", f"`python -m benchmarks.quantize`, {described(found['machine'], *packages)}.", ""]
     for name in [*FILES, *TITLES]:
         rows = found.get(name)
         if not rows:
@@ -201,13 +210,16 @@ def page(found: Mapping[str, Any]) -> str:
         lines.append("")
     if found.get("latency"):
         lines += ["## Times faster, int8 against the whole network as floats, random weights", ""]
-        lines += ["| network | chain | runtime | threads | load | batch | ms | than eager | than floats there | |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        lines += ["*off*: of the logits, from those of the floats; *n*: passes, all networks of a batch in turns.", ""]
+        faster = ("than eager", "than floats there", "than ptq")
+        titles = ["network", "chain", "runtime", "threads", "load", "batch", "off, %", "n", "ms", *faster, ""]
+        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for row in found["latency"]:
-            slower = [name for name in ("than eager", "than floats there") if row[name] < 1]
+            slower = [name for name in faster[:2] if row[name] < 1]
             note = f"int8 is slower {' and '.join(slower)} here" if slower else ""
             cells = [row["chain"], row["runtime"], str(row["threads"]), f"{row['load']:.1f}", str(row["batch"])]
-            cells += [f"{row['ms']:.2f}", f"{row['than eager']:.2f}", f"{row['than floats there']:.2f}", note]
+            cells += [f"{100 * row['off']:.2f}", str(row["passes"]), f"{row['ms']:.2f}"]
+            cells += [*(f"{row[name]:.2f}" for name in faster), note]
             lines.append(f"| {' | '.join([row['network'], *cells])} |")
     return "\n".join(lines).rstrip()
 
@@ -219,7 +231,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=[*FILES, *TITLES, "latency"])
     parser.add_argument("--chains", nargs=2, type=int, default=[0, None], help="from which to before which")
     parser.add_argument("--test-size", type=int, default=10_000, help="of the test pictures, the first ones")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each race")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each race")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--timed", nargs="*", default=["resnet20", "resnet18"], help="networks of the part latency")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantize"))
@@ -247,7 +259,7 @@ def main() -> None:
         if name == "latency":
             now = {(row["network"], row["threads"]) for row in rows}
             rows = [row for row in found.get(name, ()) if (row["network"], row["threads"]) not in now] + rows
-        found |= {name: rows, "machine": machine("onnxruntime")}
+        found |= {name: rows, "machine": machine(*filter(find_spec, PACKAGES))}
         write(options.out, found, page(found))
 
 

@@ -31,10 +31,11 @@ from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.entries import check_recipe
 from pipeline.evaluate import output_on
-from pipeline.finished import FinishedNetwork
+from pipeline.finished import FileNetwork, FinishedNetwork
 from pipeline.measure import Host, Inputs, about_task, metrics_of
 from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
+from pipeline.openvino_network import OpenvinoNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
 from pipeline.stages import TAILS, Chain, Compress, Stage, State, Supplies, parse_tail, spell_chain
 from pipeline.stages.chain import advanced
@@ -49,8 +50,9 @@ RECORD = "stage.json"
 NETWORK = "network.safetensors"
 # In its place behind a stage that finishes a network.
 ONNX = "network.onnx"
+OPENVINO = "network.openvino.zip"
 TORCHAO = "network.int8.safetensors"
-FILES: dict[type[nn.Module], str] = {OnnxNetwork: ONNX, TorchaoNetwork: TORCHAO}
+FILES: dict[type[FinishedNetwork], str] = {OnnxNetwork: ONNX, OpenvinoNetwork: OPENVINO, TorchaoNetwork: TORCHAO}
 # Values of a row that stand in the record of a stage, for all stages up to it.
 RECORDED = ("error", "params", "macs", "bytes", "seconds", "unlabelled", "labelled")
 WHOLE = "none"  # method of a row whose chain compresses no channels
@@ -269,15 +271,17 @@ def network_of(chain: Chain, ground: Ground) -> nn.Module:
 
     What torchao made is made again from the network before, because its programs are pickles (see TorchaoNetwork).
     """
-    file = ground.folder(chain) / ONNX
-    if file.with_name(TORCHAO).exists():
-        return advanced(chain[-1], state_of(chain[:-1], ground), ground.supplies).model
-    if not file.exists():
-        net = load_compressed(file.with_name(NETWORK), ground.full)[0]
+    folder = ground.folder(chain)
+    kind = next((one for one, name in FILES.items() if (folder / name).exists()), None)
+    if kind is None:
+        net = load_compressed(folder / NETWORK, ground.full)[0]
         return net.to(next(ground.supplies.dense.parameters()).device).eval()
-    like, example = state_of(chain[:-1], ground).model, ground.supplies.example
-    sizes = record_of(chain, ground)
-    made = OnnxNetwork(file.read_bytes(), like, example, sizes["params"], sizes["macs"])
+    before = state_of(chain[:-1], ground)
+    if not issubclass(kind, FileNetwork):
+        return advanced(chain[-1], before, ground.supplies).model
+    like, sizes = before.model, record_of(chain, ground)
+    content = (folder / FILES[kind]).read_bytes()
+    made = kind(content, like, ground.supplies.example, sizes["params"], sizes["macs"])
     went_through_(made, [*history(like), Step(str(chain[-1]))])
     return made.eval()
 

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pipeline.compression.copies import bare_copy
 from pipeline.example import Example, call_arguments
@@ -23,6 +23,7 @@ TRACED = 2  # batch size for tracing: a tracer would take a batch of one for a c
 CHECKED = (1, TRACED, 5)  # batch sizes on which a file must agree with the network
 # Largest relative difference of outputs that rounding explains, by their number format.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ArrayRun = Callable[[list[Any]], Sequence[Any]]  # NumPy arrays of the inputs -> those of the outputs, in order
 ONE_FILE = 2**31 - 2**20  # bytes that a protobuf can hold; larger weights go into a second file, NAME.data
 
 
@@ -45,10 +46,9 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> float:
         torch.onnx.export(program, f=str(file), dynamo=True, verbose=False, external_data=size > ONE_FILE)
 
     def read(file: Path) -> Callable[..., Sequence[Tensor]]:
-        session = onnx_session(file)
-        return lambda inputs: [torch.from_numpy(array) for array in session.run(None, onnx_inputs(session, inputs))]
+        return of_tensors(onnx_run(file))
 
-    return _written(network, example, Path(path), "ONNX", write, read)
+    return written(network, example, Path(path), "ONNX", write, read)
 
 
 def export_program(model: nn.Module, example: Example, path: str | Path) -> float:
@@ -62,7 +62,7 @@ def export_program(model: nn.Module, example: Example, path: str | Path) -> floa
         program = torch.export.load(file).module()
         return lambda inputs: _outputs(program, inputs)
 
-    return _written(
+    return written(
         network,
         example,
         Path(path),
@@ -74,9 +74,26 @@ def export_program(model: nn.Module, example: Example, path: str | Path) -> floa
 
 def need_onnx() -> None:
     """Raise UserError where a library that ONNX needs is missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    need("ONNX", ("onnx", "onnxscript", "onnxruntime"), "onnx")
+
+
+def need(what: str, packages: Sequence[str], extra: str) -> None:
+    """Raise UserError for the first package that is missing, without importing those that are there."""
+    for name in packages:
         if find_spec(name) is None:
-            raise UserError(f"ONNX needs {name}: pip install 'foldability[onnx]'")
+            raise UserError(f"{what} needs {name}: pip install 'foldability[{extra}]'")
+
+
+class Frame:
+    """Nested values around their tensors, into which others can be put."""
+
+    def __init__(self, value: Any) -> None:
+        leaves, self._structure = tree_flatten(value)
+        self._fixed = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+
+    def around(self, tensors: Iterable[Tensor]) -> Any:
+        found = iter(tensors)
+        return tree_unflatten([next(found) if one is None else one[0] for one in self._fixed], self._structure)
 
 
 def onnx_session(file: Path | bytes) -> Any:
@@ -89,17 +106,25 @@ def onnx_session(file: Path | bytes) -> Any:
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_inputs(session: Any, example: Example) -> dict[str, Any]:
-    """{the session's name for it: NumPy array} of every tensor of `example`, in the same order."""
-    return onnx_feed(session, call_arguments(example))[0]
+def onnx_inputs(session: Any, arrays: Sequence[Any]) -> dict[str, Any]:
+    """{the session's name for it: NumPy array}"""
+    return dict(zip([given.name for given in session.get_inputs()], arrays, strict=True))
 
 
-def onnx_feed(session: Any, arguments: Any) -> tuple[dict[str, Any], torch.device]:
-    """({the session's name for it: NumPy array} of every tensor among (args, kwargs), in this order; their device)"""
-    names = [given.name for given in session.get_inputs()]
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-    return feed, tensors[0].device
+def onnx_run(file: Path | bytes) -> ArrayRun:
+    """What ONNX Runtime makes of a file or its content."""
+    session = onnx_session(file)
+    return lambda arrays: session.run(None, onnx_inputs(session, arrays))
+
+
+def arrays_of(arguments: Any) -> list[Any]:
+    """The NumPy array of every tensor among arguments, such as (args, kwargs), in their order."""
+    return [leaf.detach().cpu().numpy() for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+def of_tensors(run: ArrayRun) -> Callable[[Example], list[Tensor]]:
+    """The same of the tensors of an example."""
+    return lambda example: [torch.from_numpy(array) for array in run(arrays_of(call_arguments(example)))]
 
 
 def batch_of(example: Example, size: int, seed: int = 0) -> Example:
@@ -152,7 +177,7 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _written(
+def written(
     network: nn.Module,
     example: Example,
     path: Path,
@@ -160,7 +185,10 @@ def _written(
     write: Callable[[Path], None],
     read: Callable[[Path], Callable[..., Sequence[Tensor]]],
 ) -> float:
-    """Write the file, read it back, compare, and only then put it where it belongs. Returns the largest difference."""
+    """Write the file, read it back, compare, and only then put it where it belongs. Returns the largest difference.
+
+    network: on the CPU, in eval mode. form: what the file is, for errors.
+    """
     kind = type(network).__name__
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad(), quiet():

@@ -8,9 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,9 +20,9 @@ from pipeline.compression.checkpoint import stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.sizes.count import macs, parameters
 from pipeline.example import Example, call_arguments
-from pipeline.export import batch_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
-from pipeline.finished import FinishedNetwork, check_runtime
-from pipeline.onnx_network import OnnxNetwork
+from pipeline.export import ArrayRun, arrays_of, batch_of, export_onnx, need_onnx, onnx_run, quiet
+from pipeline.finished import FileNetwork, FinishedNetwork, check_runtime
+from pipeline.openvino_network import export_openvino, need_openvino, openvino_run
 from pipeline.tables import UserError, one_line, pick
 from pipeline.torchao_network import TorchaoNetwork
 
@@ -102,35 +103,61 @@ def frozen(program: Callable[..., Any]) -> Callable[[Example], Run]:
     return bind
 
 
-def onnx(network: nn.Module, example: Example) -> Callable[[Example], Run]:
-    """ONNX Runtime on the CPU, with as many threads as torch has; a network that is an ONNX file runs as it is."""
+class Beside(NamedTuple):
+    """A runtime beside torch: it computes on the CPU, with as many threads as torch has, and hides its memory.
+
+    need: raises UserError where a library is missing. export: writes a network's file. start: makes of it what runs.
+    """
+
+    title: str
+    need: Callable[[], None]
+    export: Callable[[nn.Module, Example, Path], float]
+    start: Callable[[Path], ArrayRun]
+
+
+BESIDE = {
+    "onnx": Beside("ONNX Runtime", need_onnx, export_onnx, onnx_run),
+    "openvino": Beside("OpenVINO", need_openvino, export_openvino, openvino_run),
+}
+
+
+def beside_torch(runtime: str, network: nn.Module, example: Example) -> Callable[[Example], Run]:
+    """A row of BESIDE; a network that is its file runs as it is."""
+    title, _, export, start = BESIDE[runtime]
     device = device_of(network)
     if device.type != "cpu":
-        raise UserError(f"ONNX Runtime is measured on the CPU, and the network is on {device}; move it to compare")
-    check_runtime(network, "onnx")
-    session = network.session if isinstance(network, OnnxNetwork) else exported(network, example)
+        raise UserError(f"{title} is measured on the CPU, and the network is on {device}; move it to compare")
+    check_runtime(network, runtime)
+    if isinstance(network, FileNetwork):
+        run = network.run
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            export(network, example, Path(folder) / "network")
+            run = start(Path(folder) / "network")
 
     def bind(inputs: Example) -> Run:
-        arrays = onnx_inputs(session, inputs)
-        return lambda: session.run(None, arrays)
+        arrays = arrays_of(call_arguments(inputs))
+        return lambda: run(arrays)
 
     return bind
-
-
-def exported(network: nn.Module, example: Example) -> Any:
-    """An ONNX Runtime session of a network."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        export_onnx(network, example, path)
-        return onnx_session(path)
 
 
 # (network, example of any batch size) -> (batch -> a forward pass on it)
 RUNTIMES: dict[str, Callable[[nn.Module, Example], Callable[[Example], Run]]] = {
     "eager": eager,
     "compiled": compiled,
-    "onnx": onnx,
+    **{name: partial(beside_torch, name) for name in BESIDE},
 }
+
+
+def check_timing(runtimes: Sequence[str], batch_sizes: Sequence[int]) -> None:
+    """UserError for a runtime that is unknown or lacks its libraries, and for a batch size below 1."""
+    for name in runtimes:
+        pick("runtime", RUNTIMES, name)
+        if name in BESIDE:
+            BESIDE[name].need()
+    if min(batch_sizes, default=1) < 1:
+        raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
 
 
 def profile(
@@ -147,14 +174,9 @@ def profile(
     seconds: for the timed passes of one Profile, of which there are at least LEAST however long they take.
     beside: a network to take turns with, such as the uncompressed one.
 
-    The model is untouched. A runtime that fails gives its reason in place of times. Raises UserError for a runtime that
-    is unknown or lacks its libraries, and for a batch size below 1.
+    The model is untouched. A runtime that fails gives its reason in place of times. Errors are those of `check_timing`.
     """
-    prepare = {name: pick("runtime", RUNTIMES, name) for name in runtimes}
-    if "onnx" in prepare:
-        need_onnx()
-    if min(batch_sizes, default=1) < 1:
-        raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
+    check_timing(runtimes, batch_sizes)
     networks = [bare_copy(each).eval() for each in (model, beside) if each is not None]
     network = networks[0]
     sizes = {
@@ -167,10 +189,10 @@ def profile(
         binds: list[Callable[[Example], Run]] = []
         for batch_size in batch_sizes:
             try:
-                binds = binds or [prepare[name](each, example) for each in networks]
+                binds = binds or [RUNTIMES[name](each, example) for each in networks]
                 runs = [bind(batch_of(example, batch_size)) for bind in binds]
                 times, *others = race(runs, device_of(network), seconds)
-                memory = None if name == "onnx" else peak_memory(runs[0], device_of(network))
+                memory = None if name in BESIDE else peak_memory(runs[0], device_of(network))
                 low, median, high = statistics.quantiles(times, n=4, method="inclusive")
                 pairs = {} if beside is None else paired(times, others[0])
                 found.append(Profile(name, batch_size, median, low, high, len(times), memory, **sizes, **pairs))

@@ -25,8 +25,7 @@ from pipeline.chains import run as run_chains
 from pipeline.compression.checkpoint import digest_of, stored_tensors
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.evaluate import settle
-from pipeline.export import need_onnx
-from pipeline.latency import RUNTIMES, profile
+from pipeline.latency import check_timing, profile
 from pipeline.measure import Host, Inputs, Once
 from pipeline.models import build_model
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, RowStore, code_version, read
@@ -35,7 +34,7 @@ from pipeline.stages.distil import DENSE, Distil
 from pipeline.stages.qat import Qat
 from pipeline.study.chains import print_chains
 from pipeline.study.pictures import plot_pareto
-from pipeline.tables import UserError, one_line, pick
+from pipeline.tables import UserError, one_line
 from pipeline.tasks.task import Batch
 from scripts.arguments import quoted
 from scripts.build_network import architecture_of, task_of, without_weights
@@ -170,12 +169,7 @@ def timing_options(
     for name, values in {"runtimes": runtimes, "batch_sizes": batch_sizes}.items():
         if isinstance(values, str | int):
             raise UserError(f"profile.{name} must be a list, such as [{values}], got {values!r}")
-    for name in runtimes:
-        pick("runtime", RUNTIMES, name)
-    if "onnx" in runtimes:
-        need_onnx()
-    if min(batch_sizes, default=1) < 1:
-        raise UserError(f"batch size {min(batch_sizes)} must be at least 1")
+    check_timing(runtimes, batch_sizes)
     return {"runtimes": runtimes, "batch_sizes": batch_sizes, "seconds": seconds}
 
 

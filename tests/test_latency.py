@@ -153,6 +153,6 @@ def test_compiled_computes_the_same():
 @pytest.mark.gpu
 def test_on_a_gpu():
     model = nn.Sequential(nn.Linear(4, 1000), nn.ReLU(), nn.Linear(1000, 1)).cuda()
-    found = profile(model, torch.zeros(1, 4, device="cuda"), (10, 1000), ("eager", "onnx"), seconds=0.1)
+    found = profile(model, torch.zeros(1, 4, device="cuda"), (10, 1000), ("eager", "onnx", "openvino"), seconds=0.1)
     assert found[1].memory > found[0].memory >= 2 * 10 * 1000 * 4
     assert all("is measured on the CPU, and the network is on cuda:0" in p.reason for p in found[2:])

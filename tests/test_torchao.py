@@ -140,7 +140,7 @@ def test_what_a_backend_needs_follows_from_its_options():
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("ptq(backend=nncf)", "unknown backend 'nncf'.*onnx, pt2e, torchao"),
+        ("ptq(backend=nncf)", "unknown backend 'nncf'.*onnx, openvino, pt2e, torchao"),
         ("ptq(backend=pt2e,range=entropy)", "ptq: range=entropy is no option of backend=pt2e; leave it out"),
         ("ptq(backend=torchao,calibrate=synthetic)", "calibrate=synthetic is no option of backend=torchao"),
         ("ptq(activations=float)", "activations=float is no option of backend=onnx"),

@@ -53,6 +53,7 @@ FINISHED = {
         "the grid with qat"
     ),
     "file": "the network is a finished file, which only measuring may follow; put it before",
+    "openvino": "the network is a finished file of OpenVINO, which only measuring may follow; put it before",
     "program": "the network is a program for torch.compile, which only measuring may follow; put it before",
 }
 

@@ -25,7 +25,7 @@ class Export:
 
     needs = frozenset[str]()
     facts = MappingProxyType({})
-    terms = Terms(frozenset(FORMS) - {"program"}, leaves="file")
+    terms = Terms(frozenset(FORMS) - {"openvino", "program"}, leaves="file")
 
     def __str__(self) -> str:
         return "export"

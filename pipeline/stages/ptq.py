@@ -15,10 +15,11 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history, went_through_
 from pipeline.compression.recipe import Calibration
 from pipeline.compression.sizes.count import macs, parameters
-from pipeline.example import Example
-from pipeline.export import ONE_FILE, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
+from pipeline.example import Example, call_arguments
+from pipeline.export import ONE_FILE, arrays_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
 from pipeline.finished import FinishedNetwork
 from pipeline.onnx_network import OnnxNetwork
+from pipeline.openvino_network import OpenvinoNetwork, int8_openvino, need_openvino
 from pipeline.stages.quantize import CALIBRATIONS
 from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, spelled
 from pipeline.tables import UserError, one_line, pick
@@ -45,6 +46,7 @@ class Ptq:
 
     onnx: a file for ONNX Runtime (QDQ: scales between operations); of a network with LayerNorms or their like, the
         operations with weights alone (see `_weighted`)
+    openvino: a file for OpenVINO, by NNCF, which leaves the sums and norms of transformers floats, too
     pt2e: a program of torchao for torch.compile, of convolutions and linear layers
     torchao: linear layers alone, also for torch.compile; activations are rounded anew for each row of each batch, or
         stay numbers (activations=float)
@@ -113,6 +115,11 @@ def _onnx(stage: Ptq, model: nn.Module, example: Example, pictures: Any, sizes: 
     return OnnxNetwork(content, bare_copy(model).eval(), example, *sizes)
 
 
+def _openvino(stage: Ptq, model: nn.Module, example: Example, pictures: Any, sizes: tuple[int, int]) -> OpenvinoNetwork:
+    content = int8_openvino(model, example, _cuts(batches_of(pictures)), normalizes(model))
+    return OpenvinoNetwork(content, bare_copy(model).eval(), example, *sizes)
+
+
 def _pt2e(stage: Ptq, model: nn.Module, example: Example, pictures: Any, sizes: tuple[int, int]) -> TorchaoNetwork:
     return TorchaoNetwork(*by_pt2e(model, example, batches_of(pictures)), *sizes)
 
@@ -135,6 +142,7 @@ class Backend(NamedTuple):
 
 BACKENDS = {
     "onnx": Backend(_onnx, frozenset({"calibrate", "range"}), "file", need_onnx),
+    "openvino": Backend(_openvino, frozenset({"calibrate"}), "openvino", need_openvino),
     "pt2e": Backend(_pt2e, frozenset({"calibrate"}), "program", need_torchao),
     "torchao": Backend(_torchao, frozenset({"activations"}), "program", need_torchao),
 }
@@ -198,7 +206,7 @@ def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: 
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.feeds = _feeds(session, pictures)
+            self.feeds = (onnx_inputs(session, arrays_of(call_arguments(part))) for part in _cuts(pictures))
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.feeds, None)
@@ -235,10 +243,11 @@ def _weighted(ready: Path, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _feeds(session: Any, pictures: Batches) -> Iterator[dict[str, Any]]:
+def _cuts(pictures: Batches) -> Iterator[Example]:
+    """Batches of at most BATCH samples."""
     for batch in pictures:
         for start in range(0, samples(batch), BATCH):
-            yield onnx_inputs(session, cut(batch, start, start + BATCH))
+            yield cut(batch, start, start + BATCH)
 
 
 def _slim(path: Path) -> bytes | None:

@@ -29,8 +29,8 @@ CALIBRATION = 512  # unlabelled samples that compensation looks at where a recip
 # A stage can need calibration (unlabelled samples) and labels (those samples with their labels).
 NEEDS = ("calibration", "labels")
 # The forms that a network's weights have along a chain: numbers of any value; numbers on the grid of a quantizer; a
-# finished ONNX file; a finished program for torch.compile.
-FORMS = ("float", "grid", "file", "program")
+# finished ONNX file; one of OpenVINO; a finished program for torch.compile.
+FORMS = ("float", "grid", "file", "openvino", "program")
 
 
 @dataclass(frozen=True, eq=False)
