@@ -116,11 +116,11 @@ def kept_inputs(smaller: nn.Module, dense: nn.Module, plan: Plan, example: Examp
 
 
 def arrivals(block: nn.Module, layers: Mapping[str, nn.Module], example: Example) -> dict[str, Tensor]:
-    """{layer: (rows, inputs)}, the inputs of the layers that the forward calls once."""
+    """{layer: (rows, inputs)}, copies of the inputs of the layers that the forward calls once."""
     found: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(stop: Stop) -> None:
-        found[stop.name].append(stop.x.movedim(channel_dim(stop.layer), -1).flatten(0, -2))
+        found[stop.name].append(stop.x.movedim(channel_dim(stop.layer), -1).flatten(0, -2).clone())
 
     with kept_modes(block), watched(layers, keep):
         forward(block.eval(), example)

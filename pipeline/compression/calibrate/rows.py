@@ -170,11 +170,14 @@ def check_rows(layer: nn.Module, found: int, expected: int) -> None:
 
 
 def gather_(into: dict[str, Tensor], name: str, rows: Tensor, there: Rows, i: int) -> None:
-    """In place: put the rows drawn from batch i at their places among the drawn rows of all batches."""
+    """In place: copy the rows drawn from batch i to their places among the drawn rows of all batches.
+
+    A copy, because a forward may change the input of a layer in place, once the layer has been called.
+    """
     everything = min(sum(there.counts), there.most)
     if name not in into:
         if len(rows) == everything and there.whole:
-            into[name] = rows
+            into[name] = rows.clone()
             return
         into[name] = rows.new_empty(everything, rows.shape[1])
     if there.whole:
