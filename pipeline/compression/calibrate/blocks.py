@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from pipeline.compression.calibrate.batches import Batches, cut
 from pipeline.compression.calibrate.compensate import (
     compensate_,
-    input_moments,
     least_squares,
     matrix,
     observe,
     readers,
+    second_moments,
     set_matrix_,
     target_of,
 )
@@ -84,8 +84,10 @@ def solve_block_(
     """
     kept = kept_inputs(smaller, dense, plan, cut(next(iter(inputs)), 0, 1))
     if kept:
-        moments = input_moments(dense, readers(dense, plan.groups), inputs, patches=False)
-        return [solve_kept_(smaller, dense, name, kept[name], found, ridge) for name, found in moments.items()]
+        moments = second_moments(dense, plan.groups, inputs)
+        for name, found in moments.items():
+            solve_kept_(smaller, dense, name, kept[name], found, ridge)
+        return list(moments)
     rows = max(ROWS, VALUES // max(group.size for group in plan.groups))
     return compensate_(smaller, dense, plan, observe(dense, plan.groups, inputs, rows), ridge=ridge, target="same")
 
