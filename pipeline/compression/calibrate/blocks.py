@@ -95,26 +95,27 @@ def solve_block_(
 def kept_inputs(smaller: nn.Module, dense: nn.Module, plan: Plan, example: Example) -> dict[str, Tensor]:
     """{weight of a reader: (inputs left,) int64}, the places of its inputs among those of the dense block's reader.
 
-    {} where the smaller block computes anything else: means of channels, scores of fewer channels, statistics of a
-    norm, or what follows from another reader. One sample through both blocks shows it. Readers that see patches are
-    solved with all of a kernel's taps, for which second moments of pixels do not do.
+    plan: as in `solve_block_`. {} where the smaller block computes anything else: means of channels, scores of fewer
+    channels, statistics of a norm, or what follows from another reader. One sample through both blocks shows it.
+    Readers that see patches are solved with all of a kernel's taps, for which second moments of pixels do not do.
     """
-    changed = [(g, p) for g, p in zip(plan.groups, plan.projections, strict=True) if not p.is_identity]
     layers = readers(dense, plan.groups)
-    merges = any(p.chosen is None and int(p.counts.max()) > 1 for _, p in changed)
-    writes = {axis.tensor for group, _ in changed for axis in group.writes}
-    if len(changed) != 1 or merges or writes & set(layers) or tracked_norms(dense):
+    merges = any(p.chosen is None and int(p.counts.max()) > 1 for p in plan.projections)
+    writes = {axis.tensor for group in plan.groups for axis in group.writes}
+    if len(plan.groups) != 1 or merges or writes & set(layers) or tracked_norms(dense):
         return {}
     if any(sees_patches(layer) for layer in layers.values()):
         return {}
     found, less = (arrivals(block, readers(block, plan.groups), example) for block in (dense, smaller))
+    if found.keys() != less.keys():
+        return {}
     kept: dict[str, Tensor] = {}
     for name, x in found.items():
         places = torch.arange(x.shape[1], dtype=torch.float64)[None]
         kept[name] = merged_inputs(places, name, plan.groups, plan.projections)[0].long()
-        if name not in less or not same_numbers(less[name], x[:, kept[name].to(x.device)]):
+        if not same_numbers(less[name], x[:, kept[name].to(x.device)]):
             return {}
-    return kept if found.keys() == less.keys() else {}
+    return kept
 
 
 def arrivals(block: nn.Module, layers: Mapping[str, nn.Module], example: Example) -> dict[str, Tensor]:
@@ -138,25 +139,22 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
 
 
 def solve_kept_(
-    smaller: nn.Module, dense: nn.Module, name: str, kept: Tensor, moments: Tensor, ridge: float | None = None
-) -> str:
-    """In place: solve one reader of a smaller block from the second moments of the dense block's; returns its weight.
+    smaller: nn.Module, dense: nn.Module, name: str, kept: Tensor, moments: Tensor, ridge: float | None
+) -> None:
+    """In place: solve the weight `name` of a smaller block from the second moments of the dense block's inputs to it.
 
-    kept: (inputs left,) places of its inputs; moments: (inputs, inputs) of the dense block's reader. With x' = x[kept],
-    what the present weight S leaves of W x is D x, where D is W less S at the places that are kept: Σ x' (D x)ᵀ =
-    (Σ x' xᵀ) Dᵀ.
+    kept: (inputs left,) places of its inputs; moments: (inputs, inputs), Σ x xᵀ. With x' = x[kept], what the present
+    weight S leaves of W x is D x, where D is W less S at the places that are kept: Σ x' (D x)ᵀ = (Σ x' xᵀ) Dᵀ.
     """
-    path = name.rpartition(".")[0]
-    layer: Any = smaller.get_submodule(path)
+    layer: Any = smaller.get_submodule(name.rpartition(".")[0])
     dim = input_dim(layer)
     assert dim is not None
     kept = kept.to(moments.device)
-    now, left = (wide(matrix(block.get_parameter(name), dim, False)) for block in (smaller, dense))
-    left = left.index_add(0, kept, now, alpha=-1).to(moments)
+    now, weight = (wide(matrix(block.get_parameter(name), dim, False)) for block in (smaller, dense))
+    left = weight.index_add(0, kept, now, alpha=-1).to(moments)
     seen = moments[kept]
     change = least_squares(seen[:, kept], seen @ left, target_of("same", ridge))
     set_matrix_(layer.weight, dim, False, now + change)
-    return name
 
 
 def blocks_of(model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, list[int]]:
