@@ -7,9 +7,9 @@ before, already compressed and solved, give. SparseGPT (arXiv:2301.00774), ZipLM
 (arXiv:2312.11983) solve for the same. Errors of earlier blocks are not mended, and so nothing is fitted to chance
 correlations with them; one block at a time is in memory, with the inputs of all batches.
 
-Where channels of one group are left out, or stand for others, the smaller block computes what the dense one does, less
-some of it. Both x' and the answer then follow from the second moments of the dense block's readers, and neither the
-rows of any input nor the smaller block's are needed.
+Where the channels of one group are dropped, or stand for others unchanged, the inputs x' of a reader in the smaller
+block are some of the inputs x that it has in the dense block. The least squares then need only the second moments
+Σ x xᵀ of the dense block, no rows of any input; one sample through both blocks shows whether it is so.
 """
 
 import inspect
@@ -41,7 +41,7 @@ from pipeline.compression.merge.tensors import merged_inputs
 from pipeline.compression.plan import Plan
 from pipeline.example import Example
 
-ROUNDINGS = 64  # by which the same number may differ, relative to all numbers of an input
+ROUNDINGS = 64  # machine epsilons by which equal inputs may differ, relative to their norm
 VALUES = 2**26  # inputs that are kept of a reader of a block, 256 MB in single precision
 
 
@@ -131,7 +131,7 @@ def arrivals(block: nn.Module, layers: Mapping[str, nn.Module], example: Example
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Do these differ by rounding alone? Matrix products of other sizes add in another order."""
+    """Do these differ by rounding alone? Matrix products of other sizes add up in another order."""
     if a.shape != b.shape:
         return False
     allowed = ROUNDINGS * torch.finfo(a.dtype).eps
