@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from pipeline.study.claims import FEWEST
 from pipeline.study.interactions import interactions
 from pipeline.study.intervals import SHOWN, shown_half
 from pipeline.study.matching import coded_levels, design
@@ -248,7 +249,7 @@ def _line(panel: Axes, family: Family, line: pl.DataFrame, x: str, look: dict[st
 def _forest(panel: Axes, table: pl.DataFrame, names: list[str]) -> None:
     for shift, (outcome, (color, marker, title)) in zip((-0.22, 0, 0.22), FOREST.items(), strict=True):
         for at, line in _placed(table.filter(pl.col("outcome") == outcome), names):
-            sure = line["p_holm"] is not None and line["p_holm"] < 0.05 and line["n"] >= 8
+            sure = line["p_holm"] is not None and line["p_holm"] < 0.05 and line["n"] >= FEWEST
             panel.errorbar(
                 line["effect"], at + shift, xerr=line["half"] or 0.0, color=color, marker=marker, ms=4.5, lw=1.1,
                 capsize=2, mfc=color if sure else "white", label=title,
