@@ -144,7 +144,7 @@ def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) 
     if isinstance(stage, Compress):
         check_recipe(stage.recipe, net, example, traces)
     if isinstance(stage, Distil) and stage.teacher == TEACHER:
-        with hinted(stage.lesson.hints(net, net, example, lambda: traces.of(net, example, DEFAULT_PARTS))):
+        with hinted(stage.hints(net, net, example, traces)):
             pass
 
 

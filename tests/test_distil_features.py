@@ -13,8 +13,9 @@ from torch import nn
 from pipeline.chains import NETWORK, ready
 from pipeline.compression import channel_groups, compress
 from pipeline.compression.group import ChannelGroups
+from pipeline.entries import chains, trace
 from pipeline.evaluate import output_on
-from pipeline.stages import distil, parse_chain, spell_chain
+from pipeline.stages import Traces, distil, parse_chain, spell_chain
 from pipeline.stages.features import Hints, hinted, hints_of
 from pipeline.tables import UserError
 
@@ -116,6 +117,14 @@ def test_layers_that_are_not_there_get_one_line(layers, message):
     with pytest.raises(UserError, match=message) as caught:
         hints_of(other, net(PICTURES), PICTURES, layers, lambda: ChannelGroups(()))
     assert "\n" not in str(caught.value)
+
+
+def test_to_check_the_layers_of_a_stage_draws_no_random_number():
+    """The check makes a regressor from one width to another, as the stage would."""
+    dense = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    before = torch.get_rng_state()
+    trace(chains(["fold"], [0.5], ["distil(features=1,layers=[0:2])"]), dense, PICTURES[:1], Traces())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- in the stage

@@ -12,8 +12,8 @@ SYRK = {torch.float32: ssyrk, torch.float64: dsyrk}  # rank-k updates of one hal
 def gram_matrix(rows: Tensor) -> Tensor:
     """rows rowsᵀ, (n, n) of (n, m), on the device of the rows.
 
-    On the CPU NumPy computes one half and copies it to the other, in half the time of torch's product. NumPy has no
-    numbers of 16 bits that matter here.
+    On the CPU NumPy computes one half and copies it to the other, in half the time of torch's product. Numbers of 16
+    bits go to torch: NumPy lacks bfloat16, and has no fast product of its float16.
     """
     if rows.device.type != "cpu" or rows.dtype not in SYRK:
         return rows @ rows.T

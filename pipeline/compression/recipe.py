@@ -314,9 +314,9 @@ def text_of(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check_candidates(*, candidates: Sequence[str] = ()) -> None:
-    for name in candidates:
-        pick("candidate", METHODS, name.removesuffix("+ar"))
+def _check_candidates(*, candidates: Sequence[str] | None = None) -> None:
+    for name in candidates or ():
+        pick("candidate", METHODS, str(name).removesuffix("+ar"))
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from pipeline.evaluate import evaluating, outputs
 from pipeline.example import Example
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.stages.features import Hints, hinted, hints_of
-from pipeline.stages.stage import Seen, State, Supplies, Terms, Training, spelled
+from pipeline.stages.stage import Seen, State, Supplies, Terms, Traces, Training, spelled
 from pipeline.stages.tune import SOURCES, check_positive, check_whole, samples_on, train_epoch_, trainable
 from pipeline.tables import UserError, pick
 from pipeline.tasks.distilled import DKD, LOSSES, Distilled
@@ -138,24 +138,25 @@ class Distil:
 
     def run(self, state: State, supplies: Supplies) -> State:
         teacher, inner = self.teacher_of(supplies), supplies.task
-        with evaluating(teacher), kept_modes(state.model), hinted(self.hints(state.model, teacher, supplies)) as hints:
+        hints = self.hints(state.model, teacher, supplies.example, supplies.traces, supplies.seed)
+        with evaluating(teacher), kept_modes(state.model), hinted(hints):
             task = self.lesson.task(inner, lambda batch: outputs(teacher, inner, batch), hints)
             state.model.train()
             self.learn_(state.model, task, supplies, nn.ModuleDict() if hints is None else hints.regressors)
         return state
 
-    def hints(self, student: nn.Module, teacher: nn.Module, supplies: Supplies) -> Hints | None:
+    def hints(
+        self, student: nn.Module, teacher: nn.Module, example: Example, traces: Traces, seed: int = 0
+    ) -> Hints | None:
         """The features to match; regressors that are drawn at random follow from the seed."""
-        example = supplies.example
-        with seeded(supplies.seed):
-            return self.lesson.hints(
-                student, teacher, example, lambda: supplies.traces.of(teacher, example, DEFAULT_PARTS)
-            )
+        with seeded(seed):
+            return self.lesson.hints(student, teacher, example, lambda: traces.of(teacher, example, DEFAULT_PARTS))
 
     def check(self, supplies: Supplies) -> None:
         """UserError for features that the network where the chain begins could not be held to."""
         if self.features:
-            with hinted(self.hints(supplies.dense, self.teacher_of(supplies), supplies)):
+            teacher = self.teacher_of(supplies)
+            with hinted(self.hints(supplies.dense, teacher, supplies.example, supplies.traces)):
                 pass
 
     def teacher_of(self, supplies: Supplies) -> nn.Module:

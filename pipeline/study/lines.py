@@ -75,8 +75,7 @@ def lines(sweep: Sweep) -> Lines:
     found = pl.concat([found, areas(found, metric.higher_is_better)], how="diagonal")
     beside = cells.join(found, on="cell", maintain_order="left")
     columns = ["cell", "stage", "ratio", "method", "kind", "statistics", "params", "macs"]
-    read = rows.select(*columns, "status", "metric", metric.name)  # a copy of all columns would be four times as large
-    methods = measured(read).select(*columns, value=pl.col(metric.name))
+    methods = measured(rows, [*columns, metric.name]).rename({metric.name: "value"})
     methods = cells.select("cell", "recipe", "seed").join(methods, on="cell", maintain_order="left")
     return Lines(beside, methods, tuple(settings.values()), metric)
 

@@ -13,7 +13,6 @@ HEADLINE_STAGES = ("repaired", "raw", "norm_tuned", "tuned")  # the first of the
 HEADLINE_RATIO = 0.5
 SURE = 0.02  # a smaller gap is within the noise of some thousand pictures
 PER_CELL = ["cell", "stage", "ratio"]
-OF_SIDE = ["method", "status", "metric", "kind", "calibration", "sizes", "scope", "statistics"]  # what `side` looks at
 
 
 def last_measurement(rows: pl.DataFrame) -> pl.DataFrame:
@@ -57,8 +56,7 @@ def duels(rows: pl.DataFrame) -> pl.DataFrame:
 
 def _duels(rows: pl.DataFrame, value: pl.Expr, higher_is_better: bool | None = None) -> pl.DataFrame:
     upward = headline(rows).higher_is_better if higher_is_better is None else higher_is_better
-    read = [*PER_CELL, *OF_SIDE, *{headline(rows).name, *value.meta.root_names()}]  # all columns would be a large copy
-    found = measured(rows.select(name for name in read if name in rows.columns))
+    found = measured(rows, [*PER_CELL, *side().meta.root_names(), *value.meta.root_names()])
     found = found.with_columns(side=side(), of_side=value)
     best = pl.col("of_side").max() if upward else pl.col("of_side").min()
     found = found.filter(pl.col("side").is_not_null()).group_by(*PER_CELL, "side", maintain_order=True).agg(best)

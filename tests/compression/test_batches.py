@@ -150,6 +150,19 @@ def test_layers_that_see_the_same_in_every_batch():
     assert distance(*states) < 1e-8
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_inputs_are_those_of_the_call_though_the_forward_changes_them_in_place_behind_it(parts):
+    def forward(net, x):
+        hidden = net.up(x).relu()
+        hidden.mul_(net.gate(hidden).sigmoid())
+        return net.down(hidden)
+
+    model = randomise_(Net(forward, up=nn.Linear(8, 12), gate=nn.Linear(12, 1), down=nn.Linear(12, 4))).eval()
+    x = data("linear")
+    seen = observe(model, channel_groups(model, x[:1]), list(x.chunk(parts)))
+    assert distance(seen.inputs, {"gate.weight": model.up(x).relu().detach()}) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["mix", "obs", "taylor", "fisher", "auto"])
 def test_methods_look_at_all_batches(method):
     model, x = randomise_(KINDS["resnet18"]()).eval(), data("resnet18", 40)

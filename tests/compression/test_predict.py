@@ -84,6 +84,8 @@ def test_approximate_repair_is_a_candidate(net, example, groups):
 def test_an_unknown_candidate_gets_one_clear_line(net, example):
     with pytest.raises(UserError, match="unknown candidate 'fol'"):
         compress(net, example, "auto", 0.5, candidates=["fol"])
+    with pytest.raises(UserError, match="unknown candidate '3'"):
+        compress(net, example, "auto", 0.5, candidates=[3])
     with pytest.raises(UserError, match=r"auto decides on approximate_repair \(\+ar\) by itself"):
         compress(net, example, "auto", 0.5, approximate_repair=True)
 

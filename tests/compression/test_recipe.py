@@ -60,6 +60,7 @@ def test_options_of_a_method_are_spelled_too():
     for text in ("fold+refine=false", "l1+score=group", "n_m+m=8", "auto+candidates=[fold+ar,mix]", "mix+data+macs"):
         assert spell(parse(text)) == text
     assert parse("auto+candidates=[fold+ar,mix]").option == {"candidates": ("fold+ar", "mix")}
+    assert recipe("auto", candidates=None).option == {"candidates": None}  # the default
     assert parse("fold+macs+data") == parse("fold+data+macs")
     assert spell(parse("fold+pictures=data")) == "fold+data"
 

@@ -7,9 +7,9 @@ before, already compressed and solved, give. SparseGPT (arXiv:2301.00774), ZipLM
 (arXiv:2312.11983) solve for the same. Errors of earlier blocks are not mended, and so nothing is fitted to chance
 correlations with them; one block at a time is in memory, with the inputs of all batches.
 
-Where channels of one group are left out, or stand for others, the smaller block computes what the dense one does, less
-some of it. Both x' and the answer then follow from the second moments of the dense block's readers, and neither the
-rows of any input nor the smaller block's are needed.
+Where the channels of one group are dropped, or stand for others unchanged, the inputs x' of a reader in the smaller
+block are some of the inputs x that it has in the dense block. The least squares then need only the second moments
+Σ x xᵀ of the dense block, no rows of any input; one sample through both blocks shows whether it is so.
 """
 
 import inspect
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from pipeline.compression.calibrate.batches import Batches, cut
 from pipeline.compression.calibrate.compensate import (
     compensate_,
-    input_moments,
     least_squares,
     matrix,
     observe,
     readers,
+    second_moments,
     set_matrix_,
     target_of,
 )
@@ -41,7 +41,7 @@ from pipeline.compression.merge.tensors import merged_inputs
 from pipeline.compression.plan import Plan
 from pipeline.example import Example
 
-ROUNDINGS = 64  # by which the same number may differ, relative to all numbers of an input
+ROUNDINGS = 64  # machine epsilons by which equal inputs may differ, relative to their norm
 VALUES = 2**26  # inputs that are kept of a reader of a block, 256 MB in single precision
 
 
@@ -84,8 +84,10 @@ def solve_block_(
     """
     kept = kept_inputs(smaller, dense, plan, cut(next(iter(inputs)), 0, 1))
     if kept:
-        moments = input_moments(dense, readers(dense, plan.groups), inputs, patches=False)
-        return [solve_kept_(smaller, dense, name, kept[name], found, ridge) for name, found in moments.items()]
+        moments = second_moments(dense, plan.groups, inputs)
+        for name, found in moments.items():
+            solve_kept_(smaller, dense, name, kept[name], found, ridge)
+        return list(moments)
     rows = max(ROWS, VALUES // max(group.size for group in plan.groups))
     return compensate_(smaller, dense, plan, observe(dense, plan.groups, inputs, rows), ridge=ridge, target="same")
 
@@ -93,34 +95,35 @@ def solve_block_(
 def kept_inputs(smaller: nn.Module, dense: nn.Module, plan: Plan, example: Example) -> dict[str, Tensor]:
     """{weight of a reader: (inputs left,) int64}, the places of its inputs among those of the dense block's reader.
 
-    {} where the smaller block computes anything else: means of channels, scores of fewer channels, statistics of a
-    norm, or what follows from another reader. One sample through both blocks shows it. Readers that see patches are
-    solved with all of a kernel's taps, for which second moments of pixels do not do.
+    plan: as in `solve_block_`. {} where the smaller block computes anything else: means of channels, scores of fewer
+    channels, statistics of a norm, or what follows from another reader. One sample through both blocks shows it.
+    Readers that see patches are solved with all of a kernel's taps, for which second moments of pixels do not do.
     """
-    changed = [(g, p) for g, p in zip(plan.groups, plan.projections, strict=True) if not p.is_identity]
     layers = readers(dense, plan.groups)
-    merges = any(p.chosen is None and int(p.counts.max()) > 1 for _, p in changed)
-    writes = {axis.tensor for group, _ in changed for axis in group.writes}
-    if len(changed) != 1 or merges or writes & set(layers) or tracked_norms(dense):
+    merges = any(p.chosen is None and int(p.counts.max()) > 1 for p in plan.projections)
+    writes = {axis.tensor for group in plan.groups for axis in group.writes}
+    if len(plan.groups) != 1 or merges or writes & set(layers) or tracked_norms(dense):
         return {}
     if any(sees_patches(layer) for layer in layers.values()):
         return {}
     found, less = (arrivals(block, readers(block, plan.groups), example) for block in (dense, smaller))
+    if found.keys() != less.keys():
+        return {}
     kept: dict[str, Tensor] = {}
     for name, x in found.items():
         places = torch.arange(x.shape[1], dtype=torch.float64)[None]
         kept[name] = merged_inputs(places, name, plan.groups, plan.projections)[0].long()
-        if name not in less or not same_numbers(less[name], x[:, kept[name].to(x.device)]):
+        if not same_numbers(less[name], x[:, kept[name].to(x.device)]):
             return {}
-    return kept if found.keys() == less.keys() else {}
+    return kept
 
 
 def arrivals(block: nn.Module, layers: Mapping[str, nn.Module], example: Example) -> dict[str, Tensor]:
-    """{layer: (rows, inputs)}, the inputs of the layers that the forward calls once."""
+    """{layer: (rows, inputs)}, copies of the inputs of the layers that the forward calls once."""
     found: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(stop: Stop) -> None:
-        found[stop.name].append(stop.x.movedim(channel_dim(stop.layer), -1).flatten(0, -2))
+        found[stop.name].append(stop.x.movedim(channel_dim(stop.layer), -1).flatten(0, -2).clone())
 
     with kept_modes(block), watched(layers, keep):
         forward(block.eval(), example)
@@ -128,7 +131,7 @@ def arrivals(block: nn.Module, layers: Mapping[str, nn.Module], example: Example
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Do these differ by rounding alone? Matrix products of other sizes add in another order."""
+    """Do these differ by rounding alone? Matrix products of other sizes add up in another order."""
     if a.shape != b.shape:
         return False
     allowed = ROUNDINGS * torch.finfo(a.dtype).eps
@@ -136,25 +139,22 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
 
 
 def solve_kept_(
-    smaller: nn.Module, dense: nn.Module, name: str, kept: Tensor, moments: Tensor, ridge: float | None = None
-) -> str:
-    """In place: solve one reader of a smaller block from the second moments of the dense block's; returns its weight.
+    smaller: nn.Module, dense: nn.Module, name: str, kept: Tensor, moments: Tensor, ridge: float | None
+) -> None:
+    """In place: solve the weight `name` of a smaller block from the second moments of the dense block's inputs to it.
 
-    kept: (inputs left,) places of its inputs; moments: (inputs, inputs) of the dense block's reader. With x' = x[kept],
-    what the present weight S leaves of W x is D x, where D is W less S at the places that are kept: Σ x' (D x)ᵀ =
-    (Σ x' xᵀ) Dᵀ.
+    kept: (inputs left,) places of its inputs; moments: (inputs, inputs), Σ x xᵀ. With x' = x[kept], what the present
+    weight S leaves of W x is D x, where D is W less S at the places that are kept: Σ x' (D x)ᵀ = (Σ x' xᵀ) Dᵀ.
     """
-    path = name.rpartition(".")[0]
-    layer: Any = smaller.get_submodule(path)
+    layer: Any = smaller.get_submodule(name.rpartition(".")[0])
     dim = input_dim(layer)
     assert dim is not None
     kept = kept.to(moments.device)
-    now, left = (wide(matrix(block.get_parameter(name), dim, False)) for block in (smaller, dense))
-    left = left.index_add(0, kept, now, alpha=-1).to(moments)
+    now, weight = (wide(matrix(block.get_parameter(name), dim, False)) for block in (smaller, dense))
+    left = weight.index_add(0, kept, now, alpha=-1).to(moments)
     seen = moments[kept]
     change = least_squares(seen[:, kept], seen @ left, target_of("same", ridge))
     set_matrix_(layer.weight, dim, False, now + change)
-    return name
 
 
 def blocks_of(model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, list[int]]:

@@ -275,7 +275,7 @@ def least_squares(moments: Tensor, missing: Tensor, how: Target) -> Tensor:
 
     moments: (inputs, inputs), Σ x' x'ᵀ; missing: (inputs, outputs), Σ x' rᵀ with what the present weight leaves, r.
     """
-    moments = moments.double()
+    moments = moments.to(torch.float64, copy=True)  # the ridge is added in place
     scale = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     if how.own:
         scale = moments.diagonal().clamp(min=1e-6 * scale)  # an input that is never seen is solved for, too

@@ -141,6 +141,8 @@ def patches_of(layer: Any, x: Tensor, there: Rows, i: int) -> Tensor:
     places = windows(layer, x)
     shape = places.shape[: 1 + len(layer.kernel_size)]
     check_rows(layer, shape.numel(), there.counts[i])
+    if there.whole:
+        return wide(places.flatten(0, len(shape) - 1).flatten(1))
     return wide(places[torch.unravel_index(picked(there, i)[1].to(x.device), shape)].flatten(1))
 
 
@@ -170,11 +172,14 @@ def check_rows(layer: nn.Module, found: int, expected: int) -> None:
 
 
 def gather_(into: dict[str, Tensor], name: str, rows: Tensor, there: Rows, i: int) -> None:
-    """In place: put the rows drawn from batch i at their places among the drawn rows of all batches."""
+    """In place: copy the rows drawn from batch i to their places among the drawn rows of all batches.
+
+    A copy, because a forward may change the input of a layer in place, once the layer has been called.
+    """
     everything = min(sum(there.counts), there.most)
     if name not in into:
         if len(rows) == everything and there.whole:
-            into[name] = rows
+            into[name] = rows.clone()
             return
         into[name] = rows.new_empty(everything, rows.shape[1])
     if there.whole:
@@ -185,14 +190,15 @@ def gather_(into: dict[str, Tensor], name: str, rows: Tensor, there: Rows, i: in
 
 @lru_cache(maxsize=256)
 def drawn(count: int, most: int) -> Tensor:
-    """(rows,) int64, at most `most` of `count`; cached, for it takes as long as a layer."""
-    if count <= most:
-        return torch.arange(count)
+    """(most,) int64, this many of `count` rows, in no order; cached, for it takes as long as a layer."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].clone()
 
 
 def picked(there: Rows, i: int) -> tuple[Tensor, Tensor]:
-    """Rows drawn from batch i: their places among all drawn rows, and their places in the batch, each (n,) int64."""
+    """Rows drawn from batch i: their places among all drawn rows, and their places in the batch, each (n,) int64.
+
+    For rows of which some are left out (see Rows.whole).
+    """
     rows, start = drawn(sum(there.counts), there.most), sum(there.counts[:i])
     slots = ((rows >= start) & (rows < start + there.counts[i])).nonzero().squeeze(1)
     return slots, rows[slots] - start

@@ -18,7 +18,8 @@ import polars as pl
 from pipeline.cells import ADDRESS
 from pipeline.results import code_version
 from pipeline.study.chains import ChainRows, chain_lines
-from pipeline.study.claims import noise_sentence
+from pipeline.study.claims import FEWEST, noise_sentence
+from pipeline.study.intervals import SHOWN
 from pipeline.study.noise import noise
 from pipeline.study.page.colors import styles
 from pipeline.study.page.columns import Places, axes_of, packed
@@ -40,7 +41,7 @@ def page(
     plotly = optional("the page", "plotly.offline", "study").get_plotlyjs()
     found = [part.found.methods["method"].unique(maintain_order=True) for part in parts if part.found]
     said = [{"sentences": part.sentences, "noise": noises(part), **packed(part, places, speeds)} for part in parts]
-    data = {"parts": said, "styles": styles(list(dict.fromkeys(chain(*found))))}
+    data = {"parts": said, "styles": styles(list(dict.fromkeys(chain(*found)))), "enough": FEWEST, "shown": SHOWN}
     here = files("pipeline.study.page")
     return Template((here / "template.html").read_text()).substitute(
         title=escape(title),

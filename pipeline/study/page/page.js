@@ -3,13 +3,13 @@
 // a filter acts on every picture at once. Values are in points: per cent, or 100 times the natural logarithm of a
 // metric that is compared on a log axis. A recipe is everything but the seed; every mean is over recipes.
 
-let DATA; // {parts, styles}, see `start`
+let DATA; // {parts, styles, enough, shown}, see `start`
+let ENOUGH; // pairs, below which nothing is claimed
+let SHOWN; // values, below which no interval and no correlation is shown
 const TYPES = { f4: Float32Array, u1: Uint8Array, u2: Uint16Array, u4: Uint32Array };
 const COLOR = { fold: "#0072b2", prune: "#d55e00", base: "#6b7280", gap: "#1b1f24" };
 const WORD = { fold: "best folding", prune: "best pruning", base: "uncompressed", gap: "gap" };
 const OUTCOMES = ["fold", "base", "gap"]; // of an effect, the headline first
-const ENOUGH = 8; // pairs, below which nothing is claimed
-const SHOWN = 3; // values, below which no interval and no correlation is shown
 const ROWS = 40; // of a forest plot, and of the table before more are asked for
 // Without the bar of tools, which lies over titles wherever there is no mouse; png/ has the pictures as files.
 const CONFIG = { displayModeBar: false, responsive: true };
@@ -826,6 +826,7 @@ async function start() {
   const [plotly, data] = await Promise.all(["plotly", "data"].map(inflated));
   document.head.append(element("script", { textContent: plotly })); // runs at once
   DATA = JSON.parse(data);
+  ({ enough: ENOUGH, shown: SHOWN } = DATA);
   if (matchMedia("(max-width: 900px)").matches) $("#filters").open = false;
   if (!DATA.parts.length) { // the cells ran chains alone, whose section needs no script
     document.querySelectorAll("aside, main > :not(#chains)").forEach((one) => one.remove());

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from pipeline.study.claims import FEWEST
 from pipeline.study.interactions import interactions
-from pipeline.study.intervals import SHOWN, half_interval
+from pipeline.study.intervals import SHOWN, shown_half
 from pipeline.study.matching import coded_levels, design
 from pipeline.study.page.colors import BASE, DASHES, FOLD, GAP, PRUNE, styles
 from pipeline.study.page.columns import axes_of
@@ -200,10 +201,10 @@ PAPERS: dict[str, Callable[[Family], Figure | None]] = {
 
 
 def over_recipes(table: pl.DataFrame, by: Sequence[str], value: str) -> pl.DataFrame:
-    """by, mean, half, n: seeds of a recipe are averaged first; half of the 95% interval from 3 recipes on, else NaN."""
+    """by, mean, half, n: seeds of a recipe are averaged first; half of the 95% interval, null below SHOWN recipes."""
     recipes = table.drop_nulls(value).group_by(*by, "recipe").agg(pl.col(value).mean())
     found = recipes.group_by(*by).agg(pl.col(value).mean().alias("mean"), pl.col(value).std().alias("sd"), n=pl.len())
-    half = [half_interval(sd, n) if n >= SHOWN else math.nan for sd, n in found.select("sd", "n").iter_rows()]
+    half = [shown_half(sd, n) for sd, n in found.select("sd", "n").iter_rows()]
     return found.with_columns(half=pl.Series(half, dtype=pl.Float64))
 
 
@@ -237,7 +238,7 @@ def _line(panel: Axes, family: Family, line: pl.DataFrame, x: str, look: dict[st
     """Means with error bars, on the scale of the metric; plain: in points."""
     scale = (lambda points: points) if plain else (lambda points: _value(family, points))
     means = np.array([scale(mean) for mean in line["mean"]])
-    halves = line["half"].fill_nan(0.0)
+    halves = line["half"].fill_null(0.0)
     below = [scale(mean) - scale(mean - half) for mean, half in zip(line["mean"], halves, strict=True)]
     above = [scale(mean + half) - scale(mean) for mean, half in zip(line["mean"], halves, strict=True)]
     panel.errorbar(line[x].to_numpy(), means, yerr=[below, above], marker="o", ms=3.5, lw=1.3, capsize=2, **look)
@@ -248,7 +249,7 @@ def _line(panel: Axes, family: Family, line: pl.DataFrame, x: str, look: dict[st
 def _forest(panel: Axes, table: pl.DataFrame, names: list[str]) -> None:
     for shift, (outcome, (color, marker, title)) in zip((-0.22, 0, 0.22), FOREST.items(), strict=True):
         for at, line in _placed(table.filter(pl.col("outcome") == outcome), names):
-            sure = line["p_holm"] is not None and line["p_holm"] < 0.05 and line["n"] >= 8
+            sure = line["p_holm"] is not None and line["p_holm"] < 0.05 and line["n"] >= FEWEST
             panel.errorbar(
                 line["effect"], at + shift, xerr=line["half"] or 0.0, color=color, marker=marker, ms=4.5, lw=1.1,
                 capsize=2, mfc=color if sure else "white", label=title,
