@@ -111,13 +111,23 @@ def chains(
         if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
             raise UserError(f"{name} has {twice[0]} twice; leave one out")
     for stage in stages:
-        parse_tail(stage)
+        check_teacher(parse_tail(stage))
     if not found or not ratios or not stages:
         raise UserError("compression needs at least one method, one ratio and one stage")
     named = [stage for stage in TAILS if stage in stages]
     ordered = (*named, *(stage for stage in dict.fromkeys(stages) if stage not in TAILS))
     beside = call("compression", measured_beside, **more)
     return Chains(found, tuple(sorted(map(float, ratios))), ordered, seed, predict, **beside)
+
+
+def check_teacher(tail: Chain) -> None:
+    """UserError for a stage that learns from another network than the dense one, the only teacher at hand here."""
+    for stage in tail:
+        if (name := getattr(stage, "teacher", TEACHER)) != TEACHER:
+            raise UserError(
+                f"{stage} in stages= learns from {name!r}, but a grid of methods has the uncompressed network alone as "
+                "a teacher; leave teacher= out, or put the stage into chain="
+            )
 
 
 def measured_beside(
