@@ -1,6 +1,5 @@
 """Which cells of a sweep may be averaged: those of one model, one data set and one headline."""
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pipeline.metrics import Metric
 from pipeline.results import headline
 from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
-from pipeline.study.lines import Lines, lines
+from pipeline.study.lines import Lines, in_points, lines
 from pipeline.study.page.foretold import foretold
 from pipeline.study.page.numbers import MEASURED, of_networks
 from pipeline.study.pictures import chance
@@ -61,8 +60,9 @@ class Family:
     @cached_property
     def chance(self) -> float | None:
         """See pictures.chance; in points (see lines.in_points)."""
-        found = chance(self.rows, self.metric)
-        return found if found is None else 100 * math.log(found) if self.metric.log else self.metric.scale * found
+        name = self.metric.name
+        found = pl.DataFrame({name: [chance(self.rows, self.metric)]}, {name: pl.Float64})
+        return found.select(in_points(self.metric)).item()
 
     @cached_property
     def sentences(self) -> list[str]:
