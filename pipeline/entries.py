@@ -150,7 +150,10 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
 
 
 def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) -> None:
-    """UserError where a stage names layers that the network does not have."""
+    """UserError where the network has nothing for a compression, or not the layers that a distillation names.
+
+    A teacher other than the network itself is not loaded for this.
+    """
     if isinstance(stage, Compress):
         check_recipe(stage.recipe, net, example, traces)
     if isinstance(stage, Distil) and stage.teacher == TEACHER:

@@ -172,8 +172,8 @@ def recipe_of(step: Mapping[str, Any]) -> Recipe:
 def found(step: Mapping[str, Any], model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Line | str | None]:
     """{group: its line, computed from the weights that were compressed}
 
-    In place of a line, a text says how the network contradicts the file, and None that its features are activations,
-    which gated channels are described by where a recipe chooses by pictures.
+    In place of a line, a text says how the network contradicts the file. None stands for a group that cannot be checked
+    without pictures: a recipe that chooses by activations describes gated channels by them.
 
     step: a compression in a file's chain; model: the network that it compressed; groups: of that network.
     """

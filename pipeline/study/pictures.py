@@ -13,7 +13,7 @@ from pipeline.study.intervals import SHOWN
 from pipeline.study.summary import curves, dense_value
 from pipeline.study.terminal import TITLES
 
-# Classes of the data sets that are always the same, for older rows, which do not say chance.
+# Classes of the data sets that have as many in every run: for older rows, which lack the column `chance`.
 CLASSES = {"cifar10": 10, "digits": 10, "fashion_mnist": 10}
 SPREAD = "middle half of the networks"
 LEVELS = (SPREAD, "dense", "chance")  # of the legend, behind the methods

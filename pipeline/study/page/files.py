@@ -47,7 +47,7 @@ def write_report(
 
 
 def write_cells(whole: Sweep, path: Path) -> None:
-    """Write `joined` of a sweep, GROUP rows at a time: whole in memory, it would take the most of all."""
+    """Write `joined` of a sweep, GROUP rows at a time: all at once would take more memory than the rest of a report."""
     starts = range(0, max(len(whole.rows), 1), GROUP)
     parts = [joining(Sweep(whole.cells, whole.rows.slice(start, GROUP))) for start in starts]
     pl.concat(parts).sink_parquet(path, row_group_size=GROUP)
@@ -84,7 +84,8 @@ def effects_table(parts: Sequence[Family]) -> pl.DataFrame:
     """Effects of every family and stage, at the ratio that leads and for the area under the curve.
 
     enough_for: what the pairs of a line are enough for: an estimate; from SHOWN on an interval; from FEWEST on a
-    sentence. Halves of an effect that changes its sign stand in the table whatever it says, so that none hides.
+    sentence. An effect that changes its sign has a line for each level of what it depends on (see `effects`), and both
+    stand in the table however few their pairs are, so that neither hides.
     """
     n = pl.col("n")
     enough = (
