@@ -167,7 +167,8 @@ class _Shortcut(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.native_layer_norm:
             return args[0], args[0], args[0]  # F.layer_norm takes the first; the others are for its gradient
         if func.overloadpacket in SHAPE_KEEPING and _alike(args):
-            return args[0]
+            in_place = func.overloadpacket.__name__.endswith("_")
+            return args[0] if in_place else args[0].detach()  # so that a later change of its shape is not the input's
         if func is torch.ops.aten.addmm.default:
             return torch.mm(*args[1:3])  # the same shape and MACs
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,6 @@
 """From the components of a traced network to its channel groups: channels that the same places write and read."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -182,7 +182,7 @@ def joined(t: Tracer, found: Iterable[torch.Tensor]) -> set[int]:
 
 def parts_of(t: Tracer, touched: Mapping[int, Sequence[Place]]) -> dict[int, str]:
     """{component: which row of PARTS it is}."""
-    blocks = {int(c) for rows, part in t.blocks if part == "head" for c in np.unique(t.component[rows.numpy()])}
+    blocks = joined(t, (rows for rows, part in t.blocks if part == "head"))
     added = joined(t, t.added)
 
     def part_of(c: int) -> str:
@@ -220,7 +220,7 @@ def group_of(t: Tracer, places: Sequence[Place], members: list[int], lines: Line
         temperature=temperature,
         numbers=(
             *numbers_of(t, dict.fromkeys(p.tensor for p in places), len(members), part, temperature),
-            *(Number(path, 1.0) for ids, path in t.sized if t.component[int(ids.flatten()[0])] in members),
+            *(Number(path, 1.0) for ids, path in t.sized if rank[t.component[int(ids.flatten()[0])]] >= 0),
         ),
     )
 
@@ -253,17 +253,20 @@ def own(t: Tracer, norm: Norm) -> Norm:
 
 def tied(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
     """The groups with unique names, and with ties among those that are cut out of one tensor or share a number."""
-    names = [group.name for group in groups]
-    unique = [name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]" for i, name in enumerate(names)]
+    often, before = Counter(group.name for group in groups), Counter[str]()
+    unique = []
+    for name in (group.name for group in groups):
+        unique.append(name if often[name] == 1 else f"{name}[{before[name]}]")
+        before[name] += 1
     shares = [
         {*((a.tensor, a.axis) for a in (*g.writes, *g.reads)), *(n.path for n in g.numbers)} if g.cut_by else set()
         for g in groups
     ]
     first: dict[Any, int] = {}
     edges = [np.array([[i], [first.setdefault(key, i)]]) for i, share in enumerate(shares) for key in share]
-    component = components(edges, len(groups))
-    heads = {c: unique[i] for i, c in reversed(list(enumerate(component.tolist())))}
+    component = components(edges, len(groups)).tolist()
+    heads, sizes = {c: unique[i] for i, c in reversed(list(enumerate(component)))}, Counter(component)
     return [
-        replace(g, name=name, tie=heads[c] if component.tolist().count(c) > 1 else "")
-        for g, name, c in zip(groups, unique, component.tolist(), strict=True)
+        replace(g, name=name, tie=heads[c] if sizes[c] > 1 else "")
+        for g, name, c in zip(groups, unique, component, strict=True)
     ]
