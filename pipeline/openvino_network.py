@@ -37,7 +37,7 @@ def libraries() -> tuple[Any, Any]:
     NNCF is imported inside of `quiet`, so that its logger writes to no screen; the class of all loggers stays theirs.
     """
     need_openvino()
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    sys.modules.setdefault("openvino_telemetry", None)
     loggers = logging.getLoggerClass()
     with quiet():
         import nncf
