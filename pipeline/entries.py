@@ -107,11 +107,11 @@ def chains(
     if DENSE in found:
         raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
     check_ratios(ratios, round_to)
+    for stage in stages:
+        parse_tail(stage)
     for name, values in {"methods": list(methods), "ratios": [*map(float, ratios)], "stages": list(stages)}.items():
         if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
             raise UserError(f"{name} has {twice[0]} twice; leave one out")
-    for stage in stages:
-        parse_tail(stage)
     if not found or not ratios or not stages:
         raise UserError("compression needs at least one method, one ratio and one stage")
     named = [stage for stage in TAILS if stage in stages]

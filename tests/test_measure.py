@@ -162,6 +162,7 @@ def test_labels_that_make_no_sense_are_refused_at_once(methods, message):
         ({"ratios": ["a"]}, "ratio 'a' is no number"),
         ({"ratios": [None]}, "ratio None is no number"),
         ({"stages": [1]}, "stage 1 must be a name or a chain"),
+        ({"stages": ["raw", {"tune": {"epochs": 2}}]}, "stage {'tune': {'epochs': 2}} must be a name or a chain"),
         ({"stages": ["tune(epochs=2.5)"]}, "tune: epochs 2.5 must be a whole number"),
         ({"stages": ["tune(lr=inf)"]}, "tune: lr inf must be greater than 0, and finite"),
         ({"methods": ["mix+data+size=1e2"]}, "size 100.0 must be a whole number of at least 1 picture"),
