@@ -22,12 +22,12 @@ from pipeline.data.corruptions import corruptions as corruptions_of
 from pipeline.example import Example
 from pipeline.results import DENSE
 from pipeline.sharpness import Sharpness, asked_for
-from pipeline.stages import TAILS, Chain, Compress, Stage, Traces, fitting, needed, parse_tail
+from pipeline.stages import TAILS, Chain, Compress, Stage, Supplies, Traces, fitting, needed, parse_tail
 from pipeline.stages.compress import needs
-from pipeline.stages.distil import DENSE as TEACHER
 from pipeline.stages.distil import Distil
-from pipeline.stages.features import hinted
+from pipeline.stages.qat import Qat
 from pipeline.tables import UserError, call
+from pipeline.tasks import Classification
 
 
 class Entry(NamedTuple):
@@ -140,12 +140,11 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
 
 
 def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) -> None:
-    """UserError where a stage names layers that the network does not have."""
+    """UserError where a stage names layers that the network does not have, or a teacher, of which there is none."""
     if isinstance(stage, Compress):
         check_recipe(stage.recipe, net, example, traces)
-    if isinstance(stage, Distil) and stage.teacher == TEACHER:
-        with hinted(stage.lesson.hints(net, net, example, lambda: traces.of(net, example, DEFAULT_PARTS))):
-            pass
+    if isinstance(stage, Distil | Qat):
+        stage.check(Supplies(net, example, Classification(), traces=traces))  # whatever the task, it has no part in it
 
 
 def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:

@@ -153,14 +153,20 @@ class Distil:
             )
 
     def check(self, supplies: Supplies) -> None:
-        """UserError for features that the network where the chain begins could not be held to."""
+        """UserError for a teacher that is not there, and for features that the first network could not be held to."""
+        teacher = self.teacher_of(supplies)
         if self.features:
-            with hinted(self.hints(supplies.dense, self.teacher_of(supplies), supplies)):
+            with hinted(self.hints(supplies.dense, teacher, supplies)):
                 pass
 
     def teacher_of(self, supplies: Supplies) -> nn.Module:
         if self.teacher == DENSE:
             return supplies.dense
+        if not supplies.teachers:
+            raise UserError(
+                f"teacher {self.teacher!r} is not there: a stage behind a method learns from {DENSE}, the network that "
+                "was compressed; leave the teacher out, or give the stages as chain=, which takes others"
+            )
         return pick("teacher", supplies.teachers, self.teacher)()
 
     def learn_(self, model: nn.Module, task: Distilled, supplies: Supplies, regressors: nn.ModuleDict) -> None:
