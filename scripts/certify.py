@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from pipeline.compressed import full_size, load_as
 from pipeline.compression.certify import (
     Line,
+    compression_recipe,
     contradictions,
     differences,
     found,
     merged_tensors,
-    recipe_of,
     stated,
     unlike,
 )
@@ -103,7 +103,7 @@ def compare(
             "next; give the checkpoint that was compressed"
         )
     step = chain[at]
-    groups = channel_groups(dense, example(manifest, args.size), recipe_of(step).scope.parts)
+    groups = channel_groups(dense, example(manifest, args.size), compression_recipe(step).scope.parts)
     compare_numbers(checks[at], found(step, dense, groups))
     if not checks[at].contradicted:
         whole = {**tensors, **{name: tensors[stored] for name, stored in manifest["tied"].items()}}

@@ -159,7 +159,7 @@ def is_pruning(line: Line) -> bool:
     return len(kept) == len(set(kept))
 
 
-def recipe_of(step: Mapping[str, Any]) -> Recipe:
+def compression_recipe(step: Mapping[str, Any]) -> Recipe:
     """The compression recipe of a step of a chain. UserError for a compression that has none."""
     try:
         return parse(step["stage"])
@@ -177,7 +177,7 @@ def found(step: Mapping[str, Any], model: nn.Module, groups: Iterable[ChannelGro
 
     step: a compression in a file's chain; model: the network that it compressed; groups: of that network.
     """
-    recipe, lines = recipe_of(step), {line.name: line for line in stated(step)}
+    recipe, lines = compression_recipe(step), {line.name: line for line in stated(step)}
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     told: dict[str, Line | str | None] = dict.fromkeys(lines, "the network has no such group")
     for group in groups:
@@ -225,7 +225,7 @@ def merged_tensors(
     later: spellings of the stages behind it. Repair changes running statistics alone, so these are left out behind it.
     Solved readers follow from pictures, and trained weights from labels, so such files have nothing to compare.
     """
-    recipe, later, groups = recipe_of(step), list(later), list(groups)
+    recipe, later, groups = compression_recipe(step), list(later), list(groups)
     blind = recipe.calibration.pictures == "none" and recipe.method != AUTO
     if not blind or set(later) - {"repair"} or any(group.gated for group in groups):
         return None
