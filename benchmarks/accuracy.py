@@ -53,7 +53,7 @@ import polars as pl
 from benchmarks import evidence
 from benchmarks.common import line, write_below
 from pipeline.results import DENSE, measured, read_joined
-from pipeline.study.intervals import half_interval
+from pipeline.study.intervals import half_interval, shown_half
 from pipeline.study.pictures import plot_curves
 from pipeline.study.summary import dense_rows, foretold
 
@@ -283,8 +283,8 @@ def table(
         for ratio in ratios:
             here, std, n = at.get((method, ratio), (None, None, 0))
             text = "-" if here is None else f"{here:+.1f}" if signed else f"{here:.1f}"
-            if margin and n > 2:
-                text += f" ±{half_interval(std, n):.1f}"
+            if margin and (half := shown_half(std, n)) is not None:
+                text += f" ±{half:.1f}"
             cells.append(text + f" (n {n})" * (counts and n > 0))
         lines.append(line(method, cells))
     return lines

@@ -28,7 +28,7 @@ from benchmarks.common import line, write_below
 from pipeline.cells import cells, read_record
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, read
 from pipeline.stages import parse_chain, spell_chain
-from pipeline.study.intervals import summary
+from pipeline.study.intervals import SHOWN, summary
 
 ROWS = Path("benchmarks/results/chains.parquet")
 SPEEDS = Path("benchmarks/results/chain_speed.parquet")
@@ -58,8 +58,7 @@ FASTER = (1.5, 2, 3, 4)
 RUNTIMES = {1: "onnx, batch 1", 32: "onnx, batch 32"}
 TIMED = {"network": pl.String, "chain": pl.String, "runtime": pl.String, "batch_size": pl.Int64, "speedup": pl.Float64}
 BESIDE = "quantize"  # the curve that others are compared with at equal bytes
-FEW = 3  # networks
-POINTS = f"Points of accuracy lost, mean ± half of a 95% interval over networks (below {FEW}: the value of each)"
+POINTS = f"Points of accuracy lost, mean ± half of a 95% interval over networks (below {SHOWN}: the value of each)"
 
 
 def main() -> None:
@@ -203,8 +202,8 @@ def every(found: pl.DataFrame) -> list[str]:
 
 
 def spread(values: np.ndarray) -> list[str]:
-    """Mean and interval; below FEW networks, of which an interval says nothing, their values."""
-    if len(values) < FEW:
+    """Mean and interval; below SHOWN networks, of which an interval says nothing, their values."""
+    if len(values) < SHOWN:
         return [" and ".join(f"{value:.1f}" for value in values)]
     found = summary(values[:, None])
     return [f"{found.mean[0]:.1f} ± {found.half[0]:.1f}"]

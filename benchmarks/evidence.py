@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from benchmarks.common import line
-from pipeline.study.intervals import half_interval
+from pipeline.study.intervals import SHOWN, half_interval
 
 HALF = 0.5
 RECIPE = ("model", "recipe")
@@ -245,4 +245,4 @@ def signed(values: pl.Series) -> str:
 
 def margin(values: pl.Series) -> str:
     """ " ± half of the 95% interval", or nothing for fewer than three values."""
-    return f" ± {half_interval(values.std(), len(values)):.1f}" if len(values) > 2 else ""
+    return f" ± {half_interval(values.std(), len(values)):.1f}" if len(values) >= SHOWN else ""

@@ -101,7 +101,8 @@ def main() -> None:
     drawn = torch.randperm(len(data.repair_data), generator=torch.Generator().manual_seed(0))[:1024]
     calibration = [inputs for inputs, _ in data.eval_dataloader(data.repair_data.subset(drawn))]
     of = f"Accuracy (%) on {args.n} CIFAR-10 test pictures, n = 1 network each"
-    lines = [f"{of}, repaired to statistics of 1,024 pictures.\n"]
+    how = "`python -m benchmarks.features` (commands in its head)"
+    lines = [f"# What describes a channel\n\n{how}. {of}, repaired to statistics of 1,024 pictures.\n"]
     for name, net in networks(args, data).items():
         groups = channel_groups(net, test[0][0][:1])
         heads = [f"{stage} {ratio:g}" for stage in ("raw", "rep.") for ratio in RATIOS]

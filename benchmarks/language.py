@@ -288,9 +288,11 @@ def run(given: argparse.Namespace) -> None:
         add("dense", 0.0, 0, net, 0.0)
     for plan, draw in [(name, i) for name in given.plans for i in range(given.draws if SEES.search(name) else 1)]:
         left = [ratio for ratio in ratios if not rows.done(plan, ratio, count, draw)]
+        if not left:
+            continue
         start = time.perf_counter()
         seen = {name: drawn(name, text, count, draw) for name, text in texts.items()}
-        for ratio, smaller in made(plan, net, groups, seen, left, draw) if left else ():
+        for ratio, smaller in made(plan, net, groups, seen, left, draw):
             add(plan, ratio, draw, smaller, time.perf_counter() - start)
             start = time.perf_counter()
 

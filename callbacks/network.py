@@ -76,13 +76,14 @@ class NetworkCallback(Callback):
             self.check(live, example)
         self._settled[split] = task, example, tuple(batches)
 
-    def check(self, live: nn.Module, example: Example) -> None:
+    def check(self, live: nn.Module, example: Example, traces: Traces | None = None) -> None:
         """UserError for settings that this network has nothing for, such as the name of a layer that it does not have.
 
-        live: the network that is trained; what is found out about it is kept for the training.
+        live: the network that is trained; what is found out about it is kept for the training. traces: of this very
+        network, which several callbacks share; None: its own.
         """
         if self._traced() is not live:  # another network may have another graph behind the same shapes
-            self.traces, self._traced = Traces(), weakref.ref(live)
+            self.traces, self._traced = traces or Traces(), weakref.ref(live)
         with isolate_rng(), torch.inference_mode(False), torch.no_grad():
             trace(self.chains, bare_copy(live, share=True).eval(), example, self.traces)
 

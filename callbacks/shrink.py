@@ -41,7 +41,7 @@ from pipeline.compression.plan import Step, history, numbers, steps_of, told, we
 from pipeline.compression.report import GroupReport, LayerReport, Report, step_of
 from pipeline.entries import chains
 from pipeline.example import Example
-from pipeline.stages import State, compressed
+from pipeline.stages import State, Traces, compressed
 from pipeline.stages.tune import masks, show_
 from pipeline.tables import UserError
 from pipeline.tasks import Task
@@ -140,9 +140,9 @@ class Shrink(NetworkCallback):
         self._hold(self._net(pl_module))
         self.settle(trainer, pl_module, "val")
 
-    def check(self, live: nn.Module, example: Example) -> None:
+    def check(self, live: nn.Module, example: Example, traces: Traces | None = None) -> None:
         """UserError, as for every compression, and for ratios of layers that the network does not have."""
-        super().check(live, example)
+        super().check(live, example, traces)
         (recipe,) = self.chains.recipes.values()
         check_own(self.pacing.own, recipe.sizes.allocate)
         if recipe.kind == "mask":

@@ -22,12 +22,12 @@ from pipeline.data.corruptions import corruptions as corruptions_of
 from pipeline.example import Example
 from pipeline.results import DENSE
 from pipeline.sharpness import Sharpness, asked_for
-from pipeline.stages import TAILS, Chain, Compress, Stage, Traces, fitting, needed, parse_tail
+from pipeline.stages import TAILS, Chain, Compress, Stage, Supplies, Traces, fitting, needed, parse_tail
 from pipeline.stages.compress import needs
-from pipeline.stages.distil import DENSE as TEACHER
 from pipeline.stages.distil import Distil
-from pipeline.stages.features import hinted
+from pipeline.stages.qat import Qat
 from pipeline.tables import UserError, call
+from pipeline.tasks import Classification
 
 
 class Entry(NamedTuple):
@@ -108,7 +108,7 @@ def chains(
         raise UserError(f"method label {DENSE!r} is taken by the uncompressed network; choose another")
     check_ratios(ratios, round_to)
     for stage in stages:
-        check_teacher(parse_tail(stage))
+        parse_tail(stage)
     for name, values in {"methods": list(methods), "ratios": [*map(float, ratios)], "stages": list(stages)}.items():
         if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
             raise UserError(f"{name} has {twice[0]} twice; leave one out")
@@ -118,16 +118,6 @@ def chains(
     ordered = (*named, *(stage for stage in dict.fromkeys(stages) if stage not in TAILS))
     beside = call("compression", measured_beside, **more)
     return Chains(found, tuple(sorted(map(float, ratios))), ordered, seed, predict, **beside)
-
-
-def check_teacher(tail: Chain) -> None:
-    """UserError for a stage that learns from another network than the dense one, the only teacher at hand here."""
-    for stage in tail:
-        if (name := getattr(stage, "teacher", TEACHER)) != TEACHER:
-            raise UserError(
-                f"{stage} in stages= learns from {name!r}, but a grid of methods has the uncompressed network alone as "
-                "a teacher; leave teacher= out, or put the stage into chain="
-            )
 
 
 def measured_beside(
@@ -150,15 +140,11 @@ def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> N
 
 
 def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) -> None:
-    """UserError where the network has nothing for a compression, or not the layers that a distillation names.
-
-    A teacher other than the network itself is not loaded for this.
-    """
+    """UserError where a stage names layers that the network does not have, or a teacher, of which there is none."""
     if isinstance(stage, Compress):
         check_recipe(stage.recipe, net, example, traces)
-    if isinstance(stage, Distil) and stage.teacher == TEACHER:
-        with hinted(stage.hints(net, net, example, traces)):
-            pass
+    if isinstance(stage, Distil | Qat):
+        stage.check(Supplies(net, example, Classification(), traces=traces))  # whatever the task, it has no part in it
 
 
 def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:

@@ -31,6 +31,10 @@ def refuse(error: UserError) -> NoReturn:
     sys.exit(REFUSED)
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def checked(arguments: Sequence[str], config: str) -> list[str]:
     """The arguments of a script as Hydra takes them, paths in quotes. config: name of its primary config.
 

@@ -70,11 +70,10 @@ def shrink_pacing(config: Config) -> Pacing | None:
     return call("shrink", Pacing, **without(options, "method", "rewind", "rewind_to"))
 
 
-def training_length(config: Config, data: LightningDataModule) -> int:
+def training_length(config: Config, data: LightningDataModule, pacing: Pacing) -> int:
     """The epochs, or the batches, of the training, in the unit of the steps of `shrink`."""
-    trainer, pacing = config["trainer"], shrink_pacing(config)
-    epochs = trainer["max_epochs"]
-    if pacing is None or pacing.unit == "epochs":
+    trainer, epochs = config["trainer"], config["trainer"]["max_epochs"]
+    if pacing.unit == "epochs":
         return epochs
     batches, limit = len(data.train_dataloader()), trainer.get("limit_train_batches")
     if isinstance(limit, float):
@@ -83,13 +82,12 @@ def training_length(config: Config, data: LightningDataModule) -> int:
 
 
 def build_shrink(config: Config, folder: Path, data: LightningDataModule) -> list[Shrink]:
-    if config["shrink"]["method"] is None:
+    pacing = shrink_pacing(config)
+    if pacing is None:
         return []
     options = {key: config["compression"][key] for key in ("round_to", "parts", "repair_size")}
     options |= without(config["shrink"], "rewind", "rewind_to")
-    pacing = shrink_pacing(config)
-    assert pacing is not None
-    pacing.check(training_length(config, data))
+    pacing.check(training_length(config, data, pacing))
     if rewound(config) == "weights":
         options["rewind_to"] = config["shrink"]["rewind_to"]
     if pacing.unit == "batches" and config["trainer"]["accumulate_grad_batches"] > 1:

@@ -46,12 +46,16 @@ def tokenizer_of(model: Config) -> Config:
     if "architecture" not in model:
         return {"tokenizer": "bpe"}
     source = Path(model["architecture"]).expanduser()
-    if source.is_dir() and not any((source / name).is_file() for name in TOKENIZERS):
+    if source.is_dir() and not has_tokenizer(source):
         raise UserError(
             f"{source} has no tokenizer ({TOKENIZERS[0]}); give the one that it was trained with as data.tokenizer, "
             "and with it data.vocabulary=null"
         )
     return {"tokenizer": str(source), "vocabulary": None}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def load_data(usual: list[list[float]] | None, **options: Any) -> LightningDataModule:

@@ -31,9 +31,10 @@ def build_task(config: Config, data: LightningDataModule) -> Training:
     optim = config["optim"]
     loss = {key: optim[key] for key in ("l1", "l2", "sam", "decay")}
     loss |= {key: config[key] for key in ("label_smoothing", "compile")}
-    pacing = shrink_pacing(config)
-    steps = list(pacing.ratios) if pacing and rewound(config) else []
-    restarts = [place / training_length(config, data) for place in steps]
+    restarts: list[float] = []
+    if (pacing := shrink_pacing(config)) and rewound(config):
+        length = training_length(config, data, pacing)
+        restarts = [place / length for place in pacing.ratios]
     task = call(
         "optim",
         Training,

@@ -66,7 +66,7 @@ from scripts.chain import show as show_chains
 from scripts.config import Config, under, without
 from scripts.naming import SWITCHES, WHERE, row_context
 from scripts.stop import run_stoppable
-from scripts.sweep import check_launcher
+from scripts.sweep import SILENCE, check_launcher
 from scripts.train import quiet
 
 # Settings that say how a run trained.
@@ -229,7 +229,7 @@ class Lines:
 
 LINES = {
     "file": Lines(),
-    "mininterval": 60,
+    "mininterval": SILENCE,
     "delay": 1e-3,  # no line before the first network is named
     "bar_format": "{n_fmt} of {total_fmt} networks measured in {elapsed}, about {remaining} to go{postfix} now",
 }

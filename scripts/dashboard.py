@@ -9,7 +9,6 @@ Words without dashes are settings of scripts.train; they say what runs will meas
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from pipeline.study.dashboard import Family, families, methods_and_sides, spans_
 from pipeline.study.sweep import load
 from pipeline.tables import UserError, first_line, pick
 from pipeline.tasks import METRICS, TASKS, USUAL
-from scripts.arguments import checked, composed, refuse
+from scripts.arguments import checked, composed, refuse, warn
 
 
 def main() -> None:
@@ -63,10 +62,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         for name, address in saved(found, project, args.entity or config.wandb.entity).items():
             print(f"{name}: {address}")
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def planned(config: DictConfig) -> Family:

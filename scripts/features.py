@@ -10,7 +10,6 @@ computed again. The data set is opened for the shape of its samples, and no feat
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pipeline.cells import cells, read_record
 from pipeline.features import features
 from pipeline.study.sweep import FEATURES
 from pipeline.tables import UserError, first_line
-from scripts.arguments import refuse
+from scripts.arguments import refuse, warn
 from scripts.build_data import build_data
 from scripts.build_network import build_net
 from scripts.config import Config
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             data = data_of(config)
             found = features(build_net(config, data).eval(), data.example)
         except UserError as error:
-            print(f"warning: {folder.name} has no features: {error}", file=sys.stderr)
+            warn(f"{folder.name} has no features: {error}")
             continue
         there = pl.concat([there, pl.DataFrame({"cell": folder.name, **found})], how="diagonal_relaxed")
         write(there, path)
@@ -71,7 +70,7 @@ def trained(runs: Path, root: str | None) -> Iterator[tuple[Path, Config]]:
         config = record["config"]
         checkpoint = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else config.get("checkpoint")
         if checkpoint is None:
-            print(f"warning: {folder.name} has no features: it kept no network", file=sys.stderr)
+            warn(f"{folder.name} has no features: it kept no network")
             continue
         data = config["data"] if root is None else {**config["data"], "root": root}
         yield folder, {**config, "data": data, "checkpoint": str(checkpoint)}

@@ -7,7 +7,6 @@ python -m scripts.report --compare runs/plain runs/sam            two runs, two 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from pipeline.study.summary import dense_value, foretold, headlines, last_measur
 from pipeline.study.sweep import COLUMNS, Sweep, joined, load, short, shown, split
 from pipeline.study.terminal import points, print_comparison, print_speeds, print_table, terminal
 from pipeline.tables import UserError, first_line, pick
-from scripts.arguments import refuse
+from scripts.arguments import refuse, warn
 
 OUTPUTS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
     ".csv": pl.DataFrame.write_csv,
@@ -120,10 +119,6 @@ def print_compared(args: argparse.Namespace) -> None:
 def page_folder(runs: Path) -> Path:
     """RUNS/report; beside a file, "rows-report" for rows.parquet."""
     return runs.with_name(f"{runs.stem}-report") if runs.is_file() else runs / "report"
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def speeds_of(sweep: Sweep, runs: Path) -> pl.DataFrame:

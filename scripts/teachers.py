@@ -22,7 +22,7 @@ from pipeline.tables import UserError, call
 from pipeline.tasks import Task
 from pipeline.tasks.distilled import check_alike
 from pipeline.training import Training
-from scripts.build_data import TOKENIZERS
+from scripts.build_data import has_tokenizer
 from scripts.build_network import build_net
 from scripts.config import Config, without
 from scripts.naming import teacher_told
@@ -87,8 +87,7 @@ def tokenizer_in(path: str | None) -> str | None:
 
 def folder_with_tokenizer(*places: str | None) -> Path | None:
     """The first of these places that is a folder with a tokenizer."""
-    folders = [Path(place).expanduser() for place in places if place]
-    return next((f for f in folders if f.is_dir() and any((f / one).is_file() for one in TOKENIZERS)), None)
+    return next(filter(has_tokenizer, (Path(place).expanduser() for place in places if place)), None)
 
 
 def learning(module: Training, config: Config, data: LightningDataModule) -> Training:

@@ -25,6 +25,7 @@ from pipeline.cells import held
 from pipeline.compression.copies import bare_copy
 from pipeline.loggers import close
 from pipeline.results import ROWS, read
+from pipeline.stages import Traces
 from pipeline.study.summary import last_measurement
 from pipeline.tables import UserError, call, one_line
 from scripts.arguments import checked, refuse
@@ -91,8 +92,9 @@ def begin(config: Config, folder: Path, sweeping: bool) -> Callable[[], None]:
     check_validation(config, data)
     compression = build_compression(config, folder.name, folder, data)
     shrink = build_shrink(config, folder, data)
+    traces = Traces()
     for callback in (compression, *shrink):  # at the start of the training the folder of the cell would be there
-        callback.check(task.net, data.example)
+        callback.check(task.net, data.example, traces)
     more = [*shrink, *build_throughput(data)]
     if chains_in(config):  # tried on the network as it is built, so that nothing is trained for a chain that fails
         prepared_chains(config, folder, data, bare_copy(task.net), sweeping, {"epoch": 0, "step": 0})

@@ -1,45 +1,25 @@
 """The stage distil: a folded network learns from the one it came from, without a label; the same after a kill."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from stage_nets import TASK, Untouchable, accuracy, digits_data, digits_net
 from torch import nn
 
 from pipeline.compression import parse
 from pipeline.data.module import PictureData
-from pipeline.evaluate import metrics_of
-from pipeline.models import build_model
-from pipeline.models.checkpoint import load_into
 from pipeline.stages import State, Supplies, Training, compressed, parse_chain
 from pipeline.stages.distil import PROGRESS
 from pipeline.tables import UserError
-from pipeline.tasks import Classification
-
-GOLDEN = Path(__file__).parent / "golden" / "resnet18_digits.safetensors"
-TASK = Classification("multiclass", "logits", classes=10)
-
-
-class Untouchable:
-    """Labels that nobody may look at."""
-
-    def __getattr__(self, name: str):
-        raise AssertionError(f"a label was asked for its {name}")
 
 
 @pytest.fixture(scope="module")
 def digits() -> PictureData:
-    data = PictureData("digits")
-    data.setup()
-    return data
+    return digits_data()
 
 
 @pytest.fixture(scope="module")
 def dense() -> nn.Module:
-    net = build_model("resnet18", classes=10, channels=1, width=4)
-    load_into(net, load_file(GOLDEN), GOLDEN)
-    return net.eval()
+    return digits_net()
 
 
 def supplies(dense: nn.Module, digits: PictureData, count: int, batch: int = 64) -> Supplies:
@@ -49,10 +29,6 @@ def supplies(dense: nn.Module, digits: PictureData, count: int, batch: int = 64)
 
 def folded(given: Supplies, ratio: float = 0.6) -> State:
     return next(compressed(State(given.dense), parse("fold"), [ratio], given))
-
-
-def accuracy(net: nn.Module, digits: PictureData) -> float:
-    return metrics_of(net, TASK, [digits.test_data.__getitems__(range(360))])["acc"]
 
 
 def run(text: str, state: State, given: Supplies) -> nn.Module:

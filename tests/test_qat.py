@@ -1,46 +1,26 @@
 """The stage qat: a network that learns on its grid beats one that is put on it, and lies on it bit for bit."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from stage_nets import TASK, Untouchable, accuracy, digits_data, digits_net
 from torch import nn
 
 from pipeline.compression.checkpoint import load_compressed, save_compressed, stored_size
 from pipeline.compression.quantize.network import grids_of, on_grids, sites
 from pipeline.data.module import PictureData
-from pipeline.evaluate import metrics_of
-from pipeline.models import build_model
-from pipeline.models.checkpoint import load_into
 from pipeline.stages import Followed, State, Supplies, Training, parse_chain, spell_chain
 from pipeline.stages.distil import PROGRESS
 from pipeline.tables import UserError
-from pipeline.tasks import Classification
-
-GOLDEN = Path(__file__).parent / "golden" / "resnet18_digits.safetensors"
-TASK = Classification("multiclass", "logits", classes=10)
-
-
-class Untouchable:
-    """Labels that nobody may look at."""
-
-    def __getattr__(self, name: str):
-        raise AssertionError(f"a label was asked for its {name}")
 
 
 @pytest.fixture(scope="module")
 def digits() -> PictureData:
-    data = PictureData("digits")
-    data.setup()
-    return data
+    return digits_data()
 
 
 @pytest.fixture(scope="module")
 def dense() -> nn.Module:
-    net = build_model("resnet18", classes=10, channels=1, width=4)
-    load_into(net, load_file(GOLDEN), GOLDEN)
-    return net.eval()
+    return digits_net()
 
 
 def followed(dense: nn.Module, digits: PictureData, count: int, labelled: bool = False) -> Followed:
@@ -53,10 +33,6 @@ def followed(dense: nn.Module, digits: PictureData, count: int, labelled: bool =
 def after(text: str, given: Followed) -> nn.Module:
     with torch.no_grad():
         return given.state(parse_chain(text)).model
-
-
-def accuracy(net: nn.Module, digits: PictureData) -> float:
-    return metrics_of(net, TASK, [digits.test_data.__getitems__(range(360))])["acc"]
 
 
 def test_an_epoch_on_the_grid_beats_rounding_without_a_label(dense, digits):

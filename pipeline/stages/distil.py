@@ -153,15 +153,20 @@ class Distil:
             return self.lesson.hints(student, teacher, example, lambda: traces.of(teacher, example, DEFAULT_PARTS))
 
     def check(self, supplies: Supplies) -> None:
-        """UserError for features that the network where the chain begins could not be held to."""
+        """UserError for a teacher that is not there, and for features that the first network could not be held to."""
+        teacher = self.teacher_of(supplies)
         if self.features:
-            teacher = self.teacher_of(supplies)
             with hinted(self.hints(supplies.dense, teacher, supplies.example, supplies.traces)):
                 pass
 
     def teacher_of(self, supplies: Supplies) -> nn.Module:
         if self.teacher == DENSE:
             return supplies.dense
+        if not supplies.teachers:
+            raise UserError(
+                f"teacher {self.teacher!r} is not there: a stage behind a method learns from {DENSE}, the network that "
+                "was compressed; leave the teacher out, or give the stages as chain=, which takes others"
+            )
         return pick("teacher", supplies.teachers, self.teacher)()
 
     def learn_(self, model: nn.Module, task: Distilled, supplies: Supplies, regressors: nn.ModuleDict) -> None:

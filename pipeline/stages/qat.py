@@ -80,6 +80,10 @@ class Qat:
         seen = self.learning.seen(supplies)
         return Seen(labelled=seen.unlabelled) if self.labels == 1 else seen
 
+    def check(self, supplies: Supplies) -> None:
+        """UserError for a teacher that is not there."""
+        self.learning.check(supplies)
+
     def run(self, state: State, supplies: Supplies) -> State:
         model, begun = state.model, state.begun()
         kept = {id(weight): left for weight, left in masks(model)}

@@ -289,6 +289,10 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, options, callbacks, 
         ({"steps": 0}, "steps 0 must be a whole number of at least 1"),
         ({"after": -1}, "after -1"),
         ({"method": "nosuch"}, "unknown method 'nosuch'"),
+        ({"every_n_batches": 3, "every_n_epochs": 2}, "say the same twice; choose one"),
+        ({"every_n_batches": 0}, "every_n_batches 0 must be a whole number of at least 1"),
+        ({"pace": "cubik"}, r"unknown pace 'cubik' \(did you mean 'cubic'\?\)"),
+        ({"rewind_to": 1}, r"rewind_to 1 must be a whole number of epochs in 0\.\.0, before the first step"),
     ],
 )
 def test_bad_options_get_one_clear_line(options, message):
@@ -470,20 +474,6 @@ def test_a_mask_of_before_stays_when_the_network_is_masked_again(tmp_path):
     run(tmp_path, module, [Shrink("layer_magnitude", 0.6, after=1)], epochs=2)
     for name, zero in zeros.items():
         assert not module.net.get_parameter(name)[zero].any(), name
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"every_n_batches": 3, "every_n_epochs": 2}, "say the same twice; choose one"),
-        ({"every_n_batches": 0}, "every_n_batches 0 must be a whole number of at least 1"),
-        ({"pace": "cubik"}, r"unknown pace 'cubik' \(did you mean 'cubic'\?\)"),
-        ({"rewind_to": 1}, r"rewind_to 1 must be a whole number of epochs in 0\.\.0, before the first step"),
-    ],
-)
-def test_steps_that_make_no_sense_get_one_line(options, message):
-    with pytest.raises(UserError, match=message):
-        Shrink(**options)
 
 
 @pytest.mark.parametrize(

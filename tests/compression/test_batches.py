@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toy_nets import NETS, Net, picture, randomise_
+from toy_nets import NETS, Net, picture, pruned, randomise_
 
-from pipeline.compression import Plan, Projection, channel_groups, compress
+from pipeline.compression import Plan, channel_groups, compress
 from pipeline.compression.calibrate import outputs
 from pipeline.compression.calibrate.batches import SAMPLES, TOKENS, VALUES, Batches, batches_of
 from pipeline.compression.calibrate.compensate import compensate_, observe
@@ -41,11 +41,6 @@ KINDS = {
 def data(kind, count=30, dtype=torch.float32):
     shape = {"vit": (3, 16, 16), "linear": (8,)}.get(kind, (3, 8, 8))
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
-
-
-def pruned(groups):
-    labels = [torch.where(torch.arange(g.size) % 2 == 0, torch.arange(g.size) // 2, -1) for g in groups]
-    return list(map(Projection, labels))
 
 
 def compensated(model, groups, pictures, rows=ROWS, **options):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_batches import UNEVEN, distance
 from torch import nn
-from toy_nets import randomise_, relative_error
+from toy_nets import kept_half, pruned, randomise_, relative_error
 
 from pipeline.compression import METHODS, Plan, Projection, channel_groups, compress
 from pipeline.compression.calibrate.batches import batches_of
@@ -57,11 +57,6 @@ def texts(count=30, length=9, seed=0):
 
 def language(dtype=torch.float64):
     return randomise_(Language()).to(dtype)
-
-
-def pruned(groups):
-    labels = [torch.where(torch.arange(g.size) % 2 == 0, torch.arange(g.size) // 2, -1) for g in groups]
-    return list(map(Projection, labels))
 
 
 def solved(model, pictures, **options):
@@ -115,10 +110,6 @@ def of_block(block, group, projection):
     """(the smaller block, its plan)"""
     plan = Plan(ChannelGroups((group,)), [projection])
     return apply(block, plan.groups, plan.projections), plan
-
-
-def kept_half(size):
-    return Projection(torch.where(torch.arange(size) % 2 == 0, torch.arange(size) // 2, -1))
 
 
 def stood_for(size):

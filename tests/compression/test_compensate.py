@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
-from toy_nets import NETS, duplicated, randomise_, relative_error
+from toy_nets import NETS, duplicated, pruned, randomise_, relative_error
 
 from pipeline.compression import METHODS, Plan, Projection, channel_groups, compress, synthesize
 from pipeline.compression.calibrate.compensate import compensate_, matrix, observe
@@ -23,16 +23,6 @@ def compensated(model, groups, projections, pictures, **options):
     smaller = apply(model, groups, projections)
     solved = compensate_(smaller, model, Plan(groups, projections), observe(model, groups, pictures), **options)
     return smaller, solved
-
-
-def pruned(groups, step=2):
-    """Projections that keep every `step`-th channel of every group."""
-    found = []
-    for group in groups:
-        labels = torch.full((group.size,), -1)
-        labels[::step] = torch.arange(len(labels[::step]))
-        found.append(Projection(labels))
-    return found
 
 
 def test_channels_that_are_sums_of_others_are_not_missed():

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toy_nets import NETS, Net, randomise_
+from toy_nets import NETS, Net, randomise_, torch_attention
 
 from pipeline.compressed import load
 from pipeline.compression import Compressed, Report, compress
@@ -205,10 +205,6 @@ def test_numbers_of_modules_follow(tmp_path):
     del other[1].scale
     with pytest.raises(UserError, match=r"sets the number 1\.scale, which this Sequential has not"):
         load_compressed(tmp_path / "net.safetensors", other)
-
-
-def torch_attention() -> nn.Module:
-    return nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
 
 
 @pytest.mark.parametrize("part", ["width", "head"])

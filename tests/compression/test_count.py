@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from toy_nets import NETS, Net, picture, randomise_
+from toy_nets import NETS, Net, picture, randomise_, torch_attention
 
 from pipeline.compression import compress, compressions
 from pipeline.compression.copies import deep_copy
@@ -24,10 +24,6 @@ def run_count(model: nn.Module, example: torch.Tensor) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(example)
     return counter.get_total_flops() // 2
-
-
-def torch_attention() -> nn.Module:
-    return nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
 
 
 def grouped() -> nn.Module:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
-from toy_nets import NETS, randomise_
+from toy_nets import NETS, randomise_, torch_attention
 
 from pipeline.compressed import load
 from pipeline.compression import Compressed, compress
@@ -34,7 +33,7 @@ CHAINS = {
     "vit": [("fold", 0.3, {"parts": ["hidden", "width"]}), ("l1", 0.5, {}), ("l2", 0.5, {"parts": ["width"]})],
     "attention": [("fold", 0.5, {"parts": ["width"]}), ("l1", 0.5, {})],
 }
-MORE = {"attention": (lambda: nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), torch.randn(2, 5, 16))}
+MORE = {"attention": (torch_attention, torch.randn(2, 5, 16))}
 
 
 def chained(name: str) -> tuple[Compressed, list[Step]]:

@@ -60,6 +60,15 @@ def uneven_projections(groups, seed: int = 0, kept: float = 0.5) -> list[Project
     return [Projection(uneven_labels(g.size, max(1, int(g.size * kept)), generator)) for g in groups]
 
 
+def kept_half(size: int) -> Projection:
+    """Every second channel is kept."""
+    return Projection(torch.where(torch.arange(size) % 2 == 0, torch.arange(size) // 2, -1))
+
+
+def pruned(groups) -> list[Projection]:
+    return [kept_half(group.size) for group in groups]
+
+
 def relative_error(expected: Tensor, found: Tensor) -> float:
     assert expected.shape == found.shape
     assert expected.isfinite().all()
@@ -103,6 +112,10 @@ class Net(nn.Module):
 
 def head(net, x):
     return net.head(x.mean((2, 3)))
+
+
+def torch_attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
 
 
 def vgg():

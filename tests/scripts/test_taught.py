@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import TINY, composed, shrunk
+from composing import TINY, composed, composed_compress, shrunk
 from lightning import LightningDataModule
 from torch import nn
 
@@ -20,6 +20,7 @@ from pipeline.training import Training
 from scripts.build_data import build_data
 from scripts.build_network import architecture_of, build_net
 from scripts.build_training import build_task
+from scripts.compress import run as compress_run
 from scripts.naming import cell_of
 from scripts.teachers import check_tokenizer, learning, teacher
 from scripts.train import run
@@ -224,6 +225,13 @@ def test_a_cell_is_named_by_the_weights_of_its_teacher_and_only_where_it_has_one
             ["distil.teacher=WISE", "distil.features=1", "shrink.method=l1"],
             r"which shrink\.method changes; leave one of them out",
         ),
+        (["compression.stages=[raw,'distil(teacher=nonsense)']"], "teacher 'nonsense' is not there: a stage behind"),
+        (["compression.stages=['tune > qat(bits=4,teacher=nonsense)']"], "teacher 'nonsense' is not there: a stage"),
+        (["compression.stages=[raw,{distil:{teacher:nonsense}}]"], "stage {'distil': .*} must be a name or a chain"),
+        (
+            ["compression.stages=['distil(teacher=t)']", "teachers={t:{checkpoint:t.pt}}"],
+            "teacher 't' is not there.*give the stages as chain=",
+        ),
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_anything_is_written(overrides, message, wise, tmp_path):
@@ -232,6 +240,14 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_written(overrides,
     with pytest.raises(UserError, match=message) as caught:
         run(composed(*QUICK, *overrides, f"paths.runs={tmp_path / 'runs'}"))
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_teacher_is_refused_before_anything_is_written_of_a_checkpoint(wise, tmp_path):
+    stages = ["stages=['distil(teacher=nonsense)']", f"paths.runs={tmp_path / 'runs'}"]
+    config = composed_compress(f"checkpoint={wise}", "model=resnet18", "model.width=6", "data=digits", *stages)
+    with pytest.raises(UserError, match="teacher 'nonsense' is not there"):
+        compress_run(config)
     assert not (tmp_path / "runs").exists()
 
 

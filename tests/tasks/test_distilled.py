@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from stage_nets import Untouchable
 from torch import nn
 
 from pipeline.tables import UserError
@@ -56,13 +57,6 @@ def test_the_decoupled_loss_has_finite_gradients_for_sure_networks():
     distilled(teacher=TEACHER.float() * 30, response="dkd").loss(sure, (None, LABELS)).backward()
     assert sure.grad.isfinite().all()
     assert sure.grad.abs().max() > 0
-
-
-class Untouchable:
-    """A label that nobody may look at."""
-
-    def __getattr__(self, name: str):
-        raise AssertionError(f"a label was asked for its {name}")
 
 
 def test_without_labels_none_is_looked_at():
