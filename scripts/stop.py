@@ -77,7 +77,8 @@ def check_processes(accelerator: str, devices: Any, gpus: int) -> None:
     devices: how many, or the numbers of the devices, also as text ("2", "0,1"); "auto" and -1 are all there are.
     gpus: how many GPUs there are.
     """
-    numbers = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    several = isinstance(devices, str) and "," in devices
+    numbers = [n.strip() for n in devices.split(",") if n.strip()] if several else devices
     wanted = len(numbers) if isinstance(numbers, list) else numbers
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
     if accelerator in ("gpu", "cuda") and not gpus:
@@ -88,6 +89,6 @@ def check_processes(accelerator: str, devices: Any, gpus: int) -> None:
     there, kind = (gpus, "GPUs") if on_gpu else (cores, "cores")
     if int(wanted) > there:
         raise UserError(f"trainer.devices {wanted} are more processes than the {there} {kind} there are; take fewer")
-    unknown = [n for n in numbers if not 0 <= int(n) < there] if on_gpu and isinstance(numbers, list) else []
-    if unknown:
+    named = numbers if on_gpu and isinstance(numbers, list) else []
+    if unknown := [n for n in named if str(n).isdigit() and int(n) >= there]:
         raise UserError(f"trainer.devices {devices}: there is no GPU {unknown[0]}; they are 0 to {there - 1}")

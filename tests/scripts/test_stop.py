@@ -80,5 +80,5 @@ def test_a_gpu_that_is_not_there_is_refused(devices):
         check_processes("gpu", devices, gpus=4)
     with pytest.raises(UserError, match=r"trainer\.accelerator gpu: torch finds no GPU here"):
         check_processes("gpu", devices, gpus=0)
-    for fine in (4, "4", "0,3", [0, 3], -1, "auto", "-1"):
+    for fine in (4, "4", "0,3", "3,", [0, 3], -1, "auto", "-1"):
         check_processes("gpu", fine, gpus=4)

@@ -62,6 +62,7 @@ class GroupWeights:
         if not torch.equal(places, torch.arange(tensor.shape[axis.axis], device=tensor.device)):
             tensor = tensor.index_select(axis.axis, places)
         # At most one copy is made: these are all weights of the network, and Gram matrices are half of a clustering.
+        # A matrix needs none, because products take its transpose as it is.
         layout = torch.contiguous_format if tensor.dim() > 2 else torch.preserve_format
         rows = tensor.movedim(axis.axis, 0).to(self.dtype, memory_format=layout)
         return rows.reshape(len(axis.index), -1)

@@ -26,10 +26,9 @@ from pipeline.example import Example, call_arguments
 UNCOUNTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # On shapes torch takes these functions apart in Python, at up to a millisecond a call. Their outputs, or the first of
 # them, have the shape of their input, or of their inputs where these are alike, and add no counted MACs.
-UNARY = ("relu", "relu_", "gelu", "silu", "silu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_")
-SOFTMAX = "_safe_softmax"  # of fused attention
+UNARY = ("relu", "relu_", "gelu", "silu", "silu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "_safe_softmax")
 BINARY = ("add", "add_", "mul", "mul_", "sub", "sub_")
-SHAPE_KEEPING = frozenset(getattr(torch.ops.aten, name) for name in (*UNARY, *BINARY, SOFTMAX))
+SHAPE_KEEPING = frozenset(getattr(torch.ops.aten, name) for name in (*UNARY, *BINARY))
 CONVOLUTIONS = nn.modules.conv._ConvNd
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
