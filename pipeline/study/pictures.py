@@ -17,6 +17,7 @@ from pipeline.study.terminal import TITLES
 CLASSES = {"cifar10": 10, "digits": 10, "fashion_mnist": 10}
 SPREAD = "middle half of the networks"
 LEVELS = (SPREAD, "dense", "chance")  # of the legend, behind the methods
+HEADROOM = 0.07  # of a panel, which a line of text above another line takes
 
 
 def plot_curves(rows: pl.DataFrame, path: str | Path, title: str) -> None:
@@ -96,7 +97,8 @@ def draw_panel(
             drawn[SPREAD] = Patch(color="grey", alpha=0.3)
     if dense is not None:
         told = metric.text(dense)
-        drawn["dense"] = level(panel, metric.scale * dense, f"dense {told}", ":")
+        full = metric.higher_is_better and not metric.log and dense > 1 - HEADROOM
+        drawn["dense"] = level(panel, metric.scale * dense, f"dense {told}", ":", below=full)
     if (by_chance := chance(rows, metric)) is not None:
         told = f"chance {100 * by_chance:g}%"
         drawn["chance"] = level(panel, metric.scale * by_chance, told, "--", left=True)
@@ -109,17 +111,17 @@ def draw_panel(
     return drawn
 
 
-def level(panel: Any, height: float, text: str, style: str, left: bool = False) -> Any:
-    """A horizontal line with its text above it, at the right or the left end."""
+def level(panel: Any, height: float, text: str, style: str, left: bool = False, below: bool = False) -> Any:
+    """A horizontal line with its text above or below it, at the right or the left end."""
     line = panel.axhline(height, color="grey", linestyle=style, linewidth=1, label=text)
     panel.annotate(
         text,
         (0.02 if left else 0.98, height),
-        xytext=(0, 3),
+        xytext=(0, -3 if below else 3),
         xycoords=panel.get_yaxis_transform(),
         textcoords="offset points",
         ha="left" if left else "right",
-        va="bottom",
+        va="top" if below else "bottom",
         fontsize=8,
         color="dimgrey",
     )

@@ -286,6 +286,13 @@ def test_chance_is_told_where_the_classes_are_known(tmp_path, monkeypatch):
     assert [text.get_text() for text in next(iter(panels.values())).texts] == ["dense 90.0%", "chance 25%"]
 
 
+def test_the_dense_line_says_its_accuracy_inside_of_the_panel(tmp_path, monkeypatch):
+    for acc, side in ((0.9, "bottom"), (0.98, "top")):
+        rows = table([row(method=DENSE, ratio=0.0, acc=acc, data="digits"), row(data="digits")])
+        _, panels = panels_of(monkeypatch, {"": rows}, tmp_path)
+        assert next(iter(panels.values())).texts[0].get_va() == side
+
+
 def test_the_classes_are_those_of_the_data_sets():
     """Every data set whose root does not say which pictures it holds has a row."""
     fixed = {name for name, source in DATASETS.items() if source.kind == "pictures" and not source.root_names_data}
