@@ -14,7 +14,7 @@ from torch import nn
 from callbacks.loaders import Batches, Data, calibration_batches, evaluation_batches
 from pipeline.batches import first_sample
 from pipeline.compression.copies import bare_copy
-from pipeline.entries import Chains, trace
+from pipeline.entries import Chains, check_sizes, trace
 from pipeline.evaluate import settle
 from pipeline.example import Example
 from pipeline.measure import Once
@@ -49,6 +49,7 @@ class NetworkCallback(Callback):
         self.eval_data, self.repair_data = eval_data, repair_data
         if not isinstance(repair_size, int) or repair_size < 1:
             raise UserError(f"repair_size {repair_size} must be a whole number of at least 1 sample")
+        check_sizes(chains, repair_size)
         self.repair_size, self.batch_size = repair_size, batch_size
         self.traces, self.once = Traces(), Once(type(self).__name__)
         self._traced: Callable[[], nn.Module | None] = lambda: None
@@ -85,7 +86,7 @@ class NetworkCallback(Callback):
         if self._traced() is not live:  # another network may have another graph behind the same shapes
             self.traces, self._traced = traces or Traces(), weakref.ref(live)
         with isolate_rng(), torch.inference_mode(False), torch.no_grad():
-            trace(self.chains, bare_copy(live, share=True).eval(), example, self.traces)
+            trace(self.chains, bare_copy(live, share=True).eval(), example, self.asked, self.traces)
 
     def settled(self, split: str) -> tuple[Task, Example, tuple[str, ...]]:
         """(task, arguments of the network as a batch of one, names of the splits), as `settle` found them."""

@@ -29,7 +29,6 @@ from pipeline.compression.checkpoint import load_compressed, save_compressed, st
 from pipeline.compression.plan import Step, history, went_through_
 from pipeline.compression.recipe import about
 from pipeline.compression.sizes.count import macs, parameters
-from pipeline.entries import check_recipe
 from pipeline.evaluate import output_on
 from pipeline.finished import FileNetwork, FinishedNetwork
 from pipeline.measure import Host, Inputs, about_task, metrics_of
@@ -37,11 +36,9 @@ from pipeline.measure import as_row as row_of
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.openvino_network import OpenvinoNetwork
 from pipeline.results import DENSE, ROWS, Row, RowStore
-from pipeline.stages import TAILS, Chain, Compress, Stage, State, Supplies, parse_tail, spell_chain
+from pipeline.stages import TAILS, Chain, Compress, Stage, State, Supplies, check_stage, parse_tail, spell_chain
 from pipeline.stages.chain import advanced
-from pipeline.stages.distil import Distil
 from pipeline.stages.stage import is_number
-from pipeline.stages.tune import check_source
 from pipeline.tables import UserError, one_line
 from pipeline.tasks.distilled import check_alike
 from pipeline.torchao_network import TorchaoNetwork
@@ -142,21 +139,14 @@ def ready(chains: Sequence[Chain], ground: Ground) -> None:
             if stage.needs and not supplies.batches:
                 text = "needs training samples, and there are none; raise compression.repair_size"
                 raise UserError(f"{spell_chain(chain)}: {stage} {text}")
-            if isinstance(stage, Compress):
-                check_recipe(stage.recipe, dense, supplies.example, supplies.traces)
-                if stage.recipe.calibration.pictures == "data":
-                    supplies.pictures(stage.recipe.calibration)
-            check_source(getattr(stage, "on", "data"), supplies.task)
     for name, teacher in supplies.teachers.items():
         answers = [supplies.task.answers(output_on(net, supplies.example)) for net in (dense, teacher())]
         try:
             check_alike(*answers)
         except UserError as error:
             raise UserError(f"teacher {name!r}: {error}") from error
-    for chain in chains:
-        for stage in chain:
-            if isinstance(stage, Distil):
-                stage.check(supplies)
+    for stage in {stage: None for chain in chains for stage in chain}:
+        check_stage(stage, supplies)
 
 
 @torch.no_grad()

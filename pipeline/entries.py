@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pipeline.compression import Recipe
-from pipeline.compression.checks import check_groups, check_ratios, check_round_to, protected
-from pipeline.compression.choose.layers import other_units
-from pipeline.compression.choose.masks import maskable
+from pipeline.compression.checks import check_ratios
 from pipeline.compression.group import DEFAULT_PARTS
 from pipeline.compression.plan import history
 from pipeline.compression.recipe import about, recipes
@@ -22,12 +20,10 @@ from pipeline.data.corruptions import corruptions as corruptions_of
 from pipeline.example import Example
 from pipeline.results import DENSE
 from pipeline.sharpness import Sharpness, asked_for
-from pipeline.stages import TAILS, Chain, Compress, Stage, Supplies, Traces, fitting, needed, parse_tail
-from pipeline.stages.compress import needs
-from pipeline.stages.distil import Distil
-from pipeline.stages.qat import Qat
+from pipeline.stages import TAILS, Chain, Compress, Supplies, Traces, check_stage, fitting, needed, parse_tail
+from pipeline.stages.compress import check_recipe, needs
 from pipeline.tables import UserError, call
-from pipeline.tasks import Classification
+from pipeline.tasks import Task
 
 
 class Entry(NamedTuple):
@@ -127,36 +123,28 @@ def measured_beside(
     return {"sharpness": asked_for(sharpness), "corruptions": corruptions_of(corruptions)}
 
 
-def trace(chains: Chains, net: nn.Module, example: Example, traces: Traces) -> None:
+def trace(chains: Chains, net: nn.Module, example: Example, task: Task, traces: Traces) -> None:
     """Find the channel groups of this network now; masks need none.
 
-    UserError where there is nothing to compress, and where the network has nothing for a stage that was spelled out.
+    UserError where there is nothing to compress, and for a stage that was spelled out and could not be done.
     """
     chains.entries(net)
     for recipe in chains.recipes.values():
         check_recipe(recipe, net, example, traces)
+    supplies = Supplies(net, example, task, seed=chains.seed, traces=traces)
     for stage in {stage: None for name in chains.stages for stage in fitting(name, net) or ()}:
-        check_stage(stage, net, example, traces)
+        check_stage(stage, supplies)
 
 
-def check_stage(stage: Stage, net: nn.Module, example: Example, traces: Traces) -> None:
-    """UserError where a stage names layers that the network does not have, or a teacher, of which there is none."""
-    if isinstance(stage, Compress):
-        check_recipe(stage.recipe, net, example, traces)
-    if isinstance(stage, Distil | Qat):
-        stage.check(Supplies(net, example, Classification(), traces=traces))  # whatever the task, it has no part in it
-
-
-def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:
-    """UserError where the network has nothing that the recipe could compress."""
-    if recipe.kind == "mask":
-        maskable(net)
-    else:
-        groups = traces.of(net, example, recipe.scope.parts)
-        check_groups(net, groups)
-        check_round_to(groups, recipe.sizes.round_to)
-        other_units(net, groups, recipe.scope.units)
-        protected(groups, recipe.sizes.protect)
+def check_sizes(chains: Chains, repair_size: int) -> None:
+    """UserError for a calibration that asks for more training samples than repair sees, which is all there are."""
+    tails = [stage for name in chains.stages for stage in parse_tail(name)]
+    recipes = [*chains.recipes.values(), *(stage.recipe for stage in tails if isinstance(stage, Compress))]
+    for size in (recipe.calibration.size for recipe in recipes if recipe.calibration.pictures == "data"):
+        if size is not None and size > repair_size:
+            raise UserError(
+                f"size={size} asks for more samples than repair_size={repair_size} draws; raise repair_size="
+            )
 
 
 def facts(chains: Chains, live: nn.Module, entries: Sequence[Entry]) -> dict[Entry, dict[str, str]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from pipeline.backward import sound_backward
 from pipeline.compression.copies import bare_copy
 from pipeline.evaluate import outputs
 from pipeline.optim.sam import Ascent
@@ -174,7 +175,8 @@ def worst_case(net: nn.Module, loss: Callable[[], Tensor], rho: float, ball: Bal
         with torch.no_grad():
             vector_to_parameters(home + size * u, net.parameters())
         value = loss()
-        grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True)
+        with sound_backward(net):
+            grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True)
         return float(value.detach().double()), size * torch.cat([grad.reshape(-1) for grad in grads]).nan_to_num(
             0, 0, 0
         )
@@ -237,7 +239,8 @@ def hessian_top(net: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> float
     )
     size = operator.shape[0]
     start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
-    top = eigsh(operator.to_scipy(), k=1, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)
+    with sound_backward(net):
+        top = eigsh(operator.to_scipy(), k=1, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)
     return float(top[0]) / len(losses)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from pipeline.backward import sound_backward
 from pipeline.compression.merge.modules import named_tensors, resized
 from pipeline.compression.plan import steps_of, went_through_
 from pipeline.example import call_arguments
@@ -156,9 +157,14 @@ class Training(LightningModule):
             loss = self.objective(batch)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         # Gradients of fp16 vanish without their scale; the step uses their direction alone.
-        self.ascent.climb_(loss if scaler is None else scaler.scale(loss), self.net.parameters())
+        with sound_backward(self.net):
+            self.ascent.climb_(loss if scaler is None else scaler.scale(loss), self.net.parameters())
         with self.second_pass(self.net):
             return self.objective(batch, log=False)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with sound_backward(self.net):
+            super().backward(loss, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A network that was smaller when the checkpoint was written (callbacks.Shrink) becomes as small again."""

@@ -35,7 +35,7 @@ from pipeline.cells import flat, read_record
 from pipeline.compression import Compressed
 from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import module_of
-from pipeline.entries import Chains, Entry, chains, trace
+from pipeline.entries import Chains, Entry, chains, check_sizes, trace
 from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program, need_onnx
 from pipeline.latency import profile
@@ -168,9 +168,10 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     timing = call("profile", timing_options, **config["profile"], kind=data.kind, sweeping=sweeping)
     what = {key: config[key] for key in ("model", "data", "seed")}
     tree, traces = chains_of(json.dumps({**what, "compression": compression_options(config, data)}))
+    check_sizes(tree, config["compression"]["repair_size"])
     repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
-    trace(tree, net, data.example, traces)
+    trace(tree, net, data.example, task_of(config, data), traces)
     task = settle(net, task_of(config, data), next(iter(data.test_dataloader())))
     keep = wanted(config["compression"]["save"], tree.entries(net), sweeping)
     if exports and not keep:

@@ -18,6 +18,7 @@ from pipeline.evaluate import output_on
 from pipeline.stages import Traces, distil, parse_chain, spell_chain
 from pipeline.stages.features import Hints, hinted, hints_of
 from pipeline.tables import UserError
+from pipeline.tasks import Classification
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from toy_nets import duplicated
@@ -123,7 +124,7 @@ def test_to_check_the_layers_of_a_stage_draws_no_random_number():
     """The check makes a regressor from one width to another, as the stage would."""
     dense = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     before = torch.get_rng_state()
-    trace(chains(["fold"], [0.5], ["distil(features=1,layers=[0:2])"]), dense, PICTURES[:1], Traces())
+    trace(chains(["fold"], [0.5], ["distil(features=1,layers=[0:2])"]), dense, PICTURES[:1], Classification(), Traces())
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -203,15 +203,21 @@ def test_masks_alone_need_no_channels_but_units_some():
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     example = PICTURES.tensors[0][:1]
     masks = chains(["magnitude"], [0.5], ["raw", "repaired"])
-    trace(masks, net, example, Traces())
+    trace(masks, net, example, Classification(), Traces())
     assert [(row.method, row.status) for row in rows_of(masks, net)] == [("dense", "ok"), ("magnitude", "ok")]
     with pytest.raises(UserError, match="VisionTransformer has no groups of filters"):
-        trace(chains(["l1+filters"], [0.5], ["raw"]), vit(), example, Traces())
+        trace(chains(["l1+filters"], [0.5], ["raw"]), vit(), example, Classification(), Traces())
 
 
 def test_a_name_that_protects_nothing_is_refused_before_anything_is_measured():
     with pytest.raises(UserError, match="protect: no group's name begins with 'layer9'"):
-        trace(chains(["fold+protect=[layer9]"], [0.5]), build_model("resnet20", 4, 3), EVERYTHING[0][:1], Traces())
+        trace(
+            chains(["fold+protect=[layer9]"], [0.5]),
+            build_model("resnet20", 4, 3),
+            EVERYTHING[0][:1],
+            Classification(),
+            Traces(),
+        )
 
 
 def test_more_calibration_samples_than_there_are_is_no_number():
@@ -276,7 +282,7 @@ def test_a_stage_that_a_network_has_nothing_for_gives_no_rows_or_is_refused():
     assert [entry.stage for entry in tree.entries(vit())] == ["raw", "raw", "norm_tuned"]
     assert rows_of(tree, vit())[-1].chain == "l1@0.5 > tune_norms"
     with pytest.raises(UserError, match="repair cannot be done on VisionTransformer: no BatchNorm keeps statistics"):
-        trace(chains(["l1"], [0.5], ["repair > tune"]), vit(), PICTURES.tensors[0][:1], Traces())
+        trace(chains(["l1"], [0.5], ["repair > tune"]), vit(), PICTURES.tensors[0][:1], Classification(), Traces())
 
 
 def test_a_stage_that_fails_costs_its_rows_alone(monkeypatch):

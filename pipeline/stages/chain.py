@@ -141,6 +141,12 @@ def fitting(name: str, model: nn.Module) -> Chain | None:
     return tuple(stage for stage, reason in against if not reason)
 
 
+def check_stage(stage: Stage, supplies: Supplies) -> None:
+    """UserError for a stage whose options do not fit the network, the task or the teachers; most stages fit any."""
+    if hasattr(stage, "check"):
+        stage.check(supplies)
+
+
 def needed(tail: str) -> frozenset[str]:
     """Those of stage.NEEDS that the stages of a tail draw on."""
     return frozenset().union(*(stage.needs for stage in parse_tail(tail)))

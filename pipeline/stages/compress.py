@@ -7,9 +7,12 @@ from typing import Any
 from torch import nn
 
 from pipeline.compression import Recipe, compressions, parse, spell
-from pipeline.compression.checks import check_ratios
+from pipeline.compression.checks import check_groups, check_ratios, check_round_to, protected
+from pipeline.compression.choose.layers import other_units
+from pipeline.compression.choose.masks import maskable
 from pipeline.compression.recipe import AUTO, Calibration, about
-from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, number_text
+from pipeline.example import Example
+from pipeline.stages.stage import CALIBRATION, Seen, State, Supplies, Terms, Traces, number_text
 from pipeline.tables import UserError
 
 
@@ -52,12 +55,30 @@ class Compress:
     def reason_against(self, model: nn.Module) -> str:
         return ""
 
+    def check(self, supplies: Supplies) -> None:
+        """UserError as for `check_recipe`, and for a calibration that asks for more samples than there are."""
+        check_recipe(self.recipe, supplies.dense, supplies.example, supplies.traces)
+        if supplies.batches and self.recipe.calibration.pictures == "data":
+            supplies.pictures(self.recipe.calibration)
+
     def seen(self, supplies: Supplies) -> Seen:
         calibration = self.recipe.calibration
         return Seen(calibration.size or min(CALIBRATION, supplies.samples) if calibration.pictures == "data" else 0)
 
     def run(self, state: State, supplies: Supplies) -> State:
         return next(compressed(state, self.recipe, [self.ratio], supplies))
+
+
+def check_recipe(recipe: Recipe, net: nn.Module, example: Example, traces: Traces) -> None:
+    """UserError where the network has nothing that the recipe could compress."""
+    if recipe.kind == "mask":
+        maskable(net)
+        return
+    groups = traces.of(net, example, recipe.scope.parts)
+    check_groups(net, groups)
+    check_round_to(groups, recipe.sizes.round_to)
+    other_units(net, groups, recipe.scope.units)
+    protected(groups, recipe.sizes.protect)
 
 
 def needs(recipe: Recipe) -> frozenset[str]:

@@ -23,7 +23,7 @@ from pipeline.example import Example
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.stages.features import Hints, hinted, hints_of
 from pipeline.stages.stage import Seen, State, Supplies, Terms, Traces, Training, spelled
-from pipeline.stages.tune import SOURCES, check_positive, check_whole, samples_on, train_epoch_, trainable
+from pipeline.stages.tune import SOURCES, check_positive, check_source, check_whole, samples_on, train_epoch_, trainable
 from pipeline.tables import UserError, pick
 from pipeline.tasks.distilled import DKD, LOSSES, Distilled
 from pipeline.tasks.task import Batch, Task
@@ -153,7 +153,8 @@ class Distil:
             return self.lesson.hints(student, teacher, example, lambda: traces.of(teacher, example, DEFAULT_PARTS))
 
     def check(self, supplies: Supplies) -> None:
-        """UserError for a teacher that is not there, and for features that the first network could not be held to."""
+        """UserError for a source or a teacher that is not there, and for features of no layer of the first network."""
+        check_source(self.on, supplies.task)
         teacher = self.teacher_of(supplies)
         if self.features:
             with hinted(self.hints(supplies.dense, teacher, supplies.example, supplies.traces)):

@@ -81,7 +81,7 @@ class Qat:
         return Seen(labelled=seen.unlabelled) if self.labels == 1 else seen
 
     def check(self, supplies: Supplies) -> None:
-        """UserError for a teacher that is not there."""
+        """UserError for a source or a teacher that is not there."""
         self.learning.check(supplies)
 
     def run(self, state: State, supplies: Supplies) -> State:

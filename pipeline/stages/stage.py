@@ -97,7 +97,11 @@ class Training:
 
 
 class Stage(Protocol):
-    """One step of a chain. A stage is a frozen record of its options; `str` of it is its spelling."""
+    """One step of a chain. A stage is a frozen record of its options; `str` of it is its spelling.
+
+    A stage whose options may not fit what there is also has `check(supplies)`, which raises UserError. It is called
+    before anything is written, where supplies may still lack training samples.
+    """
 
     terms: Terms
 

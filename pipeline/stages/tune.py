@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipeline.backward import sound_backward
 from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
 from pipeline.compression.plan import history
 from pipeline.compression.recipe import Calibration
@@ -59,6 +60,9 @@ class TuneNorms:
     def reason_against(self, model: nn.Module) -> str:
         return "" if norm_parameters(model) else "no norm has a gain or a shift"
 
+    def check(self, supplies: Supplies) -> None:
+        check_source(self.on, supplies.task)
+
     def seen(self, supplies: Supplies) -> Seen:
         return Seen(labelled=supplies.samples if self.needs else 0)
 
@@ -96,6 +100,9 @@ class Tune:
     def reason_against(self, model: nn.Module) -> str:
         return ""
 
+    def check(self, supplies: Supplies) -> None:
+        check_source(self.on, supplies.task)
+
     def seen(self, supplies: Supplies) -> Seen:
         return Seen(labelled=self.epochs * supplies.samples if self.needs else 0)
 
@@ -108,7 +115,7 @@ class Tune:
 
 
 def samples_on(source: str, supplies: Supplies) -> Sequence[Batch]:
-    """Batches to train on, from a row of SOURCES. UserError as for `check_source`."""
+    """Batches to train on, from a row of SOURCES."""
     check_source(source, supplies.task)
     if source == "data":
         return supplies.batches
@@ -159,7 +166,8 @@ def train_epoch_(
     for batch in batches:
         loss = task.loss(outputs(model, task, batch), batch)
         optimizer.zero_grad()
-        loss.backward()
+        with sound_backward(model):
+            loss.backward()
         optimizer.step()
         with torch.no_grad():
             for weight, kept in held:

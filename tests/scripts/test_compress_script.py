@@ -416,6 +416,8 @@ def test_short_names_and_file_names_on_the_command_line(tmp_path):
         (["parts=hidden"], r"parts must be a list, such as \[hidden\]"),
         (["device=cuda:99"], r"device 'cuda:99' is not there"),
         (["device=gpu"], r"device 'gpu' is not there"),
+        (["stages=['tune(on=self)']"], "on=self trains on texts, and the task is classification"),
+        (["methods=['l1+data+size=99999']"], "size=99999 asks for more samples than repair_size="),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(overrides, message, trained, tmp_path):

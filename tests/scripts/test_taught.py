@@ -71,7 +71,7 @@ def test_without_labels_the_loss_is_the_distance_from_the_teacher(wise):
     kl = nn.functional.kl_div((said / 4).log_softmax(1), (taught / 4).softmax(1), reduction="batchmean")
     found = module.task.loss(said, (pictures, labels.flip(0)))
     torch.testing.assert_close(found, 16 * kl)
-    found.backward()
+    module.backward(found)
     assert not any(p.grad is None for p in module.net.parameters())
 
 
@@ -232,6 +232,12 @@ def test_a_cell_is_named_by_the_weights_of_its_teacher_and_only_where_it_has_one
             ["compression.stages=['distil(teacher=t)']", "teachers={t:{checkpoint:t.pt}}"],
             "teacher 't' is not there.*give the stages as chain=",
         ),
+        *(
+            ([f"compression.stages=['{stage}']"], "on=self trains on texts, and the task is classification")
+            for stage in ("tune(on=self)", "tune_norms(on=self)", "distil(on=self)", "qat(bits=4,on=self)")
+        ),
+        (["compression.methods=['l1+data+size=99999']"], "size=99999 asks for more samples than repair_size="),
+        (["compression.stages=['fold+data+size=99999@0.5']"], "size=99999 asks for more samples than repair_size="),
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_anything_is_written(overrides, message, wise, tmp_path):

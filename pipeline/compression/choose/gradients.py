@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline.backward import sound_backward
 from pipeline.compression.calibrate.batches import Batches, batches_of, cut, samples
 from pipeline.compression.calibrate.outputs import Answers, float_leaves
 from pipeline.compression.copies import bare_copy
@@ -101,7 +102,8 @@ def sample_gradients(
         args, kwargs = call_arguments(single)
         with torch.enable_grad():
             loss = drawn_loss(functional_call(net, named, args, kwargs), answers, generator)
-            slopes = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            with sound_backward(net):
+                slopes = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         of_leaf = dict(zip(leaves, slopes, strict=True))
         yield {name: of_leaf[id(tensors[name])] for name in named}
 
