@@ -7,6 +7,7 @@ Narrow ResNets, and wide ones that compression made narrow, have such shortcuts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +21,14 @@ def sound_backward(net: nn.Module) -> Iterator[None]:
 
     The forward pass may be outside.
     """
-    onednn = torch.backends.mkldnn.enabled
+    onednn: Any = torch.backends.mkldnn
+    was = onednn.enabled
     if any(map(overflows, net.modules())) and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        torch.backends.mkldnn.enabled = False
+        onednn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = onednn
+        onednn.enabled = was
 
 
 def overflows(layer: nn.Module) -> bool:

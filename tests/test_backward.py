@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pipeline.backward import overflows, sound_backward
 from pipeline.compression.choose.gradients import sample_gradients
-from pipeline.sharpness import Ball, hessian_top, worst_case
+from pipeline.sharpness import Ball, worst_case
 from pipeline.stages.tune import train_epoch_
 from pipeline.tasks import Classification
 from pipeline.training import Training
@@ -78,19 +78,6 @@ def test_onednn_is_off_in_every_backward_pass_that_it_gets_wrong(where, channels
     assert Watched.seen
     assert set(Watched.seen) == {onednn}
     assert torch._C._get_mkldnn_enabled()
-
-
-def test_onednn_is_off_where_the_hessian_is_computed(monkeypatch):
-    pytest.importorskip("curvlinops")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    net, seen = nn.Sequential(nn.Conv2d(4, 2, 1, stride=2), nn.Flatten(), nn.Linear(32, 3)), []
-
-    def loss() -> Tensor:
-        seen.append(torch.backends.mkldnn.enabled)
-        return loss_of(net)
-
-    hessian_top(net, [loss])
-    assert set(seen) == {False}
 
 
 def test_onednn_stays_on_where_it_is_right(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.models import build_model
-from pipeline.sharpness import COLUMNS, L2, LINF, Sharpness, asked_for, climbed, normalised, sharpness
+from pipeline.sharpness import COLUMNS, L2, LINF, Sharpness, asked_for, climbed, hessian_top, normalised, sharpness
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 
@@ -40,6 +40,20 @@ def test_the_top_eigenvalue_is_that_of_the_hessian():
     """The Hessian of the mean over batches: two batches of one loss have the curvature of one."""
     for batches in (1, 2):
         assert measured(1.0, 1.0, 1.0, batches=batches)["hessian_top"] == pytest.approx(3, rel=1e-3)
+
+
+def test_products_with_the_hessian_of_a_narrow_network_are_computed_without_onednn(monkeypatch):
+    """On a CPU without AVX-512 (see pipeline.backward)."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    net, seen = nn.Sequential(nn.Conv2d(3, 2, 1, stride=2), nn.Flatten(), nn.Linear(32, 4)), []
+    x, y = BATCHES[0]
+
+    def loss():
+        seen.append(torch.backends.mkldnn.enabled)
+        return nn.functional.cross_entropy(net(x), y)
+
+    hessian_top(net, [loss])
+    assert set(seen) == {False}
 
 
 def test_the_eigenvalue_of_a_network_is_that_of_its_whole_hessian():
