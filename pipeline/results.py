@@ -23,6 +23,7 @@ from pipeline.vocabulary import TAILS, UNITS
 
 DENSE = "dense"
 BATCH = 250  # files parsed at a time
+AHEAD = 2  # such batches that are read before they are parsed; all at once would hold every file in memory
 ROWS = "rows.parquet"  # a cell's rows, in its folder
 SPEED = "speed.parquet"  # beside the rows: size and speed of the cell's networks
 # Rows of the cell's chains, which are no grid of methods and ratios, and times of their networks.
@@ -165,6 +166,8 @@ def read_present(
         while batch := list(islice(paths, BATCH)):
             found = {path: blob for path in batch if (blob := _blob(path, warn)) is not None}
             futures.append(parser.submit(_parsed_whole, found, list(columns), warn))
+            if len(futures) > AHEAD:
+                futures[-AHEAD].result()
     parts = [part for future in futures for part in future.result()]
     return with_facts(pl.concat([table([]).select(columns), *parts], rechunk=False))
 

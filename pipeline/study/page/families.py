@@ -8,8 +8,8 @@ from functools import cached_property
 import polars as pl
 
 from pipeline.cells import STATES
-from pipeline.metrics import Metric
-from pipeline.results import headline
+from pipeline.metrics import METRICS, Metric
+from pipeline.results import BEFORE, headline
 from pipeline.study.answer import answer, headline_place
 from pipeline.study.effects import effects
 from pipeline.study.lines import Lines, in_points, lines
@@ -105,8 +105,7 @@ def families(sweep: Sweep) -> list[Family]:
     Their rows have the columns that statistics and pages read, because each family is a copy of its rows.
     """
     parts = {}
-    read = [name for name in (*COLUMNS, *MEASURED) if name in sweep.rows.columns]
-    for metric, part in Sweep(sweep.cells, sweep.rows.select(read)).by_metric().items():
+    for metric, part in Sweep(sweep.cells, sweep.rows.select(read(sweep.rows))).by_metric().items():
         rows = apart(part.rows)
         measured = part.rows["cell"].unique().to_list()
         bare = ~part.cells["cell"].is_in(measured)
@@ -119,6 +118,14 @@ def families(sweep: Sweep) -> list[Family]:
     ordered = sorted(parts, key=lambda key: -len(parts[key].cells))
     differs = [len({key[place] for key in parts}) > 1 for place in range(3)]
     return [Family(_title(*key), _label(key, differs), parts[key]) for key in ordered]
+
+
+def read(rows: pl.DataFrame) -> list[str]:
+    """The columns that statistics and pages read; of a metric, or of MEASURED, only where a row has a value."""
+    there = [name for name in (*COLUMNS, *MEASURED) if name in rows.columns]
+    headlines = {*rows["metric"].unique(), BEFORE["metric"]}
+    beside = {*METRICS, *MEASURED} - headlines
+    return [name for name in there if name not in beside or rows[name].count()]
 
 
 def apart(rows: pl.DataFrame) -> dict[tuple[str, ...], pl.DataFrame]:
