@@ -18,6 +18,7 @@ from pipeline.loggers import wandb_logger
 from pipeline.optim import build_schedule
 from pipeline.tables import UserError, call, first_line
 from pipeline.training import Training
+from scripts.arguments import warn
 from scripts.build_callbacks import rewound, shrink_pacing, training_length
 from scripts.build_network import build_net, task_of
 from scripts.config import Config, without
@@ -82,13 +83,21 @@ def build_trainer(
         CSVLogger(folder, name="metrics"),  # a folder version_<n> for every start, resumed ones too
         call("wandb", wandb_logger, folder, cell, config, label, **config["wandb"]),
     ]
-    return lightning_trainer(
+    trainer = lightning_trainer(
         **options,
         default_root_dir=folder,
         logger=[logger for logger in loggers if logger is not None],
         callbacks=callbacks,
         plugins=[WholeCheckpointIO()],
     )
+    if trainer.is_global_zero and trainer.strategy.root_device.type == "cpu" and slow_bfloat16(trainer.precision):
+        warn(f"this CPU has no bfloat16: {trainer.precision} takes about ten times as long as trainer.precision=32")
+    return trainer
+
+
+def slow_bfloat16(precision: str) -> bool:
+    """Whether the precision is one of bfloat16, which this CPU does step by step in float32."""
+    return precision.startswith("bf16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lightning_trainer(**options: Any) -> Trainer:
