@@ -9,7 +9,7 @@ Rows go to benchmarks/results/language_<network>.json as they are made; what is 
 measured on every text that is given before the next one is made, and a row that lacks one of them is made anew. Every
 number is a perplexity on texts that chose nothing: the first 400 documents of C4 calibrate, the next 200 chose the
 defaults, and those from 600 on are reported, as are all of WikiText-2's. Only feed-forward channels go. Evaluation runs
-in bfloat16, which changes the dense perplexity by less than a thousandth.
+in bfloat16 where the CPU has it, which changes the dense perplexity by less than a thousandth.
 
 `--draws 3` calibrates three times, each on other windows, of data as of what the network wrote. Plans that look at no
 texts are measured once.
@@ -77,7 +77,7 @@ def windows(documents: Sequence[str], encode: Callable[[str], list[int]], end: S
 
 @torch.no_grad()
 def perplexity(net: nn.Module, texts: Tensor) -> float:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return TASK.values(evaluate(net.eval(), TASK, texts.split(8)))["perplexity"]
 
 
