@@ -5,13 +5,14 @@ case it does not know returns NotImplemented, and the channels that the operatio
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from pipeline.compression.group import Norm
+from pipeline.compression.trace import layers
+from pipeline.compression.trace.nodes import argument, meet, no_channels, op_name, shape_of, spread, varies
 
 if TYPE_CHECKING:
     from pipeline.compression.trace.tracer import Tracer
@@ -52,41 +53,6 @@ REDUCE = {
     **dict.fromkeys("mean nanmean sum nansum prod amax amin max min median std var std_mean var_mean".split(), 1),
     **{"logsumexp": 1, "linalg_vector_norm": 2, "norm": 2},
 }
-CONV = frozenset(["conv1d", "conv2d", "conv3d"])
-CONV_TRANSPOSE = frozenset(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
-
-
-def varies(ids: Tensor, dim: int) -> bool:
-    return ids.shape[dim] > 1 and ids.stride(dim) != 0 and bool((ids != ids.narrow(dim, 0, 1)).any())
-
-
-def op_name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return str(node.target)
-    namespace, _, name = schema.name.partition("::")
-    if namespace != "aten":
-        return schema.name  # mylib::relu is not torch's relu
-    # relu_ counts as relu: the ids of a value do not depend on where it is stored
-    return name if name.startswith("_") else name.rstrip("_")
-
-
-def argument(node: fx.Node, i: int, name: str, default: Any = None) -> Any:
-    return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
-
-
-def no_channels(shape: Iterable[int]) -> Tensor:
-    return torch.zeros((), dtype=torch.int64).expand(tuple(map(int, shape)))
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    return tuple(map(int, node.meta["val"].shape))
-
-
-def spread(line: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
-    view = [1] * len(shape)
-    view[dim] = -1
-    return line.view(view).expand(shape)
 
 
 def _pass(t: "Tracer", node: fx.Node) -> Any:
@@ -104,29 +70,6 @@ def _meet(t: "Tracer", node: fx.Node) -> Any:
     if op_name(node) in ("mul", "multiply") and x.shape == y.shape and not any(map(t.parameter, node.args)):
         t.gated.append(x)
     return meet(t, x, y, shape_of(node), op_name(node) == "add")
-
-
-def meet(t: "Tracer", x: Tensor, y: Tensor, shape: tuple[int, ...], is_sum: bool = False) -> Any:
-    """The channels of two operands that meet element by element, both broadcast to `shape`."""
-    x, y = (v.view((1,) * (len(shape) - v.dim()) + tuple(v.shape)) for v in (x, y))
-
-    def stretched_over(x: Tensor, y: Tensor) -> bool:
-        """Is one element of x used for several channels of y?"""
-        return any(x.shape[d] == 1 < y.shape[d] and varies(y, d) for d in range(len(shape)))
-
-    x_stretched, y_stretched = stretched_over(x, y), stretched_over(y, x)
-    if x_stretched and y_stretched:
-        return NotImplemented  # an outer product of two channel axes
-    if x_stretched or y_stretched:
-        one, many = (x, y) if x_stretched else (y, x)
-        t.freeze(one, "one channel acts on several others")
-        if any(one.shape[d] > 1 and varies(many, d) for d in range(len(shape))):
-            t.freeze(many, "meets what differs between these channels and does not go with them")
-        return many.expand(shape)
-    t.unite(x, y)
-    if is_sum:
-        t.added.append(x)
-    return x.expand(shape) if x.any() else y.expand(shape)
 
 
 def _meet_all(t: "Tracer", node: fx.Node) -> Any:
@@ -237,230 +180,6 @@ def _reduce(t: "Tracer", node: fx.Node) -> Any:
     return found if isinstance(value, (list, tuple)) else found[0]
 
 
-def _weighted(t: "Tracer", node: fx.Node, dim: int, read_axis: int, write_axis: int) -> Any:
-    """A layer whose weight reads the channels along `dim` of its input and writes those of its output."""
-    weight = t.parameter(argument(node, 1, "weight"))
-    if weight is None:
-        return NotImplemented
-    t.unite(t.along(t.value(argument(node, 0, "input")), dim), t.axis_ids(weight, read_axis, "read"))
-    written = t.axis_ids(weight, write_axis, "write")
-    _bias(t, node, written)
-    return spread(written, shape_of(node), dim)
-
-
-def _bias(t: "Tracer", node: fx.Node, written: Tensor) -> None:
-    """Unite the bias of a layer with its channels. It may be a concatenation, with zeros that write nothing."""
-    bias = argument(node, 2, "bias")
-    if bias is not None:
-        name = t.parameter(bias)
-        ids = t.value(bias) if name is None else t.axis_ids(name, 0, "write")
-        t.biases |= t.owners(ids) if name is None else {name}
-        t.unite(torch.where(ids > 0, written, 0), ids)
-
-
-def _names(t: "Tracer", node: fx.Node) -> tuple[str | None, str | None]:
-    """The names of a layer's weight and bias: None where it is computed, "" where there is no bias."""
-    bias = argument(node, 2, "bias")
-    return t.parameter(argument(node, 1, "weight")), "" if bias is None else t.parameter(bias)
-
-
-def _linear(t: "Tracer", node: fx.Node) -> Any:
-    return _weighted(t, node, dim=-1, read_axis=1, write_axis=0)
-
-
-def _addmm(t: "Tracer", node: fx.Node) -> Any:
-    """bias + x @ weight, the transposed linear layer of GPT-2."""
-    bias, weight = t.parameter(argument(node, 0, "self")), t.parameter(argument(node, 2, "mat2"))
-    if bias is None or weight is None or t.tensors[bias].dim() != 1:
-        return NotImplemented
-    t.unite(t.along(t.value(argument(node, 1, "mat1")), -1), t.axis_ids(weight, 0, "read"))
-    written = t.axis_ids(weight, 1, "write")
-    t.unite(written, t.axis_ids(bias, 0, "write"))
-    t.biases.add(bias)
-    return spread(written, shape_of(node), -1)
-
-
-def _matmul(t: "Tracer", node: fx.Node) -> Any:
-    x, weight = t.value(node.args[0]), t.parameter(node.args[1])
-    if weight is not None:
-        if t.tensors[weight].dim() != 2:
-            return NotImplemented
-        t.unite(t.along(x, -1), t.axis_ids(weight, 0, "read"))
-        return spread(t.axis_ids(weight, 1, "write"), shape_of(node), -1)
-    y = t.value(node.args[1])
-    if x.dim() < 3 or y.dim() < 3:
-        return NotImplemented
-    if varies(x, -1) and varies(y, -2):
-        return _scores(t, x, y.transpose(-1, -2), shape_of(node), temperature=0.0)
-    return _mix(t, x, y, shape_of(node))
-
-
-def _attention(t: "Tracer", node: fx.Node) -> Any:
-    q, k, v = (t.value(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
-    mask = argument(node, 3, "attn_mask")
-    if argument(node, 7, "enable_gqa", False):
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    # Without a scale the operation divides by the square root of the width that it finds.
-    temperature = 0.5 if argument(node, 6, "scale") is None else 0.0
-    scores: Any = _scores(t, q, k, (*q.shape[:-1], k.shape[-2]), temperature)
-    if scores is not NotImplemented and mask is not None:
-        scores = meet(t, scores, t.value(mask), tuple(scores.shape))
-    return scores if scores is NotImplemented else _mix(t, scores, v, shape_of(node))
-
-
-def _scores(t: "Tracer", q: Tensor, k: Tensor, shape: tuple[int, ...], temperature: float) -> Any:
-    """Products of queries (..., N, D) and keys (..., M, D), summed over D: (..., N, M).
-
-    A score is a sum over D of products of queries and keys, so keys write the channels along D and queries read them.
-    Different heads share no channel.
-    """
-    if varies(q, -2) or varies(k, -2):
-        return NotImplemented
-    q, k = torch.broadcast_tensors(q[..., 0, :], k[..., 0, :])
-    if not varies(q, -1) and not varies(k, -1):  # whole heads
-        t.unite(q[..., 0], k[..., 0])
-        return q[..., :1, None].expand(shape)
-    t.products.append((q, k, temperature))
-    t.heads(q)
-    t.heads(k)
-    return no_channels(shape)
-
-
-def _mix(t: "Tracer", weights: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
-    """Sums of values (..., M, D) by weights (..., N, M), which hold no channels, or whole heads as the values do."""
-    if any(varies(weights, d) for d in (-1, -2)) or varies(v, -2):
-        return NotImplemented
-    if varies(v, -1):
-        t.freeze(weights, "one channel acts on several others")
-        line = v[..., :1, :].expand(*shape[:-2], 1, -1)
-        t.heads(line[..., 0, :])
-        return line.expand(shape)
-    t.unite(weights[..., :1, :1], v[..., :1, :1])
-    return weights[..., :1, :1].expand(shape)
-
-
-def _conv(t: "Tracer", node: fx.Node) -> Any:
-    if len(shape_of(node)) != int(op_name(node)[-2]) + 2:
-        return NotImplemented  # without a batch dimension
-    if argument(node, 6, "groups", 1) == 1:
-        return _weighted(t, node, dim=1, read_axis=1, write_axis=0)
-    weight = t.parameter(argument(node, 1, "weight"))
-    if weight is None:
-        return NotImplemented
-    written = t.axis_ids(weight, 0, "write")
-    _bias(t, node, written)
-    taken = t.along(t.value(argument(node, 0, "input")), 1)
-    rows_in, rows_out = taken.view(argument(node, 6, "groups"), -1), written.view(argument(node, 6, "groups"), -1)
-    if varies(rows_in, 1):  # the channels of one group are not those of another: only a whole group can go
-        for rows in (rows_in, rows_out):
-            t.blocks.append((rows, "hidden"))
-            t.freeze(rows, "the channels of a grouped convolution go with their whole group")
-    else:
-        t.unite(rows_out, rows_in[:, :1])
-    return spread(written, shape_of(node), 1)
-
-
-def _conv_transpose(t: "Tracer", node: fx.Node) -> Any:
-    groups = argument(node, 6, "groups", 1)
-    if len(shape_of(node)) != int(op_name(node)[-2]) + 2:
-        return NotImplemented  # without a batch dimension
-    if groups == 1:
-        return _weighted(t, node, dim=1, read_axis=0, write_axis=1)
-    weight = t.parameter(argument(node, 1, "weight"))
-    if weight is None:
-        return NotImplemented
-    # A row of the weight belongs to one input channel, and to all output channels of its group.
-    rows = t.axis_ids(weight, 0, "write").view(groups, -1)
-    taken = t.along(t.value(argument(node, 0, "input")), 1).view(groups, -1)
-    t.unite(taken, rows)
-    if varies(rows, 1):
-        t.blocks.append((rows, "hidden"))
-        t.freeze(rows, "the channels of a grouped convolution go with their whole group")
-    written = rows[:, :1].expand(groups, shape_of(node)[1] // groups).reshape(-1)
-    _bias(t, node, written)
-    return spread(written, shape_of(node), 1)
-
-
-def _states(t: "Tracer", node: fx.Node, x: Tensor, *attributes: str) -> None:
-    """The module of this node, which has no tensors, states the number of these channels in its attributes."""
-    stack = node.meta.get("nn_module_stack")
-    path = list(stack.values())[-1][0] if stack else ""
-    t.sized += [(x, f"{path}.{name}") for name in attributes if path and hasattr(t.model.get_submodule(path), name)]
-
-
-def _group_norm(t: "Tracer", node: fx.Node) -> Any:
-    """Statistics over a group of channels, which can only go as a whole."""
-    if argument(node, 2, "weight") is None:
-        _states(t, node, t.along(t.value(argument(node, 0, "input")), 1), "num_groups", "num_channels")
-    x = t.along(t.value(argument(node, 0, "input")), 1)
-    rows = x.view(argument(node, 1, "num_groups"), -1)
-    for i, name in ((2, "weight"), (3, "bias")):
-        given = argument(node, i, name)
-        if given is not None:
-            tensor = t.parameter(given)
-            if tensor is None:
-                return NotImplemented
-            t.unite(x, t.axis_ids(tensor, 0, "write"))
-    if varies(rows, 1):
-        t.blocks.append((rows, "hidden"))
-        t.freeze(rows, "group_norm normalises over these channels, which go with their whole group")
-    return spread(x, shape_of(node), 1)
-
-
-def _instance_norm(t: "Tracer", node: fx.Node) -> Any:
-    """Statistics of every channel by itself, of this input or, as in a BatchNorm, of training."""
-    if not argument(node, 5, "use_input_stats"):
-        return _batch_norm(t, node)
-    x = t.along(t.value(argument(node, 0, "input")), 1)
-    given = [argument(node, i, name) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)]
-    if given[0] is None:
-        _states(t, node, x, "num_features")
-    for tensor in (t.parameter(g) for g in given if g is not None):
-        if tensor is None:
-            return NotImplemented
-        t.unite(x, t.axis_ids(tensor, 0, "write"))
-    return spread(x, shape_of(node), 1)
-
-
-def _batch_norm(t: "Tracer", node: fx.Node) -> Any:
-    given = [argument(node, i, name) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)]
-    names = [None if g is None else t.parameter(g) for g in given]
-    if any(g is not None and n is None for g, n in zip(given, names, strict=True)):
-        return NotImplemented
-    source = argument(node, 0, "input")
-    x = t.along(t.value(source), 1)
-    for name in names:
-        if name is not None:
-            t.unite(x, t.axis_ids(name, 0, "write"))
-    writer, writer_bias = None, None
-    if source.op == "call_function" and len(source.users) == 1 and op_name(source) in CONV | {"linear"}:
-        writer, writer_bias = _names(t, source)
-    weight, bias, mean, var = names
-    t.norms.append(Norm(weight, bias, mean, var, float(argument(node, 7, "eps", 1e-5)), writer, writer_bias or None))
-    return spread(x, shape_of(node), 1)
-
-
-def _layer_norm(t: "Tracer", node: fx.Node) -> Any:
-    """Statistics over channels freeze these channels, together with their gain and shift."""
-    x = t.value(argument(node, 0, "input"))
-    affine = [t.value(given) for given in node.args[2:4] if isinstance(given, fx.Node)]
-    if any(varies(x, d) for d in range(-len(argument(node, 1, "normalized_shape")), 0)):
-        t.freeze(x, f"{op_name(node)} normalises over these channels")
-        for given in affine:
-            t.unite(x, given)
-    elif any(meet(t, x, given, shape_of(node)) is NotImplemented for given in affine):
-        return NotImplemented
-    return x
-
-
-def _embedding(t: "Tracer", node: fx.Node) -> Any:
-    weight = t.parameter(argument(node, 0, "weight"))
-    if weight is None:
-        return NotImplemented
-    t.freeze(t.value(argument(node, 1, "indices")), "indexes an embedding")
-    return spread(t.axis_ids(weight, 1, "write"), shape_of(node), -1)
-
-
 def _check(t: "Tracer", node: fx.Node) -> Any:
     """A check of types, which has no value; export puts one before every conversion."""
 
@@ -472,23 +191,23 @@ RULES: tuple[tuple[frozenset[str], Rule], ...] = (
     (MOVE, _move),
     (SPATIAL, _spatial),
     (frozenset(REDUCE), _reduce),
-    (CONV, _conv),
-    (CONV_TRANSPOSE, _conv_transpose),
-    (frozenset({"linear"}), _linear),
-    (frozenset({"addmm"}), _addmm),
-    (frozenset({"matmul", "bmm"}), _matmul),
-    (frozenset({"scaled_dot_product_attention"}), _attention),
+    (layers.CONV, layers.conv),
+    (layers.CONV_TRANSPOSE, layers.conv_transpose),
+    (frozenset({"linear"}), layers.linear),
+    (frozenset({"addmm"}), layers.addmm),
+    (frozenset({"matmul", "bmm"}), layers.matmul),
+    (frozenset({"scaled_dot_product_attention"}), layers.attention),
     (frozenset({"softmax", "_softmax", "log_softmax", "_safe_softmax"}), _softmax),
     (frozenset({"where", "masked_fill", "addcmul", "addcdiv", "lerp"}), _meet_all),
     (frozenset({"glu"}), _glu),
     (frozenset({"index"}), _index),
-    (frozenset({"batch_norm"}), _batch_norm),
-    (frozenset({"instance_norm"}), _instance_norm),
-    (frozenset({"group_norm"}), _group_norm),
+    (frozenset({"batch_norm"}), layers.batch_norm),
+    (frozenset({"instance_norm"}), layers.instance_norm),
+    (frozenset({"group_norm"}), layers.group_norm),
     (frozenset({"grid_sampler"}), _grid_sampler),
     (frozenset({"prelu"}), _prelu),
-    (frozenset({"layer_norm", "rms_norm"}), _layer_norm),
-    (frozenset({"embedding"}), _embedding),
+    (frozenset({"layer_norm", "rms_norm"}), layers.layer_norm),
+    (frozenset({"embedding"}), layers.embedding),
     (frozenset({"pad", "constant_pad_nd"}), _pad),
     (frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}), _check),
 )

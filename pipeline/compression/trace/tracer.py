@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from pipeline.compression.group import Norm
 from pipeline.compression.merge.modules import named_tensors
-from pipeline.compression.trace.rules import RULES, argument, no_channels, op_name
+from pipeline.compression.trace.nodes import argument, no_channels, op_name
+from pipeline.compression.trace.rules import RULES
 
 
 def thin(*ids: Tensor) -> list[Tensor]:
