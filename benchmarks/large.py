@@ -2,6 +2,7 @@
 
     python -m benchmarks.large                             # ViT-B/32, half a minute on two quiet cores
     python -m benchmarks.large --architecture llama_130m   # the feed-forward channels of a LLaMA
+    python -m benchmarks.large --before ../before --turns 3    # by turns with the checkout of an earlier commit
 
 The process uses the library alone, because the scripts let glibc keep free memory. Weights are random, which fold
 slower than trained ones, because no two rows are alike. Memory is the resident set at its highest, the network
@@ -10,26 +11,36 @@ included, less the memory of Python and the libraries after a tiny network has b
 """
 
 import argparse
+import inspect
+import os
+import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from benchmarks.calibration import commit
 from benchmarks.common import THREADS, alone, described, machine, peak_mib, write
-from pipeline.compression import channel_groups, compress, compressions
-from pipeline.compression.sizes.count import parameters
-from pipeline.models import build_model
 
 RATIOS = [round(i / 10, 1) for i in range(1, 10)]
 PARTS = ("hidden", "residual", "width")
 LLAMA = "llama_130m"
 
 
-def measured(architecture: str) -> dict[str, Any]:
-    """Seconds of each step, and its highest resident set in multiples of the network's size."""
+def measured(architecture: str, code: str = ".") -> dict[str, Any]:
+    """Seconds of each step, and its highest resident set in multiples of the network's size.
+
+    code: the checkout whose pipeline is measured.
+    """
+    sys.path.insert(0, code)
+    from pipeline.compression import channel_groups, compress, compressions
+
+    # Earlier commits made no certificates.
+    plain = {"certify": False} if "certify" in inspect.signature(compressions).parameters else {}
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     compress(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(1, 8))
@@ -43,7 +54,7 @@ def measured(architecture: str) -> dict[str, Any]:
     groups = channel_groups(net, example, parts)
     traced, busy_traced, memory = time.perf_counter(), time.process_time(), peak_mib()
     sizes = {}
-    for compressed in compressions(net, example, "fold", RATIOS, groups=groups, certify=False):
+    for compressed in compressions(net, example, "fold", RATIOS, groups=groups, **plain):
         sizes[compressed.report.ratio] = parameters(compressed.model)
         del compressed  # frees the memory for the next one
     return {
@@ -62,8 +73,14 @@ def measured(architecture: str) -> dict[str, Any]:
     }
 
 
+def parameters(net: nn.Module) -> int:
+    return sum(weight.numel() for weight in net.parameters())
+
+
 def llama_130m() -> nn.Module:
     """The study's larger language model."""
+    from pipeline.models import build_model
+
     sizes = {"hidden": 768, "ffn": 2048, "layers": 12, "heads": 12}
     return build_model("llama", vocabulary=32000, context=256, **sizes).eval()
 
@@ -71,9 +88,13 @@ def llama_130m() -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="vit_base_patch32_224", help=f"of timm, or {LLAMA}")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, to compare with by turns")
+    parser.add_argument("--turns", type=int, default=3, help="with --before")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/large")
     options = parser.parse_args()
     where = machine("timm")
+    if options.before:
+        return beside(options, where)
     r = alone("large:measured", options.architecture)
     text = "\n".join(
         [
@@ -96,6 +117,38 @@ def main() -> None:
     )
     usual = "large" if options.architecture != LLAMA else f"large_{LLAMA}"
     write(options.out or Path("benchmarks/results", usual), {**r, "machine": where}, text)
+
+
+def beside(options: argparse.Namespace, where: dict[str, Any]) -> None:
+    """Measure two checkouts by turns, and write a line a turn and their ratios."""
+    codes = [options.before, Path()]
+    names = list(map(commit, codes))
+    found: list[list[dict[str, Any]]] = [
+        [alone("large:measured", options.architecture, os.fspath(code.resolve())) for code in codes]
+        for _ in range(options.turns)
+    ]
+    lines = [
+        f"# Folding {options.architecture} at ratios {RATIOS[0]} to {RATIOS[-1]}: {names[1]} beside {names[0]}",
+        "",
+        f"`python -m benchmarks.large --before <{names[0]}> --turns {options.turns}`, {described(where, 'timm')}.",
+        "",
+        "| turn | seconds | ratio | seconds of all cores | ratio | memory at the peak, in networks |",
+        "|---|---|---|---|---|---|",
+    ]
+    ratios = {unit: [total(new, unit) / total(old, unit) for old, new in found] for unit in ("s", "cpu_s")}
+    for i, (old, new) in enumerate(found):
+        cells = [str(i + 1)]
+        for unit, ratio in ratios.items():
+            cells += [f"{total(new, unit):.1f} / {total(old, unit):.1f}", f"{ratio[i]:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{new['memory_folded']:.2f} / {old['memory_folded']:.2f}"]) + " |")
+    middle = {unit: median(ratio) for unit, ratio in ratios.items()}
+    lines += ["", f"Median ratio: {middle['s']:.2f} of the seconds, {middle['cpu_s']:.2f} of those of all cores."]
+    out = options.out or Path("benchmarks/results/large_before")
+    write(out, {"turns": [dict(zip(names, turn, strict=True)) for turn in found], "machine": where}, "\n".join(lines))
+
+
+def total(found: dict[str, Any], unit: str) -> float:
+    return found[f"trace_{unit}"] + found[f"fold_{unit}"]
 
 
 if __name__ == "__main__":
