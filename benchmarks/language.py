@@ -45,6 +45,7 @@ from pipeline.compression.group import ChannelGroups
 from pipeline.compression.merge.modules import apply
 from pipeline.compression.network import Network, compensated_
 from pipeline.compression.recipe import Calibration
+from pipeline.cpu import has_bfloat16
 from pipeline.data.text.tokenizers import load_tokenizer
 from pipeline.evaluate import evaluate
 from pipeline.models import build_model
@@ -77,7 +78,7 @@ def windows(documents: Sequence[str], encode: Callable[[str], list[int]], end: S
 
 @torch.no_grad()
 def perplexity(net: nn.Module, texts: Tensor) -> float:
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
         return TASK.values(evaluate(net.eval(), TASK, texts.split(8)))["perplexity"]
 
 

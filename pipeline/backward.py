@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.cpu import has_avx512
+
 BLOCK = 8  # input channels of oneDNN's kernels for AVX2
 
 
@@ -23,7 +25,7 @@ def sound_backward(net: nn.Module) -> Iterator[None]:
     """
     onednn: Any = torch.backends.mkldnn
     was = onednn.enabled
-    if any(map(overflows, net.modules())) and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+    if any(map(overflows, net.modules())) and not has_avx512():
         onednn.enabled = False
     try:
         yield

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pipeline.compression.copies import bare_copy
+from pipeline.cpu import saturates
 from pipeline.example import Example, call_arguments
 from pipeline.export import ArrayRun, Frame, arrays_of, need, of_tensors, program_of, quiet, written
 from pipeline.finished import FileNetwork
@@ -129,6 +130,7 @@ def int8_openvino(model: nn.Module, example: Example, pictures: Iterable[Example
     with tempfile.TemporaryDirectory() as folder:
         export_openvino(model, example, Path(folder) / "floats")
         floats = unpacked(openvino, Path(folder) / "floats")
+    fix = nncf.OverflowFix.ENABLE if saturates() else None  # weights of 7 bits
     seen = [arrays_of(call_arguments(batch)) for batch in pictures]
     with quiet():
         try:
@@ -138,7 +140,7 @@ def int8_openvino(model: nn.Module, example: Example, pictures: Iterable[Example
                 target_device=nncf.TargetDevice.CPU,
                 subset_size=len(seen),
                 model_type=nncf.ModelType.TRANSFORMER if attends else None,
-                advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True, overflow_fix=fix),
             )
         except Exception as error:  # its libraries raise errors of any type
             raise UserError(f"{type(model).__name__} cannot be quantized for OpenVINO: {one_line(error)}") from error

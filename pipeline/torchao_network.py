@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pipeline.compression.calibrate.batches import Batches
 from pipeline.compression.checkpoint import stored_tensors
 from pipeline.compression.copies import bare_copy
+from pipeline.cpu import saturates
 from pipeline.example import Example, call_arguments
 from pipeline.export import program_of, quiet
 from pipeline.finished import FinishedNetwork
@@ -71,7 +72,9 @@ def by_pt2e(model: nn.Module, example: Example, pictures: Batches) -> tuple[nn.M
     check_channels(network)
     with quiet():
         try:
-            quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+            quantizer = X86InductorQuantizer().set_global(
+                get_default_x86_inductor_quantization_config(reduce_range=saturates())
+            )
             watched = prepare_pt2e(program_of(network, example).module(), quantizer)
             for batch in pictures:
                 args, kwargs = call_arguments(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch))

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from callbacks import CompressionCallback, EpochSeed
 from callbacks.progress import progress
 from callbacks.resume import WholeCheckpointIO, latest_checkpoint
+from pipeline.cpu import has_bfloat16
 from pipeline.loggers import wandb_logger
 from pipeline.optim import build_schedule
 from pipeline.tables import UserError, call, first_line
@@ -90,14 +91,10 @@ def build_trainer(
         callbacks=callbacks,
         plugins=[WholeCheckpointIO()],
     )
-    if trainer.is_global_zero and trainer.strategy.root_device.type == "cpu" and slow_bfloat16(trainer.precision):
+    on_cpu = trainer.is_global_zero and trainer.strategy.root_device.type == "cpu"
+    if on_cpu and trainer.precision.startswith("bf16") and not has_bfloat16():
         warn(f"this CPU has no bfloat16: {trainer.precision} takes about ten times as long as trainer.precision=32")
     return trainer
-
-
-def slow_bfloat16(precision: str) -> bool:
-    """Whether the precision is one of bfloat16, which this CPU does step by step in float32."""
-    return precision.startswith("bf16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lightning_trainer(**options: Any) -> Trainer:

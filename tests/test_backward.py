@@ -71,7 +71,7 @@ WHERE_GRADIENTS_ARE_TAKEN = {
 @pytest.mark.parametrize("where", WHERE_GRADIENTS_ARE_TAKEN)
 @pytest.mark.parametrize(("channels", "onednn"), [(4, False), (8, True)])
 def test_onednn_is_off_in_every_backward_pass_that_it_gets_wrong(where, channels, onednn, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("pipeline.backward.has_avx512", lambda: False)
     Watched.seen.clear()
     with torch.enable_grad():
         WHERE_GRADIENTS_ARE_TAKEN[where](Narrow(channels))
@@ -81,7 +81,7 @@ def test_onednn_is_off_in_every_backward_pass_that_it_gets_wrong(where, channels
 
 
 def test_onednn_stays_on_where_it_is_right(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("pipeline.backward.has_avx512", lambda: True)
     with sound_backward(Narrow()):
         assert torch.backends.mkldnn.enabled
 

@@ -74,13 +74,15 @@ def test_the_file_computes_nearly_what_the_network_does_for_any_batch(quantized)
 
 
 @there
-def test_weights_are_the_nearest_steps_with_a_scale_for_each_output():
-    """±127 steps to the largest of a channel; of the first layer ±63, so that sums of 16 bits never overflow."""
+@pytest.mark.parametrize(("saturates", "second"), [(False, 127), (True, 63)])
+def test_weights_are_the_nearest_steps_with_a_scale_for_each_output(saturates, second, monkeypatch):
+    """±127 steps to the largest of a channel; of the first layer, and where a CPU sums in 16 bits of all, ±63."""
+    monkeypatch.setattr("pipeline.openvino_network.saturates", lambda: saturates)
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 4, 3, bias=False)).eval()
     found = model_in(int8_openvino(layers, PICTURES[:1], PICTURES.split(16), False))
     numbers = [one.get_data() for one in found.get_ops() if one.get_type_name() == "Constant"]
-    for layer, steps in zip(layers, (63, 127), strict=True):
+    for layer, steps in zip(layers, (63, second), strict=True):
         weight = layer.weight.detach().numpy()
         (codes,) = (value for value in numbers if value.dtype == np.int8 and value.shape == weight.shape)
         (scales,) = (value for value in numbers if value.shape == (len(weight), 1, 1, 1))

@@ -53,8 +53,11 @@ def test_the_file_computes_nearly_what_the_network_does(quantized):
     torch.testing.assert_close(one, found[:1], rtol=0.05, atol=0.05)
 
 
-def test_scales_and_zeros_of_the_file_are_those_of_the_definition():
-    """Activations: scale = range / 255, zero = round(-low / scale); weights: ±127 steps to the largest of a channel."""
+@pytest.mark.parametrize(("saturates", "steps"), [(False, 127), (True, 64)])
+def test_scales_and_zeros_of_the_file_are_those_of_the_definition(saturates, steps, monkeypatch):
+    """Activations: scale = range / 255, zero = round(-low / scale); weights: ±127 steps to the largest of a channel, or
+    ±64, so that sums of 16 bits never overflow."""
+    monkeypatch.setattr("pipeline.stages.ptq.saturates", lambda: saturates)
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 8, 3, bias=False).eval()
     file = onnx.load_from_string(int8_file(layer, PICTURES[:1], list(PICTURES.split(16)), "minmax"))
@@ -71,7 +74,7 @@ def test_scales_and_zeros_of_the_file_are_those_of_the_definition():
     (codes,) = (value for value in numbers.values() if value.dtype == np.int8 and value.ndim == 4)
     (scales,) = (value for value in numbers.values() if value.dtype == np.float32 and value.shape == (8,))
     weight = layer.weight.detach().numpy()
-    assert scales == pytest.approx(abs(weight).max((1, 2, 3)) / 127, rel=1e-5)
+    assert scales == pytest.approx(abs(weight).max((1, 2, 3)) / steps, rel=1e-5)
     assert (abs(codes * scales[:, None, None, None] - weight) <= 0.5001 * scales[:, None, None, None]).all()
 
 

@@ -44,7 +44,7 @@ def test_the_top_eigenvalue_is_that_of_the_hessian():
 
 def test_products_with_the_hessian_of_a_narrow_network_are_computed_without_onednn(monkeypatch):
     """On a CPU without AVX-512 (see pipeline.backward)."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("pipeline.backward.has_avx512", lambda: False)
     net, seen = nn.Sequential(nn.Conv2d(3, 2, 1, stride=2), nn.Flatten(), nn.Linear(32, 4)), []
     x, y = BATCHES[0]
 

@@ -15,6 +15,7 @@ from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history, went_through_
 from pipeline.compression.recipe import Calibration
 from pipeline.compression.sizes.count import macs, parameters
+from pipeline.cpu import saturates
 from pipeline.example import Example, call_arguments
 from pipeline.export import ONE_FILE, arrays_of, export_onnx, need_onnx, onnx_inputs, onnx_session, quiet
 from pipeline.finished import FinishedNetwork
@@ -50,6 +51,8 @@ class Ptq:
     pt2e: a program of torchao for torch.compile, of convolutions and linear layers
     torchao: linear layers alone, also for torch.compile; activations are rounded anew for each row of each batch, or
         stay numbers (activations=float)
+
+    Weights (pt2e: activations) have 7 bits where this CPU cannot add up products of 8 (see `cpu.saturates`).
 
     calibrate: the pictures on which activations show their ranges: data (512) or synthetic (128, from the checkpoint).
     range: a row of RANGES, of onnx alone.
@@ -220,6 +223,7 @@ def _quantize(floats: Path, ready: Path, int8: Path, pictures: Batches, ranges: 
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod[method],
+        reduce_range=saturates(),  # weights of 7 bits
         **(_weighted(ready, options) if weighted else {"extra_options": options}),
     )
 

@@ -166,7 +166,7 @@ def test_methods_look_at_all_batches(method):
     found, wanted = (compress(model, x[:1], method, 0.5, groups=groups, pictures=given) for given in (loader, x))
     for one, other in zip(found.report.groups, wanted.report.groups, strict=True):
         assert torch.equal(one.labels, other.labels)
-    assert distance(found.model.state_dict(), wanted.model.state_dict()) < 1e-4
+    assert distance(found.model.state_dict(), wanted.model.state_dict()) < 5e-4
 
 
 @pytest.mark.parametrize("method", ["mix", "fold"])

@@ -301,7 +301,7 @@ def test_the_command_prints_one_line_and_no_traceback(tmp_path):
     ("precision", "there", "said"), [("bf16-mixed", False, True), ("bf16-mixed", True, False), ("32", False, False)]
 )
 def test_slow_bfloat16_is_told(precision, there, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+    monkeypatch.setattr("scripts.build_training.has_bfloat16", lambda: there)
     tiny = ["experiment=quickstart", "model.width=4", "data.test_size=50", *TINY]
     run(composed(*tiny, f"trainer.precision={precision}", f"paths.runs={tmp_path}"))
     assert ("this CPU has no bfloat16: bf16-mixed takes" in capsys.readouterr().err) is said
