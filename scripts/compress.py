@@ -37,11 +37,12 @@ from pipeline.compression.checkpoint import save_compressed
 from pipeline.data.module import module_of
 from pipeline.entries import Chains, Entry, chains, check_sizes, trace
 from pipeline.evaluate import settle
-from pipeline.export import export_onnx, export_program, need_onnx
-from pipeline.latency import profile
+from pipeline.export import export_onnx, export_program
+from pipeline.latency import BESIDE, profile
 from pipeline.measure import Host, Inputs, Once, measure
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.models.huggingface_folder import export_huggingface
+from pipeline.openvino_network import export_openvino
 from pipeline.results import DENSE, ROWS, SPEED, Row, RowStore, code_version
 from pipeline.stages import Traces
 from pipeline.tables import UserError, call, one_line, pick
@@ -77,6 +78,7 @@ REPAIR_SIZE = "compression.repair_size"  # the one setting of compression that c
 # Name: the ending of its files, and what writes one.
 EXPORTS: dict[str, tuple[str, Callable[..., float]]] = {
     "onnx": (".onnx", export_onnx),
+    "openvino": (".openvino.zip", export_openvino),
     "program": (".pt2", export_program),
     "huggingface": ("", export_huggingface),  # a folder
 }
@@ -261,8 +263,8 @@ def exporters(names: Sequence[str]) -> list[tuple[str, Callable[..., float]]]:
     if isinstance(names, str):
         raise UserError(f"export must be a list, such as [{names}], got {names!r}")
     found = [pick("export", EXPORTS, name) for name in names]
-    if "onnx" in names:
-        need_onnx()
+    for name in BESIDE.keys() & set(names):
+        BESIDE[name].need()
     return found
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import polars as pl
@@ -103,6 +104,16 @@ def test_what_is_kept_loads_in_a_fresh_process_and_elsewhere(trained, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", program, str(folder / "compressed" / "l1-r0.5-raw")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_kept_networks_are_written_for_openvino_or_its_extra_is_named(trained, tmp_path):
+    asked = (trained / "last.ckpt", tmp_path / "runs", "export=[openvino]", "methods=[l1]", "stages=[raw]")
+    if find_spec("openvino") and find_spec("nncf"):
+        assert (compress(*asked) / "compressed" / "l1-r0.5-raw.openvino.zip").exists()
+        return
+    with pytest.raises(UserError, match=r"OpenVINO needs \w+: pip install 'foldability\[openvino\]'"):
+        compress(*asked)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_sharpness_and_corruptions_are_columns_that_a_cell_asks_for(trained, tmp_path):
@@ -409,7 +420,7 @@ def test_short_names_and_file_names_on_the_command_line(tmp_path):
         (["profile.runtimes=eager"], r"profile\.runtimes must be a list, such as \[eager\]"),
         (["profile.batch_sizes=[0]"], "batch size 0 must be at least 1"),
         (["+profile.warmup=3"], "profile has no option 'warmup'"),
-        (["export=[onxn]"], "unknown export 'onxn'.*choose from: huggingface, onnx, program"),
+        (["export=[onxn]"], "unknown export 'onxn'.*choose from: huggingface, onnx, openvino, program"),
         (["export=[program]", "save=false"], r"export= writes .* that are kept, and none are kept; add save=true"),
         (["parts=[hiden]"], "unknown part 'hiden'.*choose from: head, hidden, residual, width"),
         (["parts=[width,head]"], "parts can hold 'width' or 'head', not both"),
