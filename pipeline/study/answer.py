@@ -79,7 +79,9 @@ def _on_gap(claim: Claim) -> bool:
 def _measured(found: Lines, table: pl.DataFrame) -> str:
     recipes = table["recipe"].n_unique()
     settings = f"; they differ in {', '.join(found.settings)}" if found.settings else ""
-    return f"{len(table):,} networks of {recipes:,} recipes were measured{settings}."
+    if len(table) == 1:
+        return "One network was measured."
+    return f"{len(table):,} networks of {recipes:,} recipe{'s' * (recipes != 1)} were measured{settings}."
 
 
 def _left(found: Lines, stage: str, ratio: float | None) -> str:

@@ -14,6 +14,11 @@ def values(rho, l1, lr, wd) -> dict[str, float]:
     return {"fold": 60 + 6 * bool(rho) + wobble, "base": 90 + wobble, "prune": 55 - wobble, "raw": 20 + wobble}
 
 
+def test_one_network_is_not_called_networks():
+    one = {name: levels[:1] for name, levels in LEVELS.items()}
+    assert answer(lines_of(grid(one, values), ()))[0] == "One network was measured."
+
+
 def test_an_answer_has_at_most_ten_sentences_and_says_what_was_measured_what_is_left_and_what_acts():
     sentences = answer(lines_of(grid(LEVELS, values), tuple(LEVELS)))
     assert len(sentences) <= 10
