@@ -10,6 +10,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from pipeline.chains import settings
 from pipeline.compression.checkpoint import stored_size
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import history
@@ -17,7 +18,7 @@ from pipeline.evaluate import metrics_of
 from pipeline.latency import profile
 from pipeline.onnx_network import OnnxNetwork
 from pipeline.stages import Followed, State, Supplies, parse_chain, parse_tail
-from pipeline.stages.ptq import RANGES, int8_file
+from pipeline.stages.ptq import RANGES, Ptq, int8_file
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
 
@@ -274,3 +275,11 @@ def test_a_network_without_int8_operations_is_refused():
 def test_missing_libraries_are_one_line(monkeypatch):
     monkeypatch.setattr("pipeline.export.find_spec", lambda name: None if name == "onnxruntime" else True)
     assert parse_tail("ptq")[0].reason_against(net()) == "ONNX needs onnxruntime: pip install 'foldability[onnx]'"
+
+
+def test_a_file_for_one_kind_of_cpu_is_not_taken_for_that_of_another(monkeypatch):
+    names = []
+    for kept_in_16_bits in (False, True):
+        monkeypatch.setattr("pipeline.stages.ptq.saturates", lambda kept=kept_in_16_bits: kept)
+        names.append(settings(Ptq()))
+    assert names[0] != names[1]

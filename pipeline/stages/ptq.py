@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -63,8 +63,6 @@ class Ptq:
     backend: str = "onnx"
     activations: str = "int8"
 
-    version: ClassVar[int] = 2  # 1 quantized everything in a transformer, too
-
     def __post_init__(self) -> None:
         pick("calibrate", CALIBRATIONS, self.calibrate)
         pick("range", RANGES, self.range)
@@ -77,6 +75,11 @@ class Ptq:
 
     def __str__(self) -> str:
         return spelled("ptq", self)
+
+    @property
+    def version(self) -> int:
+        """1 quantized everything in a transformer, too; 3 has 7 bits, so that no file is taken for another CPU's."""
+        return 3 if saturates() else 2
 
     @property
     def terms(self) -> Terms:
