@@ -173,8 +173,9 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
     check_sizes(tree, config["compression"]["repair_size"])
     repair_data = data.repair_data if tree.needs else None
     net = build_net(config, data, tell=not sweeping).eval().to(memory_format=torch.channels_last)
-    trace(tree, net, data.example, task_of(config, data), traces)
-    task = settle(net, task_of(config, data), next(iter(data.test_dataloader())))
+    asked = task_of(config, data)
+    trace(tree, net, data.example, asked, traces)
+    task = settle(net, asked, next(iter(data.test_dataloader())))
     keep = wanted(config["compression"]["save"], tree.entries(net), sweeping)
     if exports and not keep:
         raise UserError("export= writes the networks that are kept, and none are kept; add save=true")
@@ -263,8 +264,9 @@ def exporters(names: Sequence[str]) -> list[tuple[str, Callable[..., float]]]:
     if isinstance(names, str):
         raise UserError(f"export must be a list, such as [{names}], got {names!r}")
     found = [pick("export", EXPORTS, name) for name in names]
-    for name in BESIDE.keys() & set(names):
-        BESIDE[name].need()
+    for name in names:
+        if name in BESIDE:
+            BESIDE[name].need()
     return found
 
 

@@ -27,7 +27,7 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> Tensor:
-        Watched.seen.append(torch._C._get_mkldnn_enabled())
+        Watched.seen.append(torch.backends.mkldnn.enabled)
         return g.clone()
 
 
@@ -77,7 +77,7 @@ def test_onednn_is_off_in_every_backward_pass_that_it_gets_wrong(where, channels
         WHERE_GRADIENTS_ARE_TAKEN[where](Narrow(channels))
     assert Watched.seen
     assert set(Watched.seen) == {onednn}
-    assert torch._C._get_mkldnn_enabled()
+    assert torch.backends.mkldnn.enabled
 
 
 def test_onednn_stays_on_where_it_is_right(monkeypatch):

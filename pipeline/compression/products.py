@@ -7,6 +7,8 @@ from scipy.linalg.blas import dsyrk, ssyrk
 from torch import Tensor
 
 SYRK = {torch.float32: ssyrk, torch.float64: dsyrk}  # rank-k updates of one half of a symmetric matrix
+BLOCK = 256  # rows and columns that fit in the cache
+LOWER = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril()  # made once, because tril takes milliseconds
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
@@ -45,10 +47,6 @@ def _add_gram_(half: Tensor, rows: Tensor, share: float) -> None:
     given = rows.numpy()
     across = not given.flags.f_contiguous  # BLAS takes columns; rows are the columns of the transpose
     SYRK[half.dtype](share, given.T if across else given, 1.0, half.numpy().T, trans=across, overwrite_c=1)
-
-
-BLOCK = 256  # rows and columns that fit in the cache
-LOWER = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril()  # made once, because tril takes milliseconds
 
 
 def mirrored_(half: Tensor) -> Tensor:
