@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import pdist
 from torch import nn
 
 from pipeline.compression import Projection, channel_groups
-from pipeline.compression.choose.cluster import cuts, dendrogram, kept_energy, refine
+from pipeline.compression.choose.cluster import condensed, cuts, dendrogram, kept_energy, refine
 from pipeline.compression.choose.weights import GroupWeights
 
 
@@ -70,6 +71,13 @@ def test_refined_clusters_are_those_of_plain_sweeps(seed, zero):
         assert (found == moved_plainly(gram, shuffled, zero)).all()
         kept = np.where(found == k - 1, -1, found) if zero else found
         assert energy == pytest.approx(kept_energy(gram, kept), rel=1e-9)
+
+
+@pytest.mark.parametrize("channels", [2, 127, 128, 300])
+def test_distances_from_a_gram_matrix_are_those_between_the_rows(channels):
+    """Also where they are made in several blocks of rows."""
+    rows = np.random.default_rng(0).normal(size=(channels, 7))
+    np.testing.assert_allclose(condensed(rows @ rows.T), pdist(rows), atol=1e-7)
 
 
 def test_channels_are_written_alike_only_where_every_tensor_agrees():
