@@ -158,16 +158,17 @@ def made(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, smaller network) of a plan.
 
-    texts: (N, T) windows "data" and, where a plan looks at them, "self"; seed: of what is drawn beside them.
+    texts: (N, T) windows of each text that it looks at, see `looks_at`; seed: of what is drawn beside them.
     """
-    data, example = list(texts["data"].split(8)), texts["data"][:1]
+    example = next(iter(texts.values()))[:1]
+    given = {name: list(text.split(8)) for name, text in texts.items()}
+    data = given.get("data", [])
     if plan in OTHERS:
         net = Network(bare_copy(dense, share=True), example, groups, batches_of(data), TASK.answers, target="same")
         yield from ((ratio, OTHERS[plan](net, ratio)) for ratio in ratios)
         return
     spelling, _, tail = plan.partition(" > ")
     recipe: Recipe = parse(spelling)
-    given = {"data": data, "self": list(texts["self"].split(8)) if "self" in texts else None}
     pictures = given.get(recipe.calibration.pictures)
     shared: dict[str, Any] = {"groups": groups, "answers": TASK.answers, "seed": seed}
     made_of = compressions(dense, example, recipe, ratios, pictures=pictures, **shared)
@@ -179,6 +180,16 @@ def made(
         for stage in parse_tail(tail) if tail else ():
             state = stage.run(state, supplies)
         yield smaller.report.ratio, state.model
+
+
+def looks_at(plan: str) -> list[str]:
+    """The texts, "data" or "self", that a plan calibrates and trains on; at least one, as a network needs an example."""
+    spelling, _, tail = plan.partition(" > ")
+    stages = parse_tail(tail) if tail else ()
+    named = {"data"} if plan in OTHERS else {parse(spelling).calibration.pictures} & {"data", "self"}
+    named |= {"data"} if any(stage.needs for stage in stages) else set()
+    named |= {"self"} if "on=self" in tail else set()
+    return sorted(named) or ["data"]
 
 
 def load(name: str, path: Path, vocabulary: int, context: int) -> nn.Module:
@@ -272,7 +283,7 @@ def run(given: argparse.Namespace) -> None:
         tests["wikitext"] = windows(documents_of(given.wikitext), encode, end, size)
     tests = {name: text[: -(-given.tokens // size)] for name, text in tests.items()}
     texts = {"data": windows(calibrate, encode, end, size)}
-    if any("self" in plan for plan in given.plans):
+    if any("self" in looks_at(plan) for plan in given.plans):
         texts["self"] = own_texts(net, texts["data"][:1], given.draws * count, given.own)
     groups = channel_groups(net, texts["data"][:1], ["hidden"])
     label = given.label or given.name
@@ -292,7 +303,7 @@ def run(given: argparse.Namespace) -> None:
         if not left:
             continue
         start = time.perf_counter()
-        seen = {name: drawn(name, text, count, draw) for name, text in texts.items()}
+        seen = {name: drawn(name, texts[name], count, draw) for name in looks_at(plan)}
         for ratio, smaller in made(plan, net, groups, seen, left, draw):
             add(plan, ratio, draw, smaller, time.perf_counter() - start)
             start = time.perf_counter()
