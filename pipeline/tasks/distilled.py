@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.tables import UserError, pick
 
@@ -76,6 +77,7 @@ def decoupled(student: Tensor, teacher: Tensor, targets: Tensor, temperature: fl
 RESPONSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": response, "standardized": standardized}
 DKD = "dkd"
 LOSSES = (*RESPONSES, DKD)
+PART = 2**24  # numbers of logits whose loss is computed at once
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,14 @@ class Distilled(Task):
         if self.response != DKD:
             real = self.task.real(batch)
             rows = slice(None) if real is None else real
-            return RESPONSES[self.response](student[rows], teacher[rows], self.temperature)
+            lesson = RESPONSES[self.response]
+            return by_parts(lambda own, told: lesson(own, told, self.temperature), student[rows], teacher[rows])
         targets = self.task.targets(output, batch)
         rows = targets != IGNORED
-        found = decoupled(student[rows], teacher[rows], targets[rows], self.temperature)
+        return by_parts(self.dkd, student[rows], teacher[rows], targets[rows])
+
+    def dkd(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        found = decoupled(student, teacher, targets, self.temperature)
         return self.temperature**2 * (found.target + self.beta * found.others)
 
     def both(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -172,6 +178,18 @@ class Distilled(Task):
         student = self.task.answers(output)
         check_alike(student, teacher)
         return student, teacher
+
+
+def by_parts(lesson: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """lesson(logits, *others), which gives a number for each row, by parts that the backward pass computes again.
+
+    Over 49,152 words the loss and its gradient take twice the memory of the logits so, and five times it as a whole.
+    """
+    size = max(1, PART // logits.shape[1])
+    if len(logits) <= size:
+        return lesson(logits, *others)
+    parts = zip(*(one.split(size) for one in (logits, *others)), strict=True)
+    return torch.cat([checkpoint(lesson, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def check_alike(student: Tensor, teacher: Tensor) -> None:

@@ -52,6 +52,31 @@ def test_the_two_parts_of_the_decoupled_loss_add_up_to_the_divergence():
     assert torch.allclose(loss, 16 * (found.target + 3 * found.others).mean())
 
 
+@pytest.mark.parametrize("lesson", ["kl", "standardized", "dkd"])
+def test_a_loss_by_parts_is_that_of_the_whole_and_keeps_the_logits_alone(lesson, monkeypatch):
+    """A part is computed again for its gradient, so that nothing else is kept of all rows."""
+
+    def learned() -> tuple[torch.Tensor, torch.Tensor, int]:
+        own, kept = STUDENT.clone().requires_grad_(), {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = distilled(response=lesson).loss(own, (None, LABELS))
+        loss.backward()
+        return loss.detach(), own.grad, sum(kept.values())
+
+    loss, gradient, kept = learned()
+    monkeypatch.setattr("pipeline.tasks.distilled.PART", 20)
+    by_parts = learned()
+    assert torch.equal(by_parts[0], loss)
+    assert torch.equal(by_parts[1], gradient)
+    assert by_parts[2] <= kept
+    assert by_parts[2] < 3.5 * STUDENT.nbytes  # own, the teacher's, and a copy for rows that count
+
+
 def test_the_decoupled_loss_has_finite_gradients_for_sure_networks():
     sure = (STUDENT.clone().float() * 30).requires_grad_()
     distilled(teacher=TEACHER.float() * 30, response="dkd").loss(sure, (None, LABELS)).backward()
