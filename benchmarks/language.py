@@ -183,7 +183,7 @@ def made(
 
 
 def looks_at(plan: str) -> list[str]:
-    """The texts, "data" or "self", that a plan calibrates and trains on; at least one, as a network needs an example."""
+    """The texts, "data" or "self", that a plan calibrates and trains on; at least one, for the example of a network."""
     spelling, _, tail = plan.partition(" > ")
     stages = parse_tail(tail) if tail else ()
     named = {"data"} if plan in OTHERS else {parse(spelling).calibration.pictures} & {"data", "self"}

@@ -129,21 +129,6 @@ def vit_b32() -> nn.Module:
     return timm.create_model("vit_base_patch32_224")
 
 
-def llama() -> nn.Module:
-    """The study's LLaMA of 60M parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
 def structured(build: Callable[[], nn.Module], example: Tensor) -> Callable[[int], tuple[nn.Module, Tensor]]:
     """A builder of the network with every weight W (outputs, inputs) low-rank plus noise, of the spread that it had.
 
@@ -178,12 +163,6 @@ NETWORKS = {
         structured(vit_b32, torch.zeros(1, 3, 224, 224)),
         STRUCTURED,
         study=(0.5, 0.9),  # minutes for each group and ratio
-        kmeans=(0.9,),
-    ),
-    "llama_60m": Network(
-        structured(llama, torch.zeros(1, 16, dtype=torch.long)),
-        STRUCTURED,
-        study=(0.5, 0.9),
         kmeans=(0.9,),
     ),
 }
