@@ -187,8 +187,8 @@ def looks_at(plan: str) -> list[str]:
     spelling, _, tail = plan.partition(" > ")
     stages = parse_tail(tail) if tail else ()
     named = {"data"} if plan in OTHERS else {parse(spelling).calibration.pictures} & {"data", "self"}
-    named |= {"data"} if any(stage.needs for stage in stages) else set()
-    named |= {"self"} if "on=self" in tail else set()
+    named |= {"data" for stage in stages if stage.needs}
+    named |= {"self" for stage in stages if getattr(stage, "on", None) == "self"}
     return sorted(named) or ["data"]
 
 

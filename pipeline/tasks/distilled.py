@@ -168,6 +168,7 @@ class Distilled(Task):
         return by_parts(self.dkd, student[rows], teacher[rows], targets[rows])
 
     def dkd(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        """(rows,) T² (TCKD + beta NCKD); arXiv:2203.08679, equation 8."""
         found = decoupled(student, teacher, targets, self.temperature)
         return self.temperature**2 * (found.target + self.beta * found.others)
 
