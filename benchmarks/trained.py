@@ -31,7 +31,7 @@ from pipeline.compression.calibrate.repair import reference, repair_, statistics
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.plan import Plan
-from pipeline.compression.recipe import about, parse
+from pipeline.compression.recipe import Calibration, about, parse
 from pipeline.data.module import PictureData
 from pipeline.evaluate import metrics_of, settle
 from pipeline.models import build_model
@@ -48,7 +48,7 @@ HALF = 0.5
 # At half of the channels; FEWER at the other ratios; DRAWN again on other calibration pictures.
 RECIPES = [
     *("fold", "l1", "l2", "mix", "l1+grail", "fold+grail"),
-    *("l1+synthetic", "mix+synthetic", "l1+data", "fold+data", "mix+data"),
+    *("l1+synthetic", "mix+synthetic", "mix+synthetic+size=128", "l1+data", "fold+data", "mix+data"),
 ]
 FEWER = {0.3: ["fold", "l1", "l1+grail", "mix+synthetic", "mix+data"]}
 FEWER[0.7] = FEWER[0.3]
@@ -135,10 +135,15 @@ class Bench:
         return 100 * metrics_of(net, self.task, self.batches)["acc"]
 
     def compressed(self, spelling: str, ratio: float) -> Compressed:
-        given = {"none": None, "synthetic": None, "data": self.pictures}[parse(spelling).calibration.pictures]
-        given = self.synthetic if "+synthetic" in spelling else given
+        given = self.given(parse(spelling).calibration)
         made = partial(compress, self.net, self.data.example, spelling, ratio)
         return made(groups=self.groups, pictures=given, seed=self.draw)
+
+    def given(self, calibration: Calibration) -> Any:
+        """The pictures that a calibration looks at."""
+        if calibration.pictures == "synthetic":
+            return self.synthetic[: calibration.size]  # the first are the same, however many are made
+        return self.pictures if calibration.pictures == "data" else None
 
     def repaired(self, net: nn.Module, plan: Plan, reset: bool = False) -> nn.Module:
         """A copy whose statistics changed by as much as compression changed them; reset: they are the pictures'."""

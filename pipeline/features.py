@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.compression.budget import channels_left
 from pipeline.compression.calibrate.batches import batches_of
-from pipeline.compression.calibrate.predict import judge
+from pipeline.compression.calibrate.predict import PICTURES, judge
 from pipeline.compression.calibrate.repair import reference, repair_, statistics
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.certify import certificates
@@ -164,7 +164,7 @@ def relative_spread(values: Tensor) -> float:
 
 def fidelities(net: nn.Module, example: Tensor, groups: ChannelGroups, seed: int) -> Named:
     """Fidelity of each of JUDGED at RATIOS, raw and, where there is BatchNorm, repaired, on the same pictures."""
-    pictures = batches_of(synthesize(net, example, seed=seed))
+    pictures = batches_of(synthesize(net, example, PICTURES, seed=seed))
     judged, trained = judge(net, pictures), statistics(net, pictures)
     for method in JUDGED:
         smaller = compressions(net, example, method, RATIOS, groups=groups, seed=seed, certify=False)

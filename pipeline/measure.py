@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pipeline.compression import Compressed
-from pipeline.compression.calibrate.predict import judge
+from pipeline.compression.calibrate.predict import PICTURES, judge
 from pipeline.compression.checks import check_finite
 from pipeline.compression.copies import bare_copy
 from pipeline.compression.merge.modules import named_tensors
@@ -197,7 +197,7 @@ def judging(chains: Chains, supplies: Supplies, once: Once) -> Callable[[nn.Modu
     """A function that foretells a smaller network's fidelity (see predict.py), or gives None where it cannot."""
     if chains.predict:
         with once.instead("fidelity cannot be foretold"):
-            return judge(supplies.dense, supplies.pictures(Calibration("synthetic")), supplies.task.answers)
+            return judge(supplies.dense, supplies.pictures(Calibration("synthetic", PICTURES)), supplies.task.answers)
     return lambda smaller: None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.compression.budget import sizes_left
 from pipeline.compression.calibrate.batches import Batches, batches_of
 from pipeline.compression.calibrate.outputs import Answers
-from pipeline.compression.calibrate.predict import judge
+from pipeline.compression.calibrate.predict import PICTURES, judge
 from pipeline.compression.calibrate.synthetic import synthesize
 from pipeline.compression.calibrate.texts import unigram_texts, written_texts
 from pipeline.compression.checks import check_finite, check_groups, check_ratios
@@ -177,7 +177,9 @@ def judged_copies(
         merging = replace(recipe.merging, approximate_repair=alone != name)
         makers[name] = partial(smaller_copies, net, replace(recipe, method=alone, options=(), merging=merging))
     if judge_on is None:
-        judge_on = synthesize(net.model, net.example, seed=net.seed) if net.pictures is None else net.pictures
+        judge_on = net.pictures
+        if judge_on is None:
+            judge_on = synthesize(net.model, net.example, PICTURES, seed=net.seed)
     judged = judge(net.model, judge_on, net.answers)
     found = {
         (name, report.ratio): judged(smaller) for name, maker in makers.items() for smaller, report in maker(ratios)

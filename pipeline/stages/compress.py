@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.compression import Recipe, compressions, parse, spell
+from pipeline.compression.calibrate.predict import PICTURES
 from pipeline.compression.checks import check_groups, check_ratios, check_round_to, protected
 from pipeline.compression.choose.layers import other_units
 from pipeline.compression.choose.masks import maskable
@@ -103,7 +104,7 @@ def compressed(
     if recipe.kind != "mask":
         given |= {"groups": supplies.traces.of(state.model, supplies.example, recipe.scope.parts), "full": full}
     if recipe.method == AUTO and given["pictures"] is None:
-        given["judge_on"] = supplies.pictures(Calibration("synthetic"))
+        given["judge_on"] = supplies.pictures(Calibration("synthetic", PICTURES))
     shared: dict[str, Any] = {"counted": supplies.traces.counted, "seed": supplies.seed, "own": own}
     shared |= {"answers": supplies.task.answers, "certify": supplies.certify}
     made = compressions(state.model, supplies.example, recipe, ratios, **shared, **given)

@@ -54,7 +54,7 @@ class Ptq:
 
     Weights (pt2e: activations) have 7 bits where this CPU cannot add up products of 8 (see `cpu.saturates`).
 
-    calibrate: the pictures on which activations show their ranges: data (512) or synthetic (128, from the checkpoint).
+    calibrate: the pictures on which activations show their ranges: data or synthetic (made from the checkpoint); 512.
     range: a row of RANGES, of onnx alone.
     """
 

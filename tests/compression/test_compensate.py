@@ -9,6 +9,7 @@ from torch import nn
 from toy_nets import NETS, duplicated, pruned, randomise_, relative_error
 
 from pipeline.compression import METHODS, Plan, Projection, channel_groups, compress, synthesize
+from pipeline.compression.calibrate import synthetic
 from pipeline.compression.calibrate.compensate import compensate_, matrix, observe
 from pipeline.compression.calibrate.rows import sees_patches
 from pipeline.compression.choose.cluster import fold_labels, kept_energy, mixed_labels, surgeon_order
@@ -263,6 +264,25 @@ def test_synthetic_pictures_have_the_statistics_that_the_network_knows():
         return sum(float((seen[n] / model.state_dict()[n]).log().abs().mean()) for n in seen if n.endswith("var"))
 
     assert mismatch(pictures) < 0.7 * mismatch(noise)
+
+
+def test_synthetic_pictures_are_made_in_batches_so_that_memory_does_not_grow_with_their_number(monkeypatch):
+    monkeypatch.setattr(synthetic, "BATCH", 16)
+    sizes = set()
+
+    class Watched(nn.Conv2d):
+        def forward(self, x):
+            sizes.add(len(x))
+            return super().forward(x)
+
+    model = nn.Sequential(Watched(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model.train()(torch.rand(64, 3, 8, 8) + 1)
+    sizes.clear()
+    pictures = synthesize(model, torch.zeros(1, 3, 8, 8), 40, 3)
+    assert len(pictures) == 40
+    assert sizes == {16, 8}
+    assert torch.equal(pictures[:16], synthesize(model, torch.zeros(1, 3, 8, 8), 16, 3))  # the first stay the same
+    assert not torch.equal(pictures[:16], pictures[16:32])
 
 
 def test_networks_without_statistics_get_noise_and_tokens_an_error():

@@ -14,6 +14,8 @@ from pipeline.compression.calibrate.outputs import Answers, Outputs, every_outpu
 from pipeline.example import Example
 from pipeline.tables import UserError
 
+PICTURES = 128  # synthetic ones: enough to tell methods apart, where to solve readers takes more
+
 
 def judge(
     model: nn.Module, pictures: Example | Iterable[Example], answers: Answers | None = None

@@ -3,6 +3,9 @@
 BatchNorm keeps the mean and the variance of every channel over the training pictures. Noise of a natural spectrum is
 optimised until it has the same statistics in all layers (DeepInversion, arXiv:1912.08795, eq. 3-4, without labels;
 ZeroQ, arXiv:2001.00281). Correlations of channels on such pictures come near to those on real ones.
+
+Late layers see few pixels of each picture, so their correlations need many pictures. Pictures are made in batches whose
+statistics are matched one by one, so memory does not grow with their number.
 """
 
 from collections.abc import Sequence
@@ -17,9 +20,12 @@ from pipeline.compression.copies import bare_copy
 from pipeline.example import Example
 from pipeline.tables import UserError
 
+COUNT = 512  # pictures, as many as are taken of data
+BATCH = 128
+
 
 def synthesize(
-    model: nn.Module, example: Example, count: int = 128, steps: int = 40, lr: float = 0.1, seed: int = 0
+    model: nn.Module, example: Example, count: int = COUNT, steps: int = 40, lr: float = 0.1, seed: int = 0
 ) -> Tensor:
     """(count, C, H, W) synthetic network inputs like example (N, C, H, W), on its device; the model is untouched.
 
@@ -28,11 +34,9 @@ def synthesize(
     """
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise UserError("synthetic inputs are made for networks of pictures (N, C, H, W); pass unlabelled data instead")
-    pictures = natural_noise((count, *example.shape[1:]), seed).to(example)
+    generator = torch.Generator().manual_seed(seed)
     net = bare_copy(model).eval().requires_grad_(False)
-    norms = tracked_norms(net).values()
-    if not norms or not steps:
-        return pictures
+    norms = list(tracked_norms(net).values())
     mismatches: list[Tensor] = []
 
     def compare(norm: Any, given: tuple[Tensor, ...]) -> None:
@@ -43,21 +47,25 @@ def synthesize(
 
     for norm in norms:
         norm.register_forward_pre_hook(compare)
-    pictures = pictures.to(memory_format=torch.channels_last).requires_grad_()
-    optimizer = torch.optim.Adam([pictures], lr, betas=(0.5, 0.9))
-    with torch.enable_grad():
-        for _ in range(steps):
-            mismatches.clear()
-            net(pictures)
-            (gradient,) = torch.autograd.grad(torch.stack(mismatches).mean(), pictures)
-            pictures.grad = gradient
-            optimizer.step()
-    return pictures.detach()
+    batches = []
+    for start in range(0, count, BATCH):
+        pictures = natural_noise((min(BATCH, count - start), *example.shape[1:]), generator).to(example)
+        if norms:
+            pictures = pictures.to(memory_format=torch.channels_last).requires_grad_()
+            optimizer = torch.optim.Adam([pictures], lr, betas=(0.5, 0.9))
+            with torch.enable_grad():
+                for _ in range(steps):
+                    mismatches.clear()
+                    net(pictures)
+                    (pictures.grad,) = torch.autograd.grad(torch.stack(mismatches).mean(), pictures)
+                    optimizer.step()
+        batches.append(pictures.detach())
+    return torch.cat(batches)
 
 
-def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
+def natural_noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Gaussian noise whose amplitude falls with the frequency, 1/f as in natural pictures; mean 0, variance 1."""
-    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(*shape, generator=generator)
     frequency = torch.cartesian_prod(torch.fft.fftfreq(shape[-2]), torch.fft.fftfreq(shape[-1])).norm(dim=1)
     frequency = frequency.view(*shape[-2:]).clamp(min=1 / max(shape[-2:]))
     spectrum = torch.fft.fft2(noise) / frequency
