@@ -7,9 +7,11 @@ from torch import nn
 
 from pipeline.compression import parse
 from pipeline.data.module import PictureData
-from pipeline.stages import State, Supplies, Training, compressed, parse_chain
-from pipeline.stages.distil import PROGRESS
+from pipeline.optim import build_optimizer
+from pipeline.stages import State, Supplies, Training, compressed, distil, parse_chain
+from pipeline.stages.distil import PROGRESS, Lesson
 from pipeline.tables import UserError
+from pipeline.tasks.language import Language
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,22 @@ def test_an_epoch_without_labels_mends_a_folded_network(dense, digits):
     state = folded(given, 0.5)
     before, after = accuracy(state.model, digits), accuracy(run("distil(lr=0.01)", state, given), digits)
     assert after > before + 0.4, (before, after)
+
+
+def test_pictures_and_texts_are_taught_in_their_own_way_unless_the_stage_says_how(dense, digits, monkeypatch):
+    rates: list[float] = []
+    monkeypatch.setattr(distil, "build_optimizer", lambda p, name, lr: rates.append(lr) or build_optimizer(p, name, lr))
+    given = supplies(dense, digits, 64)
+    run("distil", folded(given), given)
+    run("distil(lr=0.02)", folded(given), given)
+    tokens = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 7))
+    texts = [torch.randint(7, (4, 16))]
+    language = Language().settled(tokens(texts[0]), texts[0])
+    run("distil", State(tokens), Supplies(tokens, texts[0][:1], language, texts))
+    assert rates == [3e-3, 0.02, 5e-4]
+    assert Lesson().task(TASK, dense, None).temperature == 4
+    assert Lesson().task(language, tokens, None).temperature == 1
+    assert Lesson(temperature=2).task(language, tokens, None).temperature == 2
 
 
 def test_the_teacher_and_the_state_of_the_process_stay_as_they_were(dense, digits):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,17 +32,38 @@ DENSE = "dense"  # the teacher: the network where the chain began
 PROGRESS = "progress.pt"
 
 
+class Usual(NamedTuple):
+    """How a network is taught where a lesson does not say. lr: of Adam; temperature: see tasks.Distilled."""
+
+    lr: float = 3e-3
+    temperature: float = 4.0
+
+
+# By the name of the task. Texts were compared on documents that are not reported (docs/log.md, 2026-11-29).
+USUAL = {"language": Usual(lr=5e-4, temperature=1.0)}
+
+
+def usual(task: Task) -> Usual:
+    return USUAL.get(task.name, Usual())
+
+
+def said(**options: float | None) -> dict[str, float]:
+    """The options that are given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a network learns from a teacher: its answers, and the features of some layers.
 
     labels: the share of the loss on hard labels, 0 <= labels < 1. loss, temperature, beta: see tasks.Distilled.
+    temperature: None: that of USUAL.
     features: weight of the error of hidden layers; 0: answers alone. layers: whose outputs are matched; none: where the
         channels are read that a compression changed; see stages.features.
     """
 
     labels: float = 0.0
-    temperature: float = 4.0
+    temperature: float | None = None
     loss: str = "kl"
     beta: float = 8.0
     features: float = 0.0
@@ -50,7 +71,7 @@ class Lesson:
 
     def __post_init__(self) -> None:
         pick("loss", dict.fromkeys(LOSSES), self.loss)
-        check_positive("distil", temperature=self.temperature, beta=self.beta)
+        check_positive("distil", beta=self.beta, **said(temperature=self.temperature))
         if isinstance(self.labels, str) or not 0 <= self.labels < 1:
             raise UserError(f"distil: labels {self.labels} must be in 0 <= labels < 1; tune trains on labels alone")
         if self.loss != DKD and self.beta != Lesson.beta:
@@ -77,7 +98,8 @@ class Lesson:
     def task(self, inner: Task, teacher: Callable[[Batch], Any], hints: Hints | None) -> Distilled:
         """The task to train on. teacher: batch -> its output, in eval mode"""
         told = None if hints is None else hints.loss
-        parts = (self.loss, self.temperature, self.labels, self.beta)
+        temperature = usual(inner).temperature if self.temperature is None else self.temperature
+        parts = (self.loss, temperature, self.labels, self.beta)
         return Distilled(inner, teacher, *parts, features=self.features, hints=told)
 
 
@@ -85,7 +107,7 @@ class Lesson:
 class Distil:
     """Train all weights on the answers of a teacher; Adam with a cosine from lr to 0 over `epochs` passes.
 
-    labels, temperature, loss, beta, features, layers: see Lesson.
+    lr: None: that of USUAL. labels, temperature, loss, beta, features, layers: see Lesson.
     teacher: "dense", the network where the chain began; or the name of one of the `teachers`, or a file.
     on: a row of SOURCES: "data" is the training data, shuffled and augmented where the host has it so, else the samples
         that repair sees.
@@ -95,9 +117,9 @@ class Distil:
     """
 
     epochs: int = 1
-    lr: float = 3e-3
+    lr: float | None = None
     labels: float = 0.0
-    temperature: float = 4.0
+    temperature: float | None = None
     teacher: str = DENSE
     loss: str = "kl"
     beta: float = 8.0
@@ -111,7 +133,7 @@ class Distil:
     def __post_init__(self) -> None:
         pick("on", SOURCES, self.on)
         _ = self.lesson
-        check_positive("distil", epochs=self.epochs, lr=self.lr)
+        check_positive("distil", epochs=self.epochs, **said(lr=self.lr))
         check_whole("distil", epochs=self.epochs)
 
     @property
@@ -170,9 +192,10 @@ class Distil:
             )
         return pick("teacher", supplies.teachers, self.teacher)()
 
-    def learn_(self, model: nn.Module, task: Distilled, supplies: Supplies, regressors: nn.ModuleDict) -> None:
+    def learn_(self, model: nn.Module, task: Task, supplies: Supplies, regressors: nn.ModuleDict) -> None:
         given = training_on(self.on, supplies)
-        optimizer = build_optimizer([*model.parameters(), *regressors.parameters()], "adam", self.lr)
+        lr = usual(task).lr if self.lr is None else self.lr
+        optimizer = build_optimizer([*model.parameters(), *regressors.parameters()], "adam", lr)
         schedule = build_schedule(optimizer, self.epochs * given.steps, {"name": "cosine"})
         parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "regressors": regressors}
         place = None if supplies.folder is None else supplies.folder / PROGRESS

@@ -9,7 +9,7 @@ from pipeline.compression.calibrate.repair import kept_modes
 from pipeline.compression.quantize.grids import Grid, grid_of
 from pipeline.compression.quantize.network import moved, on_grids, sites
 from pipeline.compression.quantize.training import learning_on_grids
-from pipeline.stages.distil import DENSE, Distil
+from pipeline.stages.distil import DENSE, Distil, said
 from pipeline.stages.quantize import Quantize
 from pipeline.stages.stage import Seen, State, Supplies, Terms, spelled
 from pipeline.stages.tune import check_positive, check_whole, masks
@@ -33,7 +33,7 @@ class Qat:
     epochs: int = 1
     lr: float = 1e-3
     labels: float = 0.0
-    temperature: float = 4.0
+    temperature: float | None = None
     teacher: str = DENSE
     loss: str = "kl"
     beta: float = 8.0
@@ -48,7 +48,7 @@ class Qat:
     terms = Terms(frozenset({"float", "grid"}), leaves="grid", before="begins")
 
     def __post_init__(self) -> None:
-        check_positive("qat", epochs=self.epochs, lr=self.lr, temperature=self.temperature, beta=self.beta)
+        check_positive("qat", epochs=self.epochs, lr=self.lr, beta=self.beta, **said(temperature=self.temperature))
         check_whole("qat", epochs=self.epochs)
         if isinstance(self.labels, str) or not 0 <= self.labels <= 1:
             raise UserError(f"qat: labels {self.labels} must be in 0 <= labels <= 1; 1 trains on labels alone")

@@ -19,7 +19,7 @@ from pipeline.compression.calibrate.repair import kept_modes, norm_parameters
 from pipeline.compression.plan import history
 from pipeline.compression.recipe import Calibration
 from pipeline.evaluate import outputs
-from pipeline.stages.stage import Seen, State, Supplies, Terms, spelled
+from pipeline.stages.stage import Seen, State, Supplies, Terms, is_number, spelled
 from pipeline.tables import UserError, pick
 from pipeline.tasks.task import Batch, Task
 
@@ -208,7 +208,7 @@ def trainable(model: nn.Module, tuned: set[nn.Parameter]) -> Iterator[None]:
 
 def check_positive(name: str, **values: float) -> None:
     for key, value in values.items():
-        if isinstance(value, str) or not 0 < value < math.inf:
+        if not is_number(value) or not 0 < value < math.inf:
             raise UserError(f"{name}: {key} {value} must be greater than 0, and finite")
 
 
