@@ -156,6 +156,9 @@ def test_samples_are_counted_as_often_as_they_are_trained_on(dense, digits):
         ("distil(beta=2)", r"distil: beta 2 is of loss=dkd, and the loss is kl; leave it out"),
         ("distil(loss=mse)", r"unknown loss 'mse'; choose from: dkd, kl, standardized"),
         ("distil(on=disk)", r"unknown on 'disk'"),
+        ("distil(size=9)", "distil: size 9 is of texts that the network writes: give on=self, too"),
+        ("distil(on=self,size=1.5)", "distil: size 1.5 must be a whole number"),
+        ("distil(on=self,size=0)", "distil: size 0 must be greater than 0, and finite"),
         ("distil(temperature=hot)", "temperature must be a number, got 'hot'"),
     ],
 )

@@ -23,7 +23,16 @@ from pipeline.example import Example
 from pipeline.optim import build_optimizer, build_schedule
 from pipeline.stages.features import Hints, hinted, hints_of
 from pipeline.stages.stage import Seen, State, Supplies, Terms, Traces, Training, spelled
-from pipeline.stages.tune import SOURCES, check_positive, check_source, check_whole, samples_on, train_epoch_, trainable
+from pipeline.stages.tune import (
+    SOURCES,
+    check_on,
+    check_positive,
+    check_source,
+    check_whole,
+    samples_on,
+    train_epoch_,
+    trainable,
+)
 from pipeline.tables import UserError, pick
 from pipeline.tasks.distilled import DKD, LOSSES, Distilled
 from pipeline.tasks.task import Batch, Task
@@ -110,7 +119,7 @@ class Distil:
     lr: None: that of USUAL. labels, temperature, loss, beta, features, layers: see Lesson.
     teacher: "dense", the network where the chain began; or the name of one of the `teachers`, or a file.
     on: a row of SOURCES: "data" is the training data, shuffled and augmented where the host has it so, else the samples
-        that repair sees.
+        that repair sees. size: of own texts, how many; None: as many as calibrate.
 
     Weights that a mask removed stay zero. An epoch's randomness follows from seed and epoch alone, so a stage that is
     cut off goes on from its last epoch and ends bit for bit as it would have.
@@ -126,12 +135,13 @@ class Distil:
     on: str = "data"
     features: float = 0.0
     layers: tuple[str, ...] = ()
+    size: int | None = None
 
     facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
     terms = Terms()
 
     def __post_init__(self) -> None:
-        pick("on", SOURCES, self.on)
+        check_on("distil", self.on, self.size)
         _ = self.lesson
         check_positive("distil", epochs=self.epochs, **said(lr=self.lr))
         check_whole("distil", epochs=self.epochs)
@@ -193,7 +203,7 @@ class Distil:
         return pick("teacher", supplies.teachers, self.teacher)()
 
     def learn_(self, model: nn.Module, task: Task, supplies: Supplies, regressors: nn.ModuleDict) -> None:
-        given = training_on(self.on, supplies)
+        given = training_on(self.on, supplies, self.size)
         lr = usual(task).lr if self.lr is None else self.lr
         optimizer = build_optimizer([*model.parameters(), *regressors.parameters()], "adam", lr)
         schedule = build_schedule(optimizer, self.epochs * given.steps, {"name": "cosine"})
@@ -206,11 +216,11 @@ class Distil:
                 keep(parts, place, epoch + 1)
 
 
-def training_on(source: str, supplies: Supplies) -> Training:
-    """The samples to train on: the training data where the host has them, else a row of SOURCES."""
+def training_on(source: str, supplies: Supplies, size: int | None = None) -> Training:
+    """The samples to train on: the training data where the host has them, else those of `samples_on`."""
     if source == "data" and supplies.training is not None:
         return supplies.training
-    batches: Sequence[Batch] = samples_on(source, supplies)
+    batches: Sequence[Batch] = samples_on(source, supplies, size)
 
     def shuffled(epoch: int) -> Iterable[Batch]:
         return [batches[i] for i in torch.randperm(len(batches)).tolist()]

@@ -22,7 +22,7 @@ class Qat:
 
     bits, per, group, grid, range, ends: the grids, as in `quantize`; a weight that lies on a grid of as many bits
         already, such as behind quantize(rounding=gptq), goes on from that one
-    epochs, lr, temperature, teacher, loss, beta, on: the training, as in `distil`
+    epochs, lr, temperature, teacher, loss, beta, on, size: the training, as in `distil`
     labels: the share of the loss on hard labels, 0 <= labels <= 1; at 1 there is no teacher
 
     Activations stay numbers: `ptq` quantizes those. Weights that a mask removed stay zero. A `repair` behind this stage
@@ -43,6 +43,7 @@ class Qat:
     grid: str = "affine"
     range: str = "mse"
     ends: int = 8
+    size: int | None = None
 
     facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
     terms = Terms(frozenset({"float", "grid"}), leaves="grid", before="begins")
@@ -60,7 +61,8 @@ class Qat:
     def learning(self) -> Distil:
         """The training. With labels=1 its teacher has no part in it."""
         labels = 0.0 if self.labels == 1 else self.labels
-        return Distil(self.epochs, self.lr, labels, self.temperature, self.teacher, self.loss, self.beta, self.on)
+        parts = (self.epochs, self.lr, labels, self.temperature, self.teacher, self.loss, self.beta, self.on)
+        return Distil(*parts, size=self.size)
 
     @property
     def grids(self) -> Quantize:

@@ -34,7 +34,9 @@ LEFT = 1e-20
 
 @dataclass(frozen=True)
 class TuneNorms:
-    """Train the gains and shifts of all norms, and nothing else; Adam with lr, one step a batch. on: a row of SOURCES.
+    """Train the gains and shifts of all norms, and nothing else; Adam with lr, one step a batch.
+
+    on, size: see `samples_on`.
 
     The study calls this REPAIR for ViT and CLIP (one supervised epoch on LayerNorm parameters). Its results are a stage
     of their own because it sees labels.
@@ -42,12 +44,13 @@ class TuneNorms:
 
     lr: float = 1e-3
     on: str = "data"
+    size: int | None = None
 
     facts = MappingProxyType({})
     terms = Terms(frozenset({"float", "grid"}))  # a grid holds no norms
 
     def __post_init__(self) -> None:
-        pick("on", SOURCES, self.on)
+        check_on("tune_norms", self.on, self.size)
         check_positive("tune_norms", lr=self.lr)
 
     @property
@@ -67,13 +70,15 @@ class TuneNorms:
         return Seen(labelled=supplies.samples if self.needs else 0)
 
     def run(self, state: State, supplies: Supplies) -> State:
-        tune_norms_(state.model, samples_on(self.on, supplies), supplies.task, self.lr)
+        tune_norms_(state.model, samples_on(self.on, supplies, self.size), supplies.task, self.lr)
         return state
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Train all weights; Adam with lr, `epochs` passes over the samples as they are. on: a row of SOURCES.
+    """Train all weights; Adam with lr, `epochs` passes over the samples as they are.
+
+    on, size: see `samples_on`.
 
     Weights that a mask removed stay zero.
     """
@@ -81,12 +86,13 @@ class Tune:
     epochs: int = 1
     lr: float = 1e-4
     on: str = "data"
+    size: int | None = None
 
     facts = MappingProxyType({"statistics": "data"})  # BatchNorm is in training mode
     terms = Terms()
 
     def __post_init__(self) -> None:
-        pick("on", SOURCES, self.on)
+        check_on("tune", self.on, self.size)
         check_positive("tune", epochs=self.epochs, lr=self.lr)
         check_whole("tune", epochs=self.epochs)
 
@@ -109,17 +115,27 @@ class Tune:
     def run(self, state: State, supplies: Supplies) -> State:
         with kept_modes(state.model):
             state.model.train()
-            samples = samples_on(self.on, supplies)
+            samples = samples_on(self.on, supplies, self.size)
             train_(state.model, set(state.model.parameters()), samples, supplies.task, self.lr, self.epochs)
         return state
 
 
-def samples_on(source: str, supplies: Supplies) -> Sequence[Batch]:
-    """Batches to train on, from a row of SOURCES."""
+def samples_on(source: str, supplies: Supplies, size: int | None = None) -> Sequence[Batch]:
+    """Batches to train on, from a row of SOURCES. size: of own texts, how many; None: as many as calibrate."""
     check_source(source, supplies.task)
     if source == "data":
         return supplies.batches
-    return supplies.pictures(Calibration(source)).split(TEXTS)
+    return supplies.pictures(Calibration(source, size)).split(TEXTS)
+
+
+def check_on(name: str, source: str, size: int | None) -> None:
+    """UserError for an unknown source, and for a number of texts that is none or that nobody writes."""
+    pick("on", SOURCES, source)
+    if size is not None:
+        if source != "self":
+            raise UserError(f"{name}: size {size} is of texts that the network writes: give on=self, too")
+        check_positive(name, size=size)
+        check_whole(name, size=size)
 
 
 def check_source(source: str, task: Task) -> None:

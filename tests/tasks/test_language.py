@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import CompressionCallback
 from pipeline.compression.calibrate.texts import written_texts
+from pipeline.compression.recipe import Calibration
 from pipeline.entries import chains
 from pipeline.evaluate import evaluate, settle
 from pipeline.measure import Host, Inputs, measure
@@ -159,6 +160,14 @@ def test_own_texts_train_a_compressed_model_without_data():
     assert tuned.perplexity < raw.perplexity
     assert norms.perplexity < raw.perplexity
     assert norms.chain == "l2+parts=[hidden]@0.5 > tune_norms(on=self)"
+
+
+def test_a_stage_says_how_many_texts_it_learns_from_and_they_are_those_that_calibrate():
+    supplies = Supplies(llama(), IDS[:1], Language())
+    learned = torch.cat(list(samples_on("self", supplies, 12)))
+    assert learned.shape == (12, IDS.shape[1])
+    assert torch.equal(learned, supplies.pictures(Calibration("self", 12)))
+    assert len(supplies.made) == 1, "the texts are written once"
 
 
 def test_own_texts_are_for_language_alone():
