@@ -61,7 +61,7 @@ def test_a_recipe_that_lacks_a_line_is_left_out_of_that_ratio():
     facts = {"model": "net", "stage": "raw", "pictures": "none", "statistics": "none", "acc": 1.0, "dense": 90.0}
     there = [("a", "fold", 0.5), ("a", "l1", 0.5), ("b", "fold", 0.5), ("b", "fold", 0.3)]
     table = pl.DataFrame([{**facts, "recipe": r, "method": m, "ratio": ratio} for r, m, ratio in there])
-    found = evidence.whole(evidence.by_recipe(table))
+    found = evidence.whole(table)
     assert list(found.select("recipe", "method", "ratio").iter_rows()) == [
         ("a", "fold", 0.5),
         ("a", "l1", 0.5),
@@ -74,5 +74,14 @@ def test_seeds_of_one_recipe_count_once():
     lines = [("a", 10.0)] * 4 + [("b", 20.0), ("c", 60.0)]
     facts = {"model": "net", "method": "fold", "stage": "raw", "ratio": 0.5, "pictures": "none", "statistics": "none"}
     table = pl.DataFrame([{**facts, "recipe": recipe, "acc": acc, "dense": 90.0} for recipe, acc in lines])
-    recipes = evidence.by_recipe(table)
-    assert evidence.interval(evidence.of(recipes, "fold", "raw")["acc"]) == "30.0 ± 65.7"
+    assert evidence.interval(evidence.by_recipe(evidence.of(table, "fold", "raw"))) == "30.0 ± 65.7"
+
+
+def test_a_difference_is_between_methods_on_one_network():
+    """A seed that only one of both was measured on would make the difference one of seeds."""
+    lines = [("a0", "a", "fold", 5.0), ("a0", "a", "l1", 3.0), ("a1", "a", "l1", 90.0), ("b0", "b", "fold", 8.0)]
+    lines += [("b0", "b", "l1", 1.0), ("b1", "b", "fold", 6.0), ("b1", "b", "l1", 3.0)]
+    keys = ["network", "recipe", "method", "acc"]
+    table = pl.DataFrame([dict(zip(keys, line, strict=True)) for line in lines])
+    table = table.with_columns(pl.lit("net").alias("model"), pl.lit("raw").alias("stage"), pl.lit(0.5).alias("ratio"))
+    assert evidence.difference(table, ("fold", "raw"), ("l1", "raw")).to_list() == [2.0, 5.0]
