@@ -3,6 +3,9 @@
     python -m benchmarks.language smollm2 --network SmolLM2-135M-Instruct.Q4_1.gguf --c4 c4.parquet --wikitext wiki.txt
     python -m benchmarks.language stories --network stories260K/hf --c4 tinystories.txt
 
+    python -m scripts.train sweep=llama_small data.root=... paths.runs=runs/small    # its head says which texts
+    python -m benchmarks.language small --runs runs/small
+
     python -m benchmarks.language page      # docs/language.md and its picture, from the rows that are there
 
 Rows go to benchmarks/results/language_<network>.json as they are made; what is there is not made again. A network is
@@ -21,7 +24,7 @@ import re
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import machine, rounded, timed
-from benchmarks.language_page import RESULTS, SEES, page
+from benchmarks.language_page import RESULTS, SEES, Row, page
+from benchmarks.trained import recipe_of
+from pipeline.cells import cells, flat, read_record
 from pipeline.compression import METHODS, Plan, Projection, Recipe, channel_groups, parse
 from pipeline.compression.budget import channels_left
 from pipeline.compression.calibrate import compensate
@@ -50,6 +55,7 @@ from pipeline.data.text.tokenizers import load_tokenizer
 from pipeline.evaluate import evaluate
 from pipeline.models import build_model
 from pipeline.stages import State, Supplies, parse_tail
+from pipeline.stages.stage import CALIBRATION
 from pipeline.tables import UserError
 from pipeline.tasks import Language
 
@@ -59,7 +65,6 @@ CALIBRATE, CHOOSE = 400, 200  # documents
 SETTINGS = {
     "smollm2": (512, 64, (0.1, 0.2, 0.3, 0.5)),
     "stories": (256, 64, (0.1, 0.2, 0.3, 0.5)),
-    "trained": (128, 128, (0.1, 0.2, 0.3, 0.5)),
 }
 # Rows that are made for a network. Methods of other papers are named after them.
 PLANS = (
@@ -192,23 +197,9 @@ def looks_at(plan: str) -> list[str]:
     return sorted(named) or ["data"]
 
 
-def load(name: str, path: Path, vocabulary: int, context: int) -> nn.Module:
-    if name == "trained":
-        return build_trained(path).eval()
+def load(path: Path, vocabulary: int, context: int) -> nn.Module:
     options = {"vocabulary": vocabulary, "context": context}
     return build_model("language_model", architecture=str(path), **options).eval()
-
-
-def build_trained(checkpoint: Path) -> nn.Module:
-    """The network of a run of scripts.train, from the config beside its checkpoint."""
-    from omegaconf import OmegaConf
-
-    from scripts.build_data import build_data
-    from scripts.build_network import build_net
-
-    config = OmegaConf.to_container(OmegaConf.load(checkpoint.parent / "config.yaml"))
-    config = {**config, "checkpoint": str(checkpoint)}
-    return build_net(config, build_data(config))
 
 
 def stories_tokenizer(path: Path) -> Any:
@@ -256,7 +247,7 @@ def documents_of(path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*SETTINGS, "page"])
+    parser.add_argument("name", choices=[*SETTINGS, "small", "page"])
     parser.add_argument("--network", type=Path)
     parser.add_argument("--c4", type=Path, help="documents to calibrate on and to report")
     parser.add_argument("--wikitext", type=Path, help="a second text to report")
@@ -268,15 +259,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="to report on, of each text")
     parser.add_argument("--tokenizer", type=Path, help="where it does not lie with the network")
     parser.add_argument("--label", help="name of the network in the rows")
+    parser.add_argument("--runs", type=Path, help="the folder of a sweep of language models, whose rows are taken over")
     given = parser.parse_args()
-    page() if given.name == "page" else run(given)
+    if given.name == "page":
+        page()
+    elif given.name == "small":
+        write(RESULTS / "language_small.json", taken_over(given.runs))
+    else:
+        run(given)
 
 
 def run(given: argparse.Namespace) -> None:
     size, count, ratios = SETTINGS[given.name]
     count, ratios = given.windows or count, given.ratios or ratios
     encode, end, vocabulary = encoder(given.name, given.tokenizer or given.network)
-    net = load(given.name, given.network, vocabulary, size)
+    net = load(given.network, vocabulary, size)
     calibrate, reported = parts(documents_of(given.c4), given.name)
     tests = {"c4" if given.name != "stories" else "stories": windows(reported, encode, end, size)}
     if given.wikitext:
@@ -355,7 +352,30 @@ class Rows:
         """Write a row. It takes the place of one with the same key."""
         told = {"tokens": {name: text.numel() for name, text in self.tests.items()}, "machine": machine("transformers")}
         self.rows[key_of(row)] = rounded({**row, **told})
-        self.path.write_text("[\n" + ",\n".join(map(json.dumps, self.rows.values())) + "\n]\n")
+        write(self.path, self.rows.values())
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def taken_over(runs: Path) -> Iterator[Row]:
+    """The rows of a sweep's cells and of their chains, on the test part, as rows of this page."""
+    for folder in cells(runs):
+        record = read_record(folder)
+        if record is None or record["state"] != "done":
+            raise UserError(f"{folder} is not done: run the sweep to its end first")
+        window, count = (record["config"]["data"][key] for key in ("context", "test_size"))
+        facts = {"network": f"{folder.name.partition('-')[0]}, {recipe_of(flat(record['config']))}", "draw": 0}
+        facts |= {"windows": CALIBRATION, "window": window, "tokens": {"test": count * window}}
+        files = [path for path in (folder / "rows.parquet", folder / "chains.parquet") if path.exists()]
+        lines = pl.concat(map(pl.read_parquet, files), how="diagonal_relaxed").filter(pl.col("split") == "test")
+        for line in lines.unique("chain", keep="first", maintain_order=True).iter_rows(named=True):
+            plan = line["method"] + ("" if line["stage"] == "raw" else f" > {line['stage']}")
+            for usual in ("+parts=[hidden]", f"+size={CALIBRATION}", f",size={CALIBRATION}"):
+                plan = plan.replace(usual, "")
+            told = {key: line[key] for key in ("ratio", "params", "seconds")}
+            yield rounded({**facts, "plan": plan, "perplexity": {"test": line["perplexity"]}, **told})
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

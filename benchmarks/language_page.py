@@ -14,7 +14,11 @@ from pipeline.study.intervals import SHOWN, half_interval
 RESULTS = Path(__file__).parent / "results"
 PAGE, MARK = Path("docs/language.md"), "<!-- written by benchmarks.language -->"
 SEES = re.compile(r"data|self|unigram|wanda-sp|flap|grail")  # plans that look at texts
-DRAWN = ("fold", "l2", "wanda-sp", "flap", "grail", "fold+data+params", "obs+data+params", "obs+self+params")
+WIDE = 3  # panels of the picture side by side
+DRAWN = (
+    *("fold", "l2", "wanda-sp", "flap", "grail"),
+    *("fold+data+params", "obs+data+params", "obs+self+params", "obs+data", "obs+self"),
+)
 
 Row = dict[str, Any]
 
@@ -22,12 +26,20 @@ Row = dict[str, Any]
 def page() -> None:
     """Tables and the picture of docs/language.md."""
     lines = []
-    for path in sorted(RESULTS.glob("language_*.json")):
-        rows = json.loads(path.read_text())
+    for rows in networks():
         for text in texts_of(rows):
             lines += [*table(rows, text), ""]
     write_below(PAGE, MARK, "Language models", lines)
     picture()
+
+
+def networks() -> list[list[Row]]:
+    """The rows of every network that was measured."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for path in sorted(RESULTS.glob("language_*.json"), reverse=True):  # the networks of others first
+        for row in json.loads(path.read_text()):
+            found[row["network"]].append(row)
+    return list(found.values())
 
 
 def texts_of(rows: Sequence[Row]) -> list[str]:
@@ -85,10 +97,12 @@ def picture() -> None:
     """Perplexity over the ratio, the mean over draws, one panel for each network, on a log axis."""
     import matplotlib.pyplot as plt
 
-    paths = sorted(RESULTS.glob("language_*.json"))
-    figure, axes = plt.subplots(1, len(paths), figsize=(5 * len(paths), 4.2), squeeze=False, layout="constrained")
-    for axis, path in zip(axes[0], paths, strict=True):
-        rows = json.loads(path.read_text())
+    shown = networks()
+    high = -(-len(shown) // WIDE)
+    figure, axes = plt.subplots(high, WIDE, figsize=(5 * WIDE, 4.2 * high), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for axis, rows in zip(axes.flat, shown, strict=False):
         text = next(iter(rows[0]["perplexity"]))
         dense = rows[0]["perplexity"][text]
         usual = next(row["windows"] for row in rows if row["plan"] != "dense")
@@ -101,5 +115,6 @@ def picture() -> None:
         axis.set_ylim(top=dense * 25)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("perplexity")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("perplexity")
     figure.savefig(PAGE.with_suffix(".png"), dpi=130)

@@ -209,7 +209,7 @@ def recipe_of(told: Mapping[str, Any]) -> str:
         "no decay": told["optim.weight_decay"] == 0,
         f"SAM {told['optim.sam.rho']:g}": told["optim.sam.rho"] > 0,
         f"L1 {told['optim.l1']:g}": told["optim.l1"] > 0,
-        "RandAugment": "rand_augment" in told["data.augment"],
+        "RandAugment": "rand_augment" in told.get("data.augment", ""),
     }
     return ", ".join(word for word, holds in words.items() if holds)
 
