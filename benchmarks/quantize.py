@@ -4,7 +4,7 @@
     python -m benchmarks.quantize --data cifar10.npz --checkpoints FOLDER --parts resnet20   # one part; others are kept
 
 The checkpoints are resnet20-12fca82f.th and resnet32-d509ac18.th of akamaster/pytorch_resnet_cifar10. Repair sees 1,024
-training pictures without labels, GPTQ and int8 files 512 of them or 128 synthetic ones. Chains are measured on the test
+training pictures without labels, GPTQ and int8 files 512 of them or synthetic ones. Chains are measured on the test
 pictures; the part `choices`, behind the defaults of the stage, on 2,000 other training pictures. The part `qat` trains
 on 10,000 training pictures, without labels and as they are. Bytes are those of the file: safetensors, or ONNX. The part
 `latency` times int8 networks beside each other and beside the whole network as floats, in the same runtimes and
