@@ -111,7 +111,8 @@ def networks(lines: pl.DataFrame) -> list[str]:
     alone = lines.unique("network", maintain_order=True).sort(IS_PUBLISHED, maintain_order=True)
     made = [
         f"{len(alone)} networks of {alone.select(RECIPE).n_unique()} recipes, all {lines['n'].max():,} test pictures. "
-        "Those of our own recipes chose nothing: every default stood before they were trained. On the published "
+        "Those of our own recipes chose nothing: every default stood before they were trained, but for the number of "
+        "synthetic pictures, which two other networks chose. On the published "
         "ResNet-20 and -32 defaults were chosen, so both, and the mean of our own, also stand by themselves.",
         "",
         line("network", ["recipe", "dense accuracy of its seeds"]),

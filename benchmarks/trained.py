@@ -50,7 +50,7 @@ RECIPES = [
     *("fold", "l1", "l2", "mix", "l1+grail", "fold+grail"),
     *("l1+synthetic", "mix+synthetic", "mix+synthetic+size=128", "l1+data", "fold+data", "mix+data"),
 ]
-FEWER = {0.3: ["fold", "l1", "l1+grail", "mix+synthetic", "mix+data"]}
+FEWER = {0.3: ["fold", "l1", "l1+grail", "mix+synthetic", "mix+synthetic+size=128", "mix+data"]}
 FEWER[0.7] = FEWER[0.3]
 # By label: (dense network, plan of l1, what was seen of the dense network) -> smaller network.
 BASELINES = {f"l1: {step}": make for step, make in LADDER.items() if make is not solved}  # which is l1+data
