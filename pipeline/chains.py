@@ -101,6 +101,10 @@ class Ground:
         return self.store / name
 
 
+# Options that are younger than folders that people have, with the value at which they change nothing.
+AT_REST = [("size", None)]
+
+
 def settings(stage: Stage) -> list[Any]:
     """Every option of a stage, those at their defaults too: a default that changes is another stage.
 
@@ -108,7 +112,7 @@ def settings(stage: Stage) -> list[Any]:
     what it does now.
     """
     values = {f.name: getattr(stage, f.name) for f in fields(stage)}
-    told = {name: float(v) if is_number(v) else repr(v) for name, v in values.items()}
+    told = {name: float(v) if is_number(v) else repr(v) for name, v in values.items() if (name, v) not in AT_REST}
     version = getattr(stage, "version", None)
     return [type(stage).__name__, told] if version is None else [type(stage).__name__, told, version]
 

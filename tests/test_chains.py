@@ -69,7 +69,7 @@ def test_only_what_changed_is_done_anew(tmp_path, stages):
     other.name = "another network"
     rows_of(["l1@0.5"], other)
     assert stages == ["l1@0.5"]
-    assert other.folder(parse_chain("distil(labels=0)")) == other.folder(parse_chain("distil(lr=0.003)"))
+    assert other.folder(parse_chain("distil(labels=0)")) == other.folder(parse_chain("distil(epochs=1)"))
     taught = ground(tmp_path)
     assert taught.folder(parse_chain("distil(teacher=big)")) != ground(tmp_path).folder(parse_chain("distil"))
     before = taught.folder(parse_chain("distil(teacher=big)"))
@@ -116,6 +116,10 @@ def interrupted(folder: Path, point: str) -> None:
 
 def test_a_stage_that_works_otherwise_than_it_did_has_other_folders_and_the_rest_keep_theirs(monkeypatch):
     (tune, ptq) = parse_chain("tune > ptq")
+    (more,) = parse_chain("tune(on=self,size=9)")
+    (real, fewer, made) = (parse_chain(f"mix+{text}@0.5")[0] for text in ("data", "synthetic+size=128", "synthetic"))
+    assert [len(settings(stage)) for stage in (real, fewer, made)] == [2, 2, 3]
+    assert settings(more)[1]["size"] == 9
     assert settings(tune) == ["Tune", {"epochs": 1.0, "lr": 1e-4, "on": "'data'"}]
     today = settings(ptq)
     monkeypatch.setattr(type(ptq), "version", 1)

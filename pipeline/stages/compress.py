@@ -48,6 +48,12 @@ class Compress:
         return needs(self.recipe)
 
     @property
+    def version(self) -> int | None:
+        """1 saw 128 synthetic pictures where the recipe does not say how many."""
+        calibration = self.recipe.calibration
+        return 2 if calibration.pictures == "synthetic" and calibration.size is None else None
+
+    @property
     def facts(self) -> dict[str, str]:
         """The kind and the scope of a row stay those of the first compression of its chain."""
         said, usual = about(self.recipe), about(Recipe("fold"))

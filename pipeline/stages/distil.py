@@ -49,11 +49,11 @@ class Usual(NamedTuple):
 
 
 # By the name of the task. Texts were compared on documents that are not reported (docs/log.md, 2026-11-29).
-USUAL = {"language": Usual(lr=5e-4, temperature=1.0)}
+BY_TASK = {"language": Usual(lr=5e-4, temperature=1.0)}
 
 
 def usual(task: Task) -> Usual:
-    return USUAL.get(task.name, Usual())
+    return BY_TASK.get(task.name, Usual())
 
 
 def said(**options: float | None) -> dict[str, float]:
@@ -66,7 +66,7 @@ class Lesson:
     """What a network learns from a teacher: its answers, and the features of some layers.
 
     labels: the share of the loss on hard labels, 0 <= labels < 1. loss, temperature, beta: see tasks.Distilled.
-    temperature: None: that of USUAL.
+    temperature: None: that of BY_TASK.
     features: weight of the error of hidden layers; 0: answers alone. layers: whose outputs are matched; none: where the
         channels are read that a compression changed; see stages.features.
     """
@@ -116,7 +116,7 @@ class Lesson:
 class Distil:
     """Train all weights on the answers of a teacher; Adam with a cosine from lr to 0 over `epochs` passes.
 
-    lr: None: that of USUAL. labels, temperature, loss, beta, features, layers: see Lesson.
+    lr: None: that of BY_TASK. labels, temperature, loss, beta, features, layers: see Lesson.
     teacher: "dense", the network where the chain began; or the name of one of the `teachers`, or a file.
     on: a row of SOURCES: "data" is the training data, shuffled and augmented where the host has it so, else the samples
         that repair sees. size: of own texts, how many; None: as many as calibrate.

@@ -78,8 +78,11 @@ class Ptq:
 
     @property
     def version(self) -> int:
-        """1 quantized everything in a transformer, too; 3 has 7 bits, so that no file is taken for another CPU's."""
-        return 3 if saturates() else 2
+        """1 quantized everything in a transformer, too; 3 has 7 bits, so that no file is taken for another CPU's.
+
+        4 and 5 are those behind 512 synthetic pictures, which were 128.
+        """
+        return (3 if saturates() else 2) + 2 * (self.calibrate == "synthetic")
 
     @property
     def terms(self) -> Terms:

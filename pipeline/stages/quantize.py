@@ -64,6 +64,11 @@ class Quantize:
     def facts(self) -> MappingProxyType[str, str]:
         return MappingProxyType({"calibration": self.calibrate} if ROUNDINGS[self.rounding] else {})
 
+    @property
+    def version(self) -> int | None:
+        """1 saw 128 synthetic pictures."""
+        return 2 if self.facts.get("calibration") == "synthetic" else None
+
     def scheme(self, bits: int) -> Scheme:
         """The grids of this stage with so many bits. UserError for an option that is not there."""
         return Scheme(bits, self.per, self.group, self.grid, self.range)
