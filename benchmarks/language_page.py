@@ -112,7 +112,9 @@ def picture() -> None:
             if points:
                 axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)
         axis.set(yscale="log", xlabel="feed-forward channels removed", title=f"{rows[0]['network']}, {text}")
-        axis.set_ylim(top=dense * 25)
+        axis.set_ylim(top=min(axis.get_ylim()[1], dense * 25))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     for axis in axes[:, 0]:
