@@ -283,6 +283,13 @@ def test_synthetic_pictures_are_made_in_batches_so_that_memory_does_not_grow_wit
     assert sizes == {16, 8}
     assert torch.equal(pictures[:16], synthesize(model, torch.zeros(1, 3, 8, 8), 16, 3))  # the first stay the same
     assert not torch.equal(pictures[:16], pictures[16:32])
+    sizes.clear()
+    assert (
+        synthesize(nn.Sequential(model, nn.AvgPool2d(4), nn.BatchNorm2d(4)), torch.zeros(1, 3, 8, 8), 17, 3)
+        .isfinite()
+        .all()
+    )
+    assert sizes == {17}, "one picture of one pixel has no variance"
 
 
 def test_networks_without_statistics_get_noise_and_tokens_an_error():

@@ -9,6 +9,7 @@ statistics are matched one by one, so memory does not grow with their number.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def synthesize(
     for norm in norms:
         norm.register_forward_pre_hook(compare)
     batches = []
-    for start in range(0, count, BATCH):
-        pictures = natural_noise((min(BATCH, count - start), *example.shape[1:]), generator).to(example)
+    # A rest of fewer than half a batch joins the last one: a single picture has no variance where it is one pixel.
+    for start, end in pairwise([0, *range(BATCH, count - BATCH // 2 + 1, BATCH), count]):
+        pictures = natural_noise((end - start, *example.shape[1:]), generator).to(example)
         if norms:
             pictures = pictures.to(memory_format=torch.channels_last).requires_grad_()
             optimizer = torch.optim.Adam([pictures], lr, betas=(0.5, 0.9))
@@ -63,7 +65,7 @@ def synthesize(
     return torch.cat(batches)
 
 
-def natural_noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+def natural_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Gaussian noise whose amplitude falls with the frequency, 1/f as in natural pictures; mean 0, variance 1."""
     noise = torch.randn(*shape, generator=generator)
     frequency = torch.cartesian_prod(torch.fft.fftfreq(shape[-2]), torch.fft.fftfreq(shape[-1])).norm(dim=1)
