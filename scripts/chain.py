@@ -26,7 +26,7 @@ from pipeline.compression.checkpoint import digest_of, stored_tensors
 from pipeline.compression.merge.modules import named_tensors
 from pipeline.evaluate import settle
 from pipeline.latency import check_timing, profile
-from pipeline.measure import Host, Inputs, Once
+from pipeline.measure import Host, Inputs, Once, warn_where_blind
 from pipeline.models import build_model
 from pipeline.results import CHAIN_ROWS, CHAIN_SPEED, RowStore, code_version, read
 from pipeline.stages import Chain, Supplies, Traces, Training, parse_chain, parse_chains
@@ -80,7 +80,9 @@ def prepared(
     def work() -> None:
         times = Times(ground, timing)
         store = RowStore(folder / CHAIN_ROWS)
-        store.add(run_chains(chains, ground, times.add))
+        rows = run_chains(chains, ground, times.add)
+        warn_where_blind(rows, ground.host.once)
+        store.add(rows)
         store.write()
         times.write(folder / CHAIN_SPEED)
 

@@ -39,7 +39,7 @@ from pipeline.entries import Chains, Entry, chains, check_sizes, trace
 from pipeline.evaluate import settle
 from pipeline.export import export_onnx, export_program
 from pipeline.latency import BESIDE, profile
-from pipeline.measure import Host, Inputs, Once, measure
+from pipeline.measure import Host, Inputs, Once, measure, warn_where_blind
 from pipeline.models.checkpoint import IN_FOLDER, settings_in
 from pipeline.models.huggingface_folder import export_huggingface
 from pipeline.openvino_network import export_openvino
@@ -214,6 +214,7 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
             with once.instead("the uncompressed network cannot be timed"):
                 speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))
             rows = measure(net, tree, host, context)
+        warn_where_blind(rows, once)
         write_rows(folder, rows)
         speeds.write(folder / SPEED)
 

@@ -1,6 +1,7 @@
 """A measurement keeps and shares traces, by the parts to compress, and pictures where they fit."""
 
 import importlib
+import warnings
 import weakref
 from functools import partial
 
@@ -17,9 +18,9 @@ from pipeline.batches import Passes
 from pipeline.compression import channel_groups, compress
 from pipeline.entries import Entry, chains, trace
 from pipeline.evaluate import settle
-from pipeline.measure import Host, Inputs, measure
+from pipeline.measure import Host, Inputs, Once, measure, warn_where_blind
 from pipeline.models import build_model
-from pipeline.results import side, table
+from pipeline.results import Row, side, table
 from pipeline.stages import Traces, parse_chain, spell_chain
 from pipeline.tables import UserError
 from pipeline.tasks import Classification
@@ -422,3 +423,20 @@ def test_what_cannot_be_measured_beside_costs_a_warning_and_no_row():
     texts = " ".join(str(one.message) for one in said)
     assert "sharpness cannot be measured: sharpness is measured on training samples" in texts
     assert "corruptions cannot be measured: corruptions must know how pictures are normalised" in texts
+
+
+@pytest.mark.parametrize(
+    ("metric", "chance", "blind", "better"),
+    [("acc", 0.1, 0.1, 0.11), ("perplexity", 512.0, 1.7e11, 511.0), ("perplexity", 512.0, float("nan"), 40.0)],
+)
+def test_an_uncompressed_network_that_knows_nothing_is_told(metric, chance, blind, better):
+    def row(value, method="dense", **options):
+        known = {"metric": metric, "chance": chance, metric: value, **options}
+        return Row("", "", "", 0, 0, 0, method, 0.0, "raw", "test", **known)
+
+    with pytest.warns(RuntimeWarning, match=f"^compression: the uncompressed .* no better than chance, {chance:.0f}|10"):
+        warn_where_blind([row(blind)], Once())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        silent = [row(better), row(blind, chance=None), row(None, status="failed"), row(blind, "fold")]
+        warn_where_blind(silent, Once())

@@ -138,7 +138,12 @@ def middle_halves(rows: pl.DataFrame, stage: str) -> dict[str, pl.DataFrame]:
 
 
 def chance(rows: pl.DataFrame, metric: Metric) -> float | None:
-    """The headline of answers that are drawn blindly; None where these rows do not tell it, or not all the same."""
+    """The headline of answers that are drawn blindly; None where these rows do not tell it, or not all the same.
+
+    None on a log axis, too: the vocabulary lies orders of magnitude above the perplexities that are worth a look.
+    """
+    if metric.log:
+        return None
     told = pl.col("chance") if "chance" in rows.columns else pl.lit(None, pl.Float64)
     before = 1 / pl.col("data").replace_strict(CLASSES, default=None, return_dtype=pl.Float64)
     ok = pl.col("metric").eq_missing(metric.name) & (pl.col("status") == "ok")

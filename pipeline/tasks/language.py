@@ -7,7 +7,7 @@ document border) and "bytes" ((N,) how many bytes of text the counted tokens of 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,16 @@ class Language(Task):
     """
 
     output: int | str | None = None  # where in an output the logits are, see Layout
+    vocabulary: int | None = None  # how many tokens the network predicts; None: decided on the first batch
 
     name = "language"
     metrics = ("perplexity", "loss", "token_acc", "bits_per_byte")
     size = 5  # sequences, tokens that count, right ones, nats, bytes
+
+    @property
+    def chance(self) -> float | None:
+        """The vocabulary, which is the perplexity where all tokens are alike."""
+        return None if self.vocabulary is None else float(self.vocabulary)
 
     def inputs(self, batch: Any) -> Example:
         """The token ids, and what else the batch holds for the network."""
@@ -43,7 +49,7 @@ class Language(Task):
 
     def settled(self, output: Any, batch: Any) -> "Language":
         self.check(output, batch)
-        return self
+        return replace(self, vocabulary=self.logits(output).shape[2])
 
     def check(self, output: Any, batch: Any) -> None:
         """UserError for ids that are not (N, T), logits that are not (N, T, vocabulary), ids beyond the vocabulary."""
@@ -105,8 +111,8 @@ class Language(Task):
 
 
 def of_texts(vocabulary: int, context: int) -> Language:
-    """The task of a network that predicts tokens of any vocabulary."""
-    return Language()
+    """The task of a network that predicts tokens of this vocabulary."""
+    return Language(vocabulary=vocabulary)
 
 
 def token_ids(batch: Any) -> Tensor:

@@ -66,6 +66,20 @@ def test_a_folder_of_hugging_face_is_compressed_in_one_command(folder, text, tmp
     assert small.generate(data.example[:, :4], max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 6)
 
 
+@pytest.mark.parametrize("chains", [[], ["chain=l1@0.5"]])
+def test_a_model_that_is_surer_of_wrong_tokens_than_chance_is_told(folder, text, tmp_path, chains):
+    """As where its tokenizer is another one of the same size."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    model.save_pretrained(folder)
+    given = chains or ["methods=[fold]", "ratios=[0.5]"]
+    few = ["profile.seconds=0.01", f"paths.runs={tmp_path / 'runs'}"]
+    config = composed_compress(f"checkpoint={folder}", "model=language_model", *text, *few, *given)
+    with pytest.warns(RuntimeWarning, match=r"uncompressed network's perplexity of \S+ is no better than chance, 300\.0;"):
+        run(config)
+
+
 def test_a_text_is_read_by_the_models_own_tokenizer(folder, text, tmp_path):
     options = data_options(compressed(folder, text, tmp_path))
     assert (options["tokenizer"], options["vocabulary"]) == (str(folder), None)

@@ -60,6 +60,15 @@ def test_numbers_are_those_of_the_network_s_own_loss_over_uneven_batches():
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
+def test_tokens_that_are_all_alike_have_the_perplexity_that_the_task_calls_chance():
+    class Blind(torch.nn.Module):
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, VOCABULARY)
+
+    assert settle(Blind(), Language(), IDS).chance == VOCABULARY
+    assert measured(Blind(), [IDS])[0]["perplexity"] == pytest.approx(VOCABULARY)
+
+
 def test_a_tensor_of_ids_is_a_batch_too():
     net = llama()
     found, n = measured(net, [IDS[:7], IDS[7:]])
