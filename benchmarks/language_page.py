@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, mode, stdev
 from typing import Any
 
 from benchmarks.common import write_below
@@ -94,29 +94,38 @@ def cell(values: Sequence[float]) -> str:
 
 
 def picture() -> None:
-    """Perplexity over the ratio, the mean over draws, one panel for each network, on a log axis."""
+    """Perplexity over the ratio, the mean over draws, one panel for each network, on a log axis.
+
+    A panel shows one number of texts that methods look at, the one with most rows.
+    """
     import matplotlib.pyplot as plt
 
-    shown = networks()
+    shown, drawn = networks(), dict[str, Any]()
     high = -(-len(shown) // WIDE)
-    figure, axes = plt.subplots(high, WIDE, figsize=(5 * WIDE, 4.2 * high), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(high, WIDE, figsize=(5 * WIDE + 2, 4.2 * high), squeeze=False, layout="constrained")
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     for axis, rows in zip(axes.flat, shown, strict=False):
         text = next(iter(rows[0]["perplexity"]))
         dense = rows[0]["perplexity"][text]
-        usual = next(row["windows"] for row in rows if row["plan"] != "dense")
+        usual = mode(row["windows"] for row in rows if row["plan"] in DRAWN and SEES.search(row["plan"]))
         found = values_of(rows, text)
-        for plan in DRAWN:
-            points = [(r, fmean(of)) for (name, windows, r), of in found.items() if (name, windows) == (plan, usual)]
+        for number, plan in enumerate(DRAWN):
+            points = [
+                (ratio, fmean(values))
+                for (name, windows, ratio), values in found.items()
+                if name == plan and (windows == usual or not SEES.search(plan))
+            ]
             if points:
-                axis.plot(*zip((0.0, dense), *sorted(points), strict=True), marker="o", markersize=3, label=plan)
+                line = zip((0.0, dense), *sorted(points), strict=True)
+                drawn[plan] = axis.plot(*line, marker="o", markersize=3, color=f"C{number}")[0]
         axis.set(yscale="log", xlabel="feed-forward channels removed", title=f"{rows[0]['network']}, {text}")
         axis.set_ylim(top=min(axis.get_ylim()[1], dense * 25))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     for axis in axes[:, 0]:
         axis.set_ylabel("perplexity")
+    told = [plan for plan in DRAWN if plan in drawn]
+    figure.legend([drawn[plan] for plan in told], told, loc="outside right upper")
     figure.savefig(PAGE.with_suffix(".png"), dpi=130)
