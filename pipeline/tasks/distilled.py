@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.tables import UserError, pick
 
+from .parts import by_parts
 from .task import IGNORED, Example, Task
 
 SMALLEST = 1e-7  # added to a standard deviation, as the authors' code does
@@ -77,7 +77,6 @@ def decoupled(student: Tensor, teacher: Tensor, targets: Tensor, temperature: fl
 RESPONSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": response, "standardized": standardized}
 DKD = "dkd"
 LOSSES = (*RESPONSES, DKD)
-PART = 2**24  # numbers of logits whose loss is computed at once
 
 
 @dataclass(frozen=True)
@@ -179,18 +178,6 @@ class Distilled(Task):
         student = self.task.answers(output)
         check_alike(student, teacher)
         return student, teacher
-
-
-def by_parts(lesson: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """lesson(logits, *others), which gives a number for each row, by parts that the backward pass computes again.
-
-    Over 49,152 words the loss and its gradient take twice the memory of the logits so, and five times it as a whole.
-    """
-    size = max(1, PART // logits.shape[1])
-    if len(logits) <= size:
-        return lesson(logits, *others)
-    parts = zip(*(one.split(size) for one in (logits, *others)), strict=True)
-    return torch.cat([checkpoint(lesson, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def check_alike(student: Tensor, teacher: Tensor) -> None:

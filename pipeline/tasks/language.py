@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.tables import UserError
 
+from .parts import by_parts
 from .task import IGNORED, Example, Layout, Task, double, widened
 
 OWN = ("labels", "bytes")  # keys of a batch that are not for the network
@@ -68,18 +69,16 @@ class Language(Task):
             )
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        logits, labels = self.logits(output)[:, :-1].flatten(0, 1), targets(batch).flatten()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=label_smoothing)
+        logits, labels = self.logits(output).flatten(0, 1), self.targets(output, batch)
+        nats = by_parts(lambda some, told: cross_entropy(widened(some), told, label_smoothing), logits, labels)
+        return nats.sum() / (labels != IGNORED).sum()
 
     def totals(self, output: Any, batch: Any) -> Tensor:
-        logits, labels = self.logits(output)[:, :-1].flatten(0, 1), targets(batch)
-        flat = labels.flatten()
-        counts = flat != IGNORED
-        nats = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="none")
-        right = (logits.argmax(1) == flat) & counts
+        logits, labels = self.logits(output).flatten(0, 1), self.targets(output, batch)
+        nats, right = by_parts(judged, logits, labels).unbind(1)
         lengths = batch["bytes"].sum() if isinstance(batch, Mapping) and "bytes" in batch else nats.new_zeros(())
-        found = [nats.new_full((), len(labels)), counts.sum(), right.sum(), double(nats).sum(), lengths]
-        return torch.stack([double(value) for value in found])
+        found = [nats.new_full((), len(token_ids(batch))), (labels != IGNORED).sum(), right.sum(), double(nats).sum()]
+        return torch.stack([double(value) for value in (*found, lengths)])
 
     def values(self, totals: Tensor) -> dict[str, float]:
         _, tokens, right, nats, lengths = totals.tolist()
@@ -96,7 +95,7 @@ class Language(Task):
 
     def answers(self, output: Any) -> Tensor:
         """(N * T, vocabulary): a token counts as a picture does."""
-        return self.logits(output).flatten(0, 1)
+        return widened(self.logits(output).flatten(0, 1))
 
     def real(self, batch: Any) -> Tensor | None:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -107,7 +106,20 @@ class Language(Task):
         return F.pad(targets(batch), (0, 1), value=IGNORED).flatten()
 
     def logits(self, output: Any) -> Tensor:
-        return widened(Layout(output=self.output).scores(output))
+        """(N, T, vocabulary), in the precision of the network."""
+        return Layout(output=self.output).scores(output)
+
+
+def judged(logits: Tensor, labels: Tensor) -> Tensor:
+    """(rows, 2): the nats of each label, and whether the largest logit is its; both 0 where it is not counted."""
+    logits = widened(logits)
+    right = logits.argmax(1) == labels
+    return torch.stack([cross_entropy(logits, labels), right], 1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """(rows,) nats, 0 where the label is not counted."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
 
 
 def of_texts(vocabulary: int, context: int) -> Language:

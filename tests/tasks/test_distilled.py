@@ -69,7 +69,7 @@ def test_a_loss_by_parts_is_that_of_the_whole_and_keeps_the_logits_alone(lesson,
         return loss.detach(), own.grad, sum(kept.values())
 
     loss, gradient, kept = learned()
-    monkeypatch.setattr("pipeline.tasks.distilled.PART", 20)
+    monkeypatch.setattr("pipeline.tasks.parts.PART", 20)
     by_parts = learned()
     assert torch.equal(by_parts[0], loss)
     assert torch.equal(by_parts[1], gradient)

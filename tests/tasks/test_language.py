@@ -69,6 +69,31 @@ def test_tokens_that_are_all_alike_have_the_perplexity_that_the_task_calls_chanc
     assert measured(Blind(), [IDS])[0]["perplexity"] == pytest.approx(VOCABULARY)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_large_vocabulary_is_measured_by_parts_and_no_copy_of_the_logits_is_kept(smoothing, monkeypatch):
+    scores = torch.randn(20, IDS.shape[1], VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    batch = {"input_ids": IDS, "attention_mask": (torch.arange(IDS.shape[1]) < 9).long().expand_as(IDS)}
+
+    def learned() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        own, kept = scores.clone().requires_grad_(), {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = Language().loss(own, batch, smoothing)
+        (first,) = torch.autograd.grad(loss, own, create_graph=True)
+        (second,) = torch.autograd.grad(first.float().square().sum(), own)  # as the sharpness of a loss asks for
+        return torch.stack([loss.detach(), *Language().totals(own, batch)]), first.detach(), second, sum(kept.values())
+
+    whole = learned()
+    monkeypatch.setattr("pipeline.tasks.parts.PART", 3 * VOCABULARY)
+    by_parts = learned()
+    assert all(map(torch.equal, by_parts[:3], whole[:3]))
+    assert by_parts[3] < 1.5 * scores.nbytes < 2 * scores.nbytes < whole[3]
+
+
 def test_a_tensor_of_ids_is_a_batch_too():
     net = llama()
     found, n = measured(net, [IDS[:7], IDS[7:]])
