@@ -28,7 +28,7 @@ from pipeline.entries import Chains, Entry, facts, until_compressed
 from pipeline.evaluate import evaluate
 from pipeline.example import Example
 from pipeline.metrics import METRICS
-from pipeline.results import DENSE, Row
+from pipeline.results import Row, blind, table
 from pipeline.sharpness import sharpness
 from pipeline.stages import (
     Followed,
@@ -314,18 +314,15 @@ def about_task(task: Task) -> dict[str, Any]:
     return {"task": task.name, "metric": task.metrics[0], "chance": task.chance}
 
 
-def warn_where_blind(rows: Iterable[Row], once: Once) -> None:
-    """Warn where the uncompressed network answers no better than chance, as what is left of it then says nothing."""
-    for row in rows:
-        if row.method != DENSE or row.status != "ok" or row.chance is None or row.metric is None:
-            continue
-        metric, value = METRICS[row.metric], getattr(row, row.metric)
-        if value <= row.chance if metric.higher_is_better else not value < row.chance:
-            once.say(
-                f"the uncompressed network's {metric.title} of {metric.text(value)} is no better than chance, "
-                f"{metric.text(row.chance)}; check that its weights are trained, and that the data have the classes or "
-                "the tokenizer, and the preparation, that it was trained with"
-            )
+def warn_where_blind(rows: Sequence[Row], once: Once) -> None:
+    """Warn where the uncompressed network is no better than chance."""
+    for row in blind(table(rows)).iter_rows(named=True):
+        metric = METRICS[row["metric"]]
+        once.say(
+            f"the uncompressed network's {metric.title} of {metric.text(row[metric.name])} is no better than chance, "
+            f"{metric.text(row['chance'])}; check that its weights are trained, and that the data have the classes or "
+            "the tokenizer, and the preparation, that it was trained with"
+        )
 
 
 def as_row(task: Task, total: Tensor, values: Mapping[str, Any]) -> Row:

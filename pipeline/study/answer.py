@@ -79,9 +79,14 @@ def _on_gap(claim: Claim) -> bool:
 def _measured(found: Lines, table: pl.DataFrame) -> str:
     recipes = table["recipe"].n_unique()
     settings = f"; they differ in {', '.join(found.settings)}" if found.settings else ""
+    lost = table.filter(pl.col("cell").is_in(found.blind))["cell"].n_unique()
     if len(table) == 1:
-        return "One network was measured."
-    return f"{len(table):,} networks of {recipes:,} recipe{'s' * (recipes != 1)} were measured{settings}."
+        return "One network was measured" + (", which is no better than chance uncompressed." if lost else ".")
+    counted = f"{len(table):,} networks of {recipes:,} recipe{'s' * (recipes != 1)} were measured{settings}."
+    if not lost:
+        return counted
+    are = "is" if lost == 1 else "are"
+    return f"{counted} {lost:,} of them {are} no better than chance uncompressed, and in every mean."
 
 
 def _left(found: Lines, stage: str, ratio: float | None) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 import polars as pl
 
 from pipeline.metrics import Metric
-from pipeline.results import headline, measured
+from pipeline.results import blind, headline, measured
 from pipeline.study.summary import dense_rows, duels, last_measurement
 from pipeline.study.sweep import Sweep, short, shown
 from pipeline.tables import UserError
@@ -37,12 +37,14 @@ class Lines:
         ratios from 0 to the largest one (the area under the curve).
     methods: one line per cell, stage, ratio and method: kind, value, params, macs.
     settings: columns that differ between cells, the seed left out. metric: the headline.
+    blind: cells whose uncompressed network is no better than chance.
     """
 
     table: pl.DataFrame
     methods: pl.DataFrame
     settings: tuple[str, ...]
     metric: Metric
+    blind: tuple[str, ...] = ()
 
     @cached_property
     def recipes(self) -> int:
@@ -59,7 +61,7 @@ def lines(sweep: Sweep) -> Lines:
     rows = last_measurement(sweep.done_rows)
     if rows.is_empty():
         raise UserError("no cell that is done has rows yet; come back when one has")
-    metric = headline(rows)
+    metric, unlearned = headline(rows), tuple(blind(rows)["cell"].unique(maintain_order=True))
     rows = rows.with_columns(in_points(metric))
     settings = told(sweep)
     cells = done.select(
@@ -77,7 +79,7 @@ def lines(sweep: Sweep) -> Lines:
     columns = ["cell", "stage", "ratio", "method", "kind", "statistics", "params", "macs"]
     methods = measured(rows, [*columns, metric.name]).rename({metric.name: "value"})
     methods = cells.select("cell", "recipe", "seed").join(methods, on="cell", maintain_order="left")
-    return Lines(beside, methods, tuple(settings.values()), metric)
+    return Lines(beside, methods, tuple(settings.values()), metric, unlearned)
 
 
 def told(sweep: Sweep) -> dict[str, str]:

@@ -7,14 +7,12 @@ from typing import Any, BinaryIO
 import polars as pl
 
 from pipeline.metrics import Metric
-from pipeline.results import DENSE, headline, measured, valued
+from pipeline.results import DENSE, chance_level, headline, measured, valued
 from pipeline.study.chains import costs, front, over_cells, paths
 from pipeline.study.intervals import SHOWN
 from pipeline.study.summary import curves, dense_value
 from pipeline.study.terminal import TITLES
 
-# Classes of the data sets that have as many in every run: for older rows, which lack the column `chance`.
-CLASSES = {"cifar10": 10, "digits": 10, "fashion_mnist": 10}
 SPREAD = "middle half of the networks"
 LEVELS = (SPREAD, "dense", "chance")  # of the legend, behind the methods
 HEADROOM = 0.07  # of a panel, which a line of text above another line takes
@@ -144,10 +142,8 @@ def chance(rows: pl.DataFrame, metric: Metric) -> float | None:
     """
     if metric.log:
         return None
-    told = pl.col("chance") if "chance" in rows.columns else pl.lit(None, pl.Float64)
-    before = 1 / pl.col("data").replace_strict(CLASSES, default=None, return_dtype=pl.Float64)
-    ok = pl.col("metric").eq_missing(metric.name) & (pl.col("status") == "ok")
-    known = rows.filter(ok).select(pl.coalesce(told, before) if metric.name == "acc" else told).to_series().unique()
+    ok = rows.filter(pl.col("metric").eq_missing(metric.name) & (pl.col("status") == "ok"))
+    known = ok.select(chance_level(ok)).to_series().unique()
     return known.item() if len(known) == 1 else None
 
 

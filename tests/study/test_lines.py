@@ -1,9 +1,11 @@
+import dataclasses
 import math
 
 import polars as pl
 import pytest
 
 from pipeline.results import Row, table
+from pipeline.study.answer import answer
 from pipeline.study.lines import lines
 from pipeline.study.sweep import Sweep, joined, load
 from pipeline.tables import UserError
@@ -47,6 +49,25 @@ def test_cells_of_one_recipe_differ_in_their_seed_alone() -> None:
     at = found.at("raw", 0.5).sort("cell")
     assert at["recipe"].to_list() == ["lr=0.1", "lr=0.1", "lr=0.01"]
     assert at["seed"].to_list() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("metric", "known", "unlearned"), [("acc", 0.9, 0.1), ("perplexity", 40.0, 512.0)])
+def test_networks_that_learned_nothing_are_counted_in_the_answer(metric, known, unlearned) -> None:
+    def answered(*dense: float) -> tuple[tuple[str, ...], str]:
+        rows = [row for cell, value in zip("abc", dense, strict=True) for row in rows_of(cell, value, 0.3, 0.2, metric)]
+        level = 512.0 if metric == "perplexity" else None  # accuracy: rows of before the column, on ten digits
+        found = lines(sweep_of([dataclasses.replace(row, chance=level) for row in rows]))
+        return found.blind, answer(found)[0]
+
+    usual = "3 networks of 2 recipes were measured; they differ in lr."
+    assert answered(known, known, known) == ((), usual)
+    assert answered(known, unlearned, known) == (
+        ("b",),
+        f"{usual} 1 of them is no better than chance uncompressed, and in every mean.",
+    )
+    assert answered(unlearned, unlearned, known)[1].endswith(
+        " 2 of them are no better than chance uncompressed, and in every mean."
+    )
 
 
 def test_values_are_points_and_the_gap_is_the_lead_over_the_best_pruning() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from pipeline import results
 from pipeline.data import DATASETS
 from pipeline.results import DENSE, Row, with_facts
-from pipeline.study.pictures import CLASSES, SPREAD, chance, middle_halves, plot_curves, plot_groups
+from pipeline.study.pictures import SPREAD, chance, middle_halves, plot_curves, plot_groups
 from pipeline.study.summary import dense_value, duels, foretold, gaps, headlines, last_measurement, parameters_left
 from pipeline.study.terminal import print_table, result_table
 from pipeline.tables import UserError
@@ -296,8 +296,8 @@ def test_the_dense_line_says_its_accuracy_inside_of_the_panel(tmp_path, monkeypa
 def test_the_classes_are_those_of_the_data_sets():
     """Every data set whose root does not say which pictures it holds has a row."""
     fixed = {name for name, source in DATASETS.items() if source.kind == "pictures" and not source.root_names_data}
-    assert set(CLASSES) == fixed
-    assert len(DATASETS["digits"].load().classes) == CLASSES["digits"]
+    assert set(results.CLASSES) == fixed
+    assert len(DATASETS["digits"].load().classes) == results.CLASSES["digits"]
 
 
 def test_masks_are_shown_and_not_compared():
