@@ -59,10 +59,11 @@ assert abs(found["top5"] - float(accuracy(scores, labels, "multiclass", num_clas
 
 
 def tracked() -> list[str]:
-    """The files of the repository, as git lists them."""
+    """The files of the repository, as git lists them, with those that are new."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not in a git checkout")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
