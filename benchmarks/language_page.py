@@ -108,7 +108,8 @@ def picture() -> None:
     for axis, rows in zip(axes.flat, shown, strict=False):
         text = next(iter(rows[0]["perplexity"]))
         dense = rows[0]["perplexity"][text]
-        usual = mode(row["windows"] for row in rows if row["plan"] in DRAWN and SEES.search(row["plan"]))
+        counts = [row["windows"] for row in rows if row["plan"] in DRAWN and SEES.search(row["plan"])]
+        usual = mode(counts) if counts else None
         found = values_of(rows, text)
         for number, plan in enumerate(DRAWN):
             points = [

@@ -315,8 +315,8 @@ def about_task(task: Task) -> dict[str, Any]:
 
 
 def warn_where_blind(rows: Sequence[Row], once: Once) -> None:
-    """Warn where the uncompressed network is no better than chance."""
-    for row in blind(table(rows)).iter_rows(named=True):
+    """Warn where the uncompressed network is no better than the chance that its task told."""
+    for row in blind(table(rows)).drop_nulls("chance").iter_rows(named=True):
         metric = METRICS[row["metric"]]
         once.say(
             f"the uncompressed network's {metric.title} of {metric.text(row[metric.name])} is no better than chance, "

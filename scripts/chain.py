@@ -81,10 +81,10 @@ def prepared(
         times = Times(ground, timing)
         store = RowStore(folder / CHAIN_ROWS)
         rows = run_chains(chains, ground, times.add)
-        warn_where_blind(rows, ground.host.once)
         store.add(rows)
         store.write()
         times.write(folder / CHAIN_SPEED)
+        warn_where_blind(rows, ground.host.once)
 
     return work
 

@@ -214,9 +214,9 @@ def ready(config: Config, folder: Path, sweeping: bool, context: Config) -> Call
             with once.instead("the uncompressed network cannot be timed"):
                 speeds.add(Entry(DENSE, 0.0, "raw"), net.to(device))
             rows = measure(net, tree, host, context)
-        warn_where_blind(rows, once)
         write_rows(folder, rows)
         speeds.write(folder / SPEED)
+        warn_where_blind(rows, once)
 
     return work
 

@@ -436,7 +436,7 @@ def test_what_cannot_be_measured_beside_costs_a_warning_and_no_row():
 def test_an_uncompressed_network_that_knows_nothing_is_told(metric, chance, blind, better, told):
     def row(value, method="dense", **options):
         known = {"metric": metric, "chance": chance, metric: value, **options}
-        return Row("", "", "", 0, 0, 0, method, 0.0, "raw", "test", **known)
+        return Row("", "", "digits", 0, 0, 0, method, 0.0, "raw", "test", **known)
 
     with pytest.warns(RuntimeWarning, match=f"^compression: the uncompressed network's {told}"):
         warn_where_blind([row(blind)], Once())
